@@ -1,0 +1,67 @@
+"""Everything about several processes, in one place: the rest of the code works the same with and without torchrun.
+
+Without a process group each collective returns its input. `torchrun --nproc_per_node=8 train.py ...` makes a group:
+NCCL on CUDA, gloo on CPU.
+"""
+
+import os
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def init(device: str = "auto") -> torch.device:
+    """Join torchrun's process group if there is one; -> this process's device ("auto": CUDA, then MPS, then CPU)."""
+    if device == "auto":
+        mps = torch.backends.mps.is_available()
+        device = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
+    if "RANK" in os.environ and not dist.is_initialized():
+        if device == "cuda":
+            device = f"cuda:{os.environ['LOCAL_RANK']}"
+            torch.cuda.set_device(device)
+        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+    return torch.device(device)
+
+
+def finish() -> None:
+    """Leave the process group."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def rank() -> int:
+    """This process's number, 0 without a group."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    """How many processes there are, 1 without a group."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def print0(*args, **kwargs) -> None:
+    """print, on rank 0 only."""
+    if rank() == 0:
+        print(*args, **kwargs, flush=True)
+
+
+@torch.no_grad()
+def all_gather(x: Tensor) -> Tensor:
+    """x (B, ...) of this rank -> (world * B, ...), the ranks' rows in rank order; no gradient. B must be equal."""
+    if world_size() == 1:
+        return x
+    parts = [torch.empty_like(x) for _ in range(world_size())]
+    dist.all_gather(parts, x.contiguous())
+    return torch.cat(parts)
+
+
+def wrap(model: torch.nn.Module) -> torch.nn.Module:
+    """model -> model in DistributedDataParallel, or the model itself without a group.
+
+    `broadcast_buffers=False`: the queues are equal on all ranks because they start from one seed and take the same
+    gathered keys. Parameters that the current objectives never reach must be frozen before (`BLIP.set_objectives`).
+    """
+    if world_size() == 1:
+        return model
+    return torch.nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
