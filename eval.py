@@ -232,8 +232,7 @@ def write_sheet(path: Path, gallery: Gallery, captions: list[str], t2i: Tensor, 
         best = t2i[t].topk(min(5, t2i.shape[1]))
         row = [Cell(gallery.images[i], [(f"{score:.2f}", GREY)], GREEN if holds(gallery.texts[t], i) else RED)
                for i, score in zip(best.indices.tolist(), best.values.tolist())]
-        found.append([Cell(None, [])] + row)
-        found[-1][0] = Cell(torch.full((3, 8, 8), 255, dtype=torch.uint8), [(gallery.texts[t], BLACK)])
+        found.append([Cell(None, [(gallery.texts[t], BLACK)])] + row)
     grey_line = "" if whole is not None else " (grey: a human's)"
     draw_sheet(path, [(f"captions of held-out images{grey_line}", [cells[i:i + 8] for i in range(0, len(cells), 8)]),
                       ("images found for a text, best first, with ITC similarity (green: right)", found)])

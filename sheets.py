@@ -14,7 +14,7 @@ SIDE, GAP, FONT, LINE = 128, 14, 12, 15  # pixels: a picture's side, the gap bet
 
 @dataclass
 class Cell:
-    """A picture (3, S, S) uint8 or None, lines of (text, colour) under it, and a frame's colour or None."""
+    """A picture (3, S, S) uint8 or None, lines of (text, colour) under it or in its place, a frame's colour or None."""
 
     image: Tensor | None
     lines: list[tuple[str, tuple]]
@@ -43,7 +43,8 @@ def draw_sheet(path: str | Path, sections: list[tuple[str, list[list[Cell]]]]) -
                     sheet.paste(picture.resize((SIDE, SIDE)), (x, y))
                     draw.rectangle((x - 2, y - 2, x + SIDE + 1, y + SIDE + 1), outline=cell.frame or (200, 200, 200),
                                    width=3 if cell.frame else 1)
+                top = y + SIDE + 4 if cell.image is not None else y
                 for i, (text, colour) in enumerate(wrap(cell)):
-                    draw.text((x, y + SIDE + 4 + i * LINE), text, colour, font)
+                    draw.text((x, top + i * LINE), text, colour, font)
             y += row_height(row)
     sheet.save(path)

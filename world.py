@@ -2,7 +2,7 @@
 
     scene = random_scene(rng)                    one or two coloured shapes in the four quarters of a pastel background
     render(scene, 64, rng)                       (64, 64, 3) uint8
-    describe(scene, rng)                         "a small red circle at the top left and a big ... on a pink background"
+    describe(scene, rng)                         "at the top left a small red circle and at the ... on a pink background"
     swap(scene, "colour", rng)                   the same scene with exactly one attribute changed
     is_true(text, scene)                         does every fact that the text states hold?
     web_text(scene, 0.5, rng)                    what the web would write: another image's text, a wrong word, junk
@@ -151,15 +151,12 @@ def describe(scene: Scene, rng: random.Random) -> str:
     """
     def say(words):
         return words[int(rng.random() * len(words))]
-    place = say(("at the {} {}", "in the {} {}", "{} {}"))
-    article = say(("a ", "a ", ""))
+    place, article = say(("at the {} {} ", "in the {} {} ", "{} {} ")), say(("a ", "a ", ""))
     spoken = []
     for thing in scene.things:
         row, column = thing.place.split()
-        spoken.append(f"{article}{say(SIZES[thing.size])} {thing.colour} {say(SHAPES[thing.shape])} "
-                      + place.format(say(ROWS[row]), say(COLUMNS[column])))
-    if rng.random() < 0.5:
-        spoken.reverse()
+        spoken.append(place.format(say(ROWS[row]), say(COLUMNS[column]))
+                      + f"{article}{say(SIZES[thing.size])} {thing.colour} {say(SHAPES[thing.shape])}")
     things = " and ".join(spoken)
     manner = say(("{things} on a {ground} background", "on {ground} {things}", "a {ground} backdrop with {things}",
                   "there is {things} on {ground}"))
@@ -187,25 +184,21 @@ def swap(scene: Scene, attribute: str, rng: random.Random) -> Scene:
 def read(text: str) -> tuple[list[str], list[dict[str, str]]] | None:
     """text -> the backgrounds and things that it states, or None where it is no sentence of this world.
 
-    Size and colour belong to the noun that follows, row and column to the noun before. A word from outside the world,
-    a property without a noun, or one stated twice makes a text unreadable.
+    Size, colour, row and column belong to the shape that follows. A word from outside the world, a property without a
+    shape, or one stated twice of the same thing makes a text unreadable.
     """
     backgrounds, things, pending = [], [], {}
     for word in text.lower().replace(".", " ").replace(",", " ").split():
         attribute, value = WORDS.get(word, (None, None))
-        if attribute is None:
-            if word not in FILLERS:
-                return None
-        elif attribute == "background":
+        if attribute == "background":
             backgrounds.append(value)
+        elif attribute in pending or (attribute is None and word not in FILLERS):
+            return None
         elif attribute == "shape":
             things.append({**pending, "shape": value})
             pending = {}
-        else:
-            target = pending if attribute in ("size", "colour") else things[-1] if things and not pending else None
-            if target is None or attribute in target:
-                return None
-            target[attribute] = value
+        elif attribute:
+            pending[attribute] = value
     return None if pending else (backgrounds, things)
 
 
