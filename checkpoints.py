@@ -137,13 +137,17 @@ def pretrain_names(config: BLIPConfig) -> list[tuple[str, list[str]]]:
             pairs += self_attention_names(f"{there}.attention", f"{here}.attn_bi")
             pairs += rest_of_layer_names(there, here, "" if twin else "cross_attn", "ffn")
     pairs += same("itm_head", "itm_head")
-    # The decoder: its self-attention is its own; the rest is the encoder's, stored a second time.
-    decoder, head = "text_decoder.bert", "text_decoder.cls.predictions"
-    pairs += embedding_names(f"{decoder}.embeddings", "med.embeddings_dec")
-    for i in range(config.text_depth):
-        there, here = f"{decoder}.encoder.layer.{i}", f"med.layers.{i}"
-        pairs += self_attention_names(f"{there}.attention", f"{here}.attn_causal")
-        pairs += rest_of_layer_names(there, here, "cross_attn_dec", "ffn_dec")
+    return pairs + decoder_names("text_decoder", config.text_depth)
+
+
+def decoder_names(released: str, depth: int) -> list[tuple[str, list[str]]]:
+    """(our name, released names) of a decoder. Its self-attention is its own; the rest is the encoder's, stored twice."""
+    there, head = f"{released}.bert", f"{released}.cls.predictions"
+    pairs = embedding_names(f"{there}.embeddings", "med.embeddings_dec")
+    for i in range(depth):
+        layer, here = f"{there}.encoder.layer.{i}", f"med.layers.{i}"
+        pairs += self_attention_names(f"{layer}.attention", f"{here}.attn_causal")
+        pairs += rest_of_layer_names(layer, here, "cross_attn_dec", "ffn_dec")
     return pairs + same(f"{head}.transform.dense", "med.lm_head.dense") + same(
         f"{head}.transform.LayerNorm", "med.lm_head.norm") + [("med.lm_head.bias", [f"{head}.bias"])]
 
