@@ -66,9 +66,13 @@ class Tokenizer:
         learner = HFTokenizer(models.WordPiece(unk_token=UNK))
         learner.normalizer = normalizers.BertNormalizer(lowercase=True)
         learner.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-        special = [PAD, UNK, CLS, SEP, MASK]
-        learner.train_from_iterator((clean_caption(text) for text in texts), trainers.WordPieceTrainer(
-            vocab_size=vocab_size - 2, special_tokens=special, min_frequency=2, show_progress=False))
+        texts = [learner.normalizer.normalize_str(clean_caption(text)) for text in texts]
+        # The trainer numbers inner letters in the order of a hash table, and breaks ties by number: naming them first
+        # makes the vocabulary the same in every run.
+        letters = sorted(set("".join(texts)) - {" "})
+        learner.train_from_iterator(texts, trainers.WordPieceTrainer(
+            vocab_size=vocab_size - 2, special_tokens=[PAD, UNK, CLS, SEP, MASK] + ["##" + c for c in letters],
+            min_frequency=2, show_progress=False))
         ids = learner.get_vocab()
         return cls(sorted(ids, key=ids.get))
 
