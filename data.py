@@ -221,7 +221,7 @@ def read_pairs(path: str | Path, image_root: str | Path | None = None, split: st
 
     Captions are cleaned (`clean_caption`); empty ones are left out and counted on the screen. Raises InputError.
     """
-    content, root, pairs, empty = read_json(path), Path(image_root or Path(path).parent), [], []
+    content, root, pairs, empty = read_json(path), os.path.abspath(image_root or Path(path).parent), [], []
     karpathy = isinstance(content, dict) and isinstance(content.get("images"), list)
     if not karpathy and not isinstance(content, list):
         raise InputError(f"{path} is neither a list of {{image, caption}} records nor a Karpathy file with \"images\"")
@@ -244,7 +244,7 @@ def read_pairs(path: str | Path, image_root: str | Path | None = None, split: st
         if not isinstance(image, str) or not isinstance(captions, list) or not all(
                 isinstance(c, str) for c in captions):
             raise InputError(f"{where}: image must be a path and caption a text or a list of texts")
-        if not (root / image).resolve().is_relative_to(root.resolve()):
+        if not os.path.normpath(os.path.join(root, image)).startswith(os.path.join(root, "")):
             raise InputError(f"{where}: image {image!r} lies outside the image root {root}; "
                              "correct the path or give another --image-root")
         cleaned = tuple(text for text in map(clean_caption, captions) if text)

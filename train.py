@@ -4,7 +4,6 @@
     python train.py --data train.json --val val.json --image-root DIR --preset base        real pairs
     python train.py --resume                                    continue the run in --out
     python train.py --itc-weight 0                              an ablation: switch a loss off
-
 Every field of BLIPConfig and TrainConfig is a flag; `--help` lists them. In the run's folder: log.jsonl (one line per
 logged step), checkpoint.pt (everything), metrics.json and samples.png (at the end).
 """
@@ -268,7 +267,8 @@ class Run:
             yield from DataLoader(
                 self.train_set, collate_fn=Collate(self.tokenizer, self.config.max_tokens),
                 batch_sampler=EpochBatches(len(self.train_set), self.config.batch_size, self.config.seed, epoch, first),
-                num_workers=self.config.workers if pictures else 0, pin_memory=self.device.type == "cuda")
+                num_workers=self.config.workers if pictures else 0, pin_memory=self.device.type == "cuda",
+                generator=torch.Generator())  # its own: else each start of a loader would move the run's generator
 
     def count(self, batch: dict) -> None:
         """Keep count of unreadable images; InputError when they are too many."""
@@ -336,8 +336,7 @@ class Log:
         self.file = self.board = None
         if distributed.rank():
             return
-        path = run.out / "log.jsonl"
-        kept = []
+        path, kept = run.out / "log.jsonl", []
         if run.step and path.exists():  # resumed: what was logged after the checkpoint happens again
             kept = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= run.step]
         self.file = open(path, "w", buffering=1)
@@ -356,13 +355,12 @@ class Log:
         run, every = self.run, self.run.config.log_every
         if run.step % every and run.step != run.steps:
             return
-        now = time.perf_counter()
         means = {name: round(total.item() / self.count, 4) for name, total in self.sums.items()}
         if not all(map(math.isfinite, means.values())):
             raise InputError(f"the loss is no longer finite at step {run.step} ({means}); try a smaller --lr or "
                              "--grad-clip 1, or --precision fp32")
-        rate = self.count * run.config.batch_size / (now - self.since)
-        self.sums, self.count, self.since = {}, 0, now
+        rate = self.count * run.config.batch_size / (time.perf_counter() - self.since)
+        self.sums, self.count, self.since = {}, 0, time.perf_counter()
         bar.set_postfix(means | {"pairs/s": round(rate)})
         if self.file:
             line = {"step": run.step, **means, **values, "temp": run.model.temp.item(), "pairs_per_s": round(rate, 1),

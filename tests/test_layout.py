@@ -1,0 +1,60 @@
+"""The house: which module may import which, and how long a file may be."""
+
+import ast
+from pathlib import Path
+
+import pytest
+import torch
+
+import bench
+
+ROOT = Path(__file__).parents[1]
+CORE = {"blip", "vit", "med", "attention", "decoding", "losses", "distributed", "data", "world", "metrics", "sheets",
+        "checkpoints"}
+MAY_IMPORT = {
+    "attention": set(), "decoding": set(), "losses": set(), "distributed": set(), "data": set(), "world": set(),
+    "metrics": set(), "sheets": set(),
+    "vit": {"attention"}, "med": {"attention"},
+    "blip": {"vit", "med", "decoding", "losses", "distributed"},
+    "checkpoints": {"blip", "data", "vit"},
+    "eval": CORE, "train": CORE | {"eval"}, "bench": CORE | {"eval", "train"},
+}
+
+
+def own_imports(path: Path) -> set[str]:
+    modules = {p.stem for p in ROOT.glob("*.py")}
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names.add(node.module.split(".")[0])
+    return names & modules
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("*.py")), ids=lambda p: p.stem)
+def test_imports_follow_the_graph(path):
+    assert own_imports(path) <= MAY_IMPORT[path.stem]
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("*.py")), ids=lambda p: p.stem)
+def test_files_and_functions_stay_short(path):
+    text = path.read_text()
+    assert len(text.splitlines()) <= 450
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef):
+            assert node.end_lineno - node.lineno < 60, node.name
+
+
+def test_losses_see_tensors_only():
+    assert own_imports(ROOT / "losses.py") == set() and "self" not in (ROOT / "losses.py").read_text().split()
+
+
+def test_a_full_size_step_costs_two_thirds_of_the_released_one():
+    assert bench.step_gflop("base", batch=8) <= 0.68 * bench.RELEASED_GFLOP
+
+
+@pytest.mark.slow
+def test_counting_without_computing_counts_the_same():
+    torch.manual_seed(0)
+    assert bench.step_gflop("tiny", 8, "cpu") == pytest.approx(bench.step_gflop("tiny", 8), rel=1e-6)

@@ -1,0 +1,225 @@
+"""The command line, the schedules, and whole runs small enough for a test."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+import checkpoints
+import train
+from blip import BLIPConfig
+from train import EpochBatches, TrainConfig, alpha_at, learning_rate, objectives_at, parse
+from world import World, render
+
+# A model that trains in seconds on anything.
+SMALL = ("--image-size 32 --vit-width 16 --vit-depth 1 --vit-heads 2 --text-width 16 --text-depth 1 --text-heads 2 "
+         "--text-ffn 32 --embed-dim 8 --queue-size 20 --batch-size 8 --eval-size 12 --eval-top-k 3 --log-every 2 "
+         "--warmup-steps 2 --lm-only-steps 2 --workers 0").split()
+
+
+def run(out, *flags) -> int:
+    return train.main([*SMALL, "--out", str(out), *map(str, flags)])
+
+
+def photographs(folder: Path, count: int = 40) -> Path:
+    """World scenes saved as photographs with a BLIP json: rows of one caption to train, lists to evaluate."""
+    world, rows = World("train", count), []
+    for i in range(count):
+        Image.fromarray(render(world.scene(i), 48)).save(folder / f"{i}.jpg")
+        rows += [{"image": f"{i}.jpg", "caption": world.text(i), "image_id": i}]
+    (folder / "train.json").write_text(json.dumps(rows))
+    (folder / "val.json").write_text(json.dumps([{"image": r["image"], "caption": [r["caption"], "a " + r["caption"]]}
+                                                 for r in rows[:10]]))
+    return folder
+
+
+# ---- command line ----
+
+@pytest.mark.parametrize("flags, message", [(["--nonsense", "1"], "unrecognized arguments: --nonsense"),
+                                            (["--batch", "8"], "unrecognized arguments"),  # no abbreviations
+                                            (["--schedule", "linear"], "schedule is 'linear'; choose one of step, cosine"),
+                                            (["--preset", "huge"], "choose one of base, large, tiny"),
+                                            (["--vit-heads", "7"], "not a multiple of vit_heads"),
+                                            (["--augment", "maybe"], "neither true nor false"),
+                                            (["--itc-weight", "0", "--itm-weight", "0", "--lm-weight", "0"], "above 0")])
+def test_a_wrong_flag_is_an_error(flags, message, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        parse(flags)
+    assert stopped.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_help_lists_every_field_with_its_meaning(capsys):
+    with pytest.raises(SystemExit):
+        parse(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    for config in (TrainConfig, BLIPConfig):
+        explained = train.field_help(config)
+        for f in fields(config):
+            assert f.name in explained
+            if not f.name.endswith("_id") and f.name != "vocab_size":
+                assert "--" + f.name.replace("_", "-") in text
+
+
+def test_presets_are_the_papers_and_flags_override_them():
+    model, recipe, *_ = parse(["--preset", "base"])
+    assert model == BLIPConfig() and (recipe.lr, recipe.batch_size, recipe.epochs) == (3e-4, 2880, 20)
+    model, recipe, *_ = parse(["--preset", "large", "--lr", "1e-4"])
+    assert (model.vit_width, model.drop_path, recipe.lr, recipe.batch_size) == (1024, 0.1, 1e-4, 2400)
+
+
+# ---- schedules ----
+
+def test_learning_rate_of_the_paper():
+    config = TrainConfig(preset="base", warmup_steps=10)
+    rates = [learning_rate(config, step, 100) for step in (0, 5, 10, 99, 100, 250, 1900)]
+    assert rates == pytest.approx([1e-6, 1e-6 + (3e-4 - 1e-6) / 2, 3e-4, 3e-4, 3e-4 * 0.85, 3e-4 * 0.85 ** 2,
+                                   max(3e-4 * 0.85 ** 19, 1e-6)])
+    cosine = TrainConfig(schedule="cosine", epochs=1, warmup_steps=0, lr=1.0, min_lr=0.0)
+    assert [learning_rate(cosine, s, 100) for s in (0, 50)] == pytest.approx([1.0, 0.5])
+    assert learning_rate(cosine, 100, 100) == pytest.approx(0.0)
+
+
+def test_alpha_ramps_from_the_first_step_with_itc():
+    config = TrainConfig(alpha_epochs=2)
+    assert [alpha_at(config, s, 100) for s in (0, 100, 200, 900)] == pytest.approx([0, 0.2, 0.4, 0.4])
+    late = TrainConfig(alpha_epochs=1, lm_only_steps=50)
+    assert [alpha_at(late, s, 100) for s in (50, 100, 150)] == pytest.approx([0, 0.2, 0.4])
+
+
+def test_objectives_follow_weights_and_warm_start():
+    assert objectives_at(TrainConfig(), 0) == ("itc", "itm", "lm")
+    config = TrainConfig(lm_only_steps=5, itm_weight=0)
+    assert objectives_at(config, 4) == ("lm",) and objectives_at(config, 5) == ("itc", "lm")
+    assert objectives_at(TrainConfig(lm_only_steps=5, lm_weight=0), 0) == ("itc", "itm")
+
+
+def test_data_order_is_a_function_of_seed_epoch_and_step(monkeypatch):
+    whole = list(EpochBatches(50, 8, seed=1, epoch=2, first_step=0))
+    assert len(whole) == 6 and len({i for batch in whole for i in batch}) == 48
+    assert list(EpochBatches(50, 8, 1, 2, 4)) == whole[4:]
+    assert list(EpochBatches(50, 8, 1, 3, 0)) != whole
+    monkeypatch.setattr(train.distributed, "world_size", lambda: 2)
+    halves = []
+    for rank in (0, 1):
+        monkeypatch.setattr(train.distributed, "rank", lambda rank=rank: rank)
+        halves.append(list(EpochBatches(50, 8, 1, 2, 0)))
+    assert [a + b for a, b in zip(*halves)] == whole
+
+
+# ---- whole runs ----
+
+def test_a_run_on_the_world_writes_what_it_says(tmp_path, capsys):
+    assert run(tmp_path / "a", "--world-size", 80) == 0
+    log = [json.loads(line) for line in (tmp_path / "a/log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in log] == [2, 4, 6, 8, 10]
+    assert set(log[0]) & {"itc", "itm", "lm"} == {"lm"} and {"itc", "itm", "lm", "temp", "alpha"} <= set(log[-1])
+    metrics = json.loads((tmp_path / "a/metrics.json").read_text())
+    for name in "t2i_r1 i2t_r1 t2i_true1 i2t_true1 itm_swap caption_true t2i_r1_rerank".split():
+        assert 0 <= metrics[name] <= 1 and name.removesuffix("_rerank") in metrics["chance"]
+    assert set(metrics["itm_swap_by"]) == {"background", "colour", "shape", "size", "place"}
+    assert Image.open(tmp_path / "a/samples.png").size[0] > 500
+    model, tokenizer = checkpoints.load_model(tmp_path / "a/checkpoint.pt")
+    assert model.config.vocab_size == len(tokenizer.vocab)
+    out = capsys.readouterr().out
+    assert "chance" in out and str(tmp_path / "a") in out and "'batch_size': 8" in out
+    # A second run does not write over the first.
+    assert run(tmp_path / "a", "--world-size", 16) == 0
+    assert (tmp_path / "a.old1/metrics.json").exists() and "moved to" in capsys.readouterr().out
+
+
+def equal_states(a: Path, b: Path) -> bool:
+    a, b = (torch.load(p / "checkpoint.pt", weights_only=True) for p in (a, b))
+    assert a["step"] == b["step"]
+    tensors = [(a["model"][k], b["model"][k]) for k in a["model"]] + [(a["rng"], b["rng"])]
+    for i, slot in a["optimizer"]["state"].items():
+        tensors += [(slot[k], b["optimizer"]["state"][i][k]) for k in slot]
+    return all(torch.equal(x, y) for x, y in tensors)
+
+
+def test_a_resumed_run_ends_where_an_uninterrupted_one_does(tmp_path, monkeypatch):
+    flags = ("--world-size", 48, "--epochs", 2, "--dropout", 0.1, "--save-every", 5)
+    assert run(tmp_path / "whole", *flags) == 0
+    step, add = [0], train.Log.add
+    def interrupted(self, *args, **kwargs):
+        step[0] += 1
+        if step[0] == 8:  # three steps after the checkpoint of step 5
+            raise MemoryError
+        add(self, *args, **kwargs)
+    monkeypatch.setattr(train.Log, "add", interrupted)
+    with pytest.raises(MemoryError):
+        run(tmp_path / "part", *flags)
+    monkeypatch.undo()
+    assert train.main(["--resume", "--out", str(tmp_path / "part")]) == 0
+    assert equal_states(tmp_path / "whole", tmp_path / "part")
+    logs = [[json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
+            for name in ("whole", "part")]
+    assert [line["step"] for line in logs[0]] == [line["step"] for line in logs[1]]
+
+
+def test_resume_refuses_other_settings(tmp_path, capsys):
+    assert run(tmp_path / "a", "--world-size", 16) == 0
+    assert train.main(["--resume", "--out", str(tmp_path / "a"), "--lr", "0.5"]) == 2
+    assert "--lr cannot change when a run is resumed" in capsys.readouterr().err
+    assert train.main(["--resume", "--out", str(tmp_path / "nothing")]) == 2
+    assert "does not exist" in capsys.readouterr().err
+
+
+def test_an_interrupt_writes_a_checkpoint_and_says_how_to_go_on(tmp_path, monkeypatch, capsys):
+    add = train.Log.add
+    def press(self, *args, **kwargs):
+        add(self, *args, **kwargs)
+        if self.run.step == 3:
+            os.kill(os.getpid(), train.signal.SIGINT)
+    monkeypatch.setattr(train.Log, "add", press)
+    assert run(tmp_path / "a", "--world-size", 80) == 130
+    assert "continue with: python train.py --resume" in capsys.readouterr().out
+    assert checkpoints.load(tmp_path / "a/checkpoint.pt")["step"] in (3, 4)
+
+
+def test_real_pairs(tmp_path, capsys):
+    folder = photographs(tmp_path)
+    (folder / "3.jpg").write_bytes(b"broken")
+    assert run(tmp_path / "run", "--data", folder / "train.json", "--val", folder / "val.json", "--epochs", 2,
+               "--workers", 1) == 0
+    metrics = json.loads((tmp_path / "run/metrics.json").read_text())
+    assert metrics["images"] == 9 and metrics["texts"] == 18 and metrics["broken"] == 1
+    assert metrics["chance"]["t2i_r1"] == pytest.approx(1 / 9) and metrics["train_broken"] >= 1
+    assert "images could not be read and were replaced" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--data", "nothing.json"], "nothing.json does not exist"),
+    (["--batch-size", "500", "--world-size", "100"], "fewer than --batch-size 500"),
+    (["--vocab", "nothing.txt"], "vocabulary nothing.txt cannot be read"),
+])
+def test_bad_input_is_one_sentence(tmp_path, flags, message):
+    done = subprocess.run([sys.executable, "train.py", *SMALL, "--out", str(tmp_path / "a"), *flags], text=True,
+                          capture_output=True, cwd=Path(__file__).parents[1])
+    assert done.returncode == 2 and message in done.stderr
+    assert done.stderr.strip().count("\n") == 0 and "Traceback" not in done.stderr
+
+
+def test_too_many_unreadable_images_stop_the_run(tmp_path, capsys):
+    folder = photographs(tmp_path, 120)
+    for i in range(0, 120, 3):
+        (folder / f"{i}.jpg").unlink()
+    assert run(tmp_path / "run", "--data", folder / "train.json", "--epochs", 5) == 2
+    assert "images could not be read, more than --max-broken 0.1 allows" in capsys.readouterr().err
+
+
+def test_two_processes_keep_their_queues_and_weights_equal(tmp_path):
+    """torchrun, gloo: rank 0's checkpoint of a run on two processes is written once and finite."""
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29511",
+                           "train.py", *SMALL, "--out", str(tmp_path / "a"), "--world-size", "48", "--device", "cpu"],
+                          text=True, capture_output=True, cwd=Path(__file__).parents[1],
+                          env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr[-2000:]
+    state = checkpoints.load(tmp_path / "a/checkpoint.pt")
+    assert state["step"] == 6 and state["model"]["queue_ptr"].item() == (4 * 8) % 20  # 4 steps with ITC, 8 keys each
+    assert (tmp_path / "a/metrics.json").exists()
