@@ -15,7 +15,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from blip import SIZES, BLIP, BLIPConfig
+from blip import BLIP, SIZES, BLIPConfig
 
 RELEASED_GFLOP = 306.6  # a pair, forward and backward, counted the same way
 

@@ -1,6 +1,5 @@
 """Measures, computed from plain numbers and strings."""
 
-import torch
 from torch import Tensor
 
 

@@ -16,7 +16,7 @@ Scenes are split by a hash of what they show: no held-out scene is ever trained 
 import random
 import zlib
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cache
 from itertools import permutations
 
 import numpy as np
@@ -91,7 +91,7 @@ def split_of(scene: Scene) -> str:
 
 # ---- pictures ---------------------------------------------------------------------------------------------------------
 
-@lru_cache(maxsize=None)
+@cache
 def stencil(shape: str, size: int) -> np.ndarray:
     """(size, size, 1) float in [0, 1]: how much of each pixel the shape covers (drawn 8 times larger, then shrunk)."""
     big = Image.new("L", (size * 8, size * 8))
@@ -131,13 +131,13 @@ def render(scene: Scene, image_size: int = 64, rng: random.Random | None = None)
     for thing in scene.things:
         row, column = thing.place.split()
         mask = stencil(thing.shape, round(PIXELS[thing.size] * unit))
-        def start(second_half):
+        corner = []
+        for second_half in (row == "bottom", column == "right"):
             jitter = rng.uniform(-JITTER, JITTER) if rng else 0
-            return round((16 + 32 * second_half + jitter) * unit - len(mask) / 2)
-        y, x = max(start(row == "bottom"), 0), max(start(column == "right"), 0)
-        window = image[y:y + len(mask), x:x + len(mask)]
-        cover = mask[:window.shape[0], :window.shape[1]]
-        window += cover * (shade(COLOURS[thing.colour]) - window)
+            start = round((16 + 32 * second_half + jitter) * unit - len(mask) / 2)
+            corner.append(min(max(start, 0), image_size - len(mask)))
+        window = image[corner[0]:corner[0] + len(mask), corner[1]:corner[1] + len(mask)]
+        window += mask * (shade(COLOURS[thing.colour]) - window)
     return image.round().clip(0, 255).astype(np.uint8)
 
 

@@ -9,8 +9,19 @@ import torch
 from conftest import REFERENCE, reference
 from PIL import Image
 
-from data import (Collate, InputError, Pair, PairDataset, Tokenizer, clean_caption, load_image, normalise, rand_augment,
-                  random_crop, read_pairs)
+from data import (
+    Collate,
+    InputError,
+    Pair,
+    PairDataset,
+    Tokenizer,
+    clean_caption,
+    load_image,
+    normalise,
+    rand_augment,
+    random_crop,
+    read_pairs,
+)
 
 CAPTIONS = ["a dog runs on the grass", "a man on a red surfboard", "two dogs play with a ball", "the man runs"] * 3
 

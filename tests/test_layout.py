@@ -10,13 +10,13 @@ import bench
 
 ROOT = Path(__file__).parents[1]
 CORE = {"blip", "vit", "med", "attention", "decoding", "losses", "distributed", "data", "world", "metrics", "sheets",
-        "checkpoints"}
+        "checkpoints", "config"}
 MAY_IMPORT = {
     "attention": set(), "decoding": set(), "losses": set(), "distributed": set(), "data": set(), "world": set(),
     "metrics": set(), "sheets": set(),
     "vit": {"attention"}, "med": {"attention"},
     "blip": {"vit", "med", "decoding", "losses", "distributed"},
-    "checkpoints": {"blip", "data", "vit"},
+    "config": {"blip"}, "checkpoints": {"blip", "data", "vit"},
     "eval": CORE, "train": CORE | {"eval"}, "bench": CORE | {"eval", "train"},
 }
 

@@ -12,9 +12,11 @@ import torch
 from PIL import Image
 
 import checkpoints
+import config
 import train
 from blip import BLIPConfig
-from train import EpochBatches, TrainConfig, alpha_at, learning_rate, objectives_at, parse
+from config import TrainConfig, alpha_at, field_help, learning_rate, objectives_at
+from train import EpochBatches
 from world import World, render
 
 # A model that trains in seconds on anything.
@@ -50,34 +52,34 @@ def photographs(folder: Path, count: int = 40) -> Path:
                                             (["--itc-weight", "0", "--itm-weight", "0", "--lm-weight", "0"], "above 0")])
 def test_a_wrong_flag_is_an_error(flags, message, capsys):
     with pytest.raises(SystemExit) as stopped:
-        parse(flags)
+        config.parse(flags, "")
     assert stopped.value.code == 2 and message in capsys.readouterr().err
 
 
 def test_help_lists_every_field_with_its_meaning(capsys):
     with pytest.raises(SystemExit):
-        parse(["--help"])
+        config.parse(["--help"], "")
     text = " ".join(capsys.readouterr().out.split())
-    for config in (TrainConfig, BLIPConfig):
-        explained = train.field_help(config)
-        for f in fields(config):
+    for cls in (TrainConfig, BLIPConfig):
+        explained = field_help(cls)
+        for f in fields(cls):
             assert f.name in explained
             if not f.name.endswith("_id") and f.name != "vocab_size":
                 assert "--" + f.name.replace("_", "-") in text
 
 
 def test_presets_are_the_papers_and_flags_override_them():
-    model, recipe, *_ = parse(["--preset", "base"])
+    model, recipe, *_ = config.parse(["--preset", "base"], "")
     assert model == BLIPConfig() and (recipe.lr, recipe.batch_size, recipe.epochs) == (3e-4, 2880, 20)
-    model, recipe, *_ = parse(["--preset", "large", "--lr", "1e-4"])
+    model, recipe, *_ = config.parse(["--preset", "large", "--lr", "1e-4"], "")
     assert (model.vit_width, model.drop_path, recipe.lr, recipe.batch_size) == (1024, 0.1, 1e-4, 2400)
 
 
 # ---- schedules ----
 
 def test_learning_rate_of_the_paper():
-    config = TrainConfig(preset="base", warmup_steps=10)
-    rates = [learning_rate(config, step, 100) for step in (0, 5, 10, 99, 100, 250, 1900)]
+    base = TrainConfig(preset="base", warmup_steps=10)
+    rates = [learning_rate(base, step, 100) for step in (0, 5, 10, 99, 100, 250, 1900)]
     assert rates == pytest.approx([1e-6, 1e-6 + (3e-4 - 1e-6) / 2, 3e-4, 3e-4, 3e-4 * 0.85, 3e-4 * 0.85 ** 2,
                                    max(3e-4 * 0.85 ** 19, 1e-6)])
     cosine = TrainConfig(schedule="cosine", epochs=1, warmup_steps=0, lr=1.0, min_lr=0.0)
@@ -86,16 +88,16 @@ def test_learning_rate_of_the_paper():
 
 
 def test_alpha_ramps_from_the_first_step_with_itc():
-    config = TrainConfig(alpha_epochs=2)
-    assert [alpha_at(config, s, 100) for s in (0, 100, 200, 900)] == pytest.approx([0, 0.2, 0.4, 0.4])
+    early = TrainConfig(alpha_epochs=2)
+    assert [alpha_at(early, s, 100) for s in (0, 100, 200, 900)] == pytest.approx([0, 0.2, 0.4, 0.4])
     late = TrainConfig(alpha_epochs=1, lm_only_steps=50)
     assert [alpha_at(late, s, 100) for s in (50, 100, 150)] == pytest.approx([0, 0.2, 0.4])
 
 
 def test_objectives_follow_weights_and_warm_start():
     assert objectives_at(TrainConfig(), 0) == ("itc", "itm", "lm")
-    config = TrainConfig(lm_only_steps=5, itm_weight=0)
-    assert objectives_at(config, 4) == ("lm",) and objectives_at(config, 5) == ("itc", "lm")
+    warm = TrainConfig(lm_only_steps=5, itm_weight=0)
+    assert objectives_at(warm, 4) == ("lm",) and objectives_at(warm, 5) == ("itc", "lm")
     assert objectives_at(TrainConfig(lm_only_steps=5, lm_weight=0), 0) == ("itc", "itm")
 
 

@@ -6,8 +6,26 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from world import (ATTRIBUTES, BACKGROUNDS, COLOURS, PLACES, SHAPES, SIZES, Scene, Thing, World, describe, is_complete,
-                   is_true, random_scene, read, render, split_of, swap, web_text)
+from world import (
+    ATTRIBUTES,
+    BACKGROUNDS,
+    COLOURS,
+    PLACES,
+    SHAPES,
+    SIZES,
+    Scene,
+    Thing,
+    World,
+    describe,
+    is_complete,
+    is_true,
+    random_scene,
+    read,
+    render,
+    split_of,
+    swap,
+    web_text,
+)
 
 RED_AND_BLUE = Scene("pink", (Thing("bottom right", "blue", "star", "large"), Thing("top left", "red", "circle", "small")))
 
