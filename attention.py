@@ -1,12 +1,14 @@
-"""Multi-head attention: one implementation for the ViT and for all three modes of the text transformer.
+"""Multi-head attention: one implementation for the ViT and for all three modes of the text
+transformer.
 
-`attend` is the arithmetic, softmax(q k^T / sqrt(d)) v (Vaswani et al. 2017, eq. 1); the two modules only
-differ in where keys and values come from:
+`attend` is the arithmetic, softmax(q k^T / sqrt(d)) v (Vaswani et al. 2017, eq. 1); the two modules
+only differ in where keys and values come from:
 
     SelfAttention   q, k, v from the same sequence; may append to a cache of past keys and values
     CrossAttention  q from the text, k and v from the image, projected ONCE per image by `project`
 
-Letters: B batch, L query tokens, N context tokens, D width, H heads, d = D / H. Masks: True = attend.
+Letters: B batch, L query tokens, N context tokens, D width, H heads, d = D / H. Masks:
+True = attend.
 """
 
 import torch
@@ -20,8 +22,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, dropout:
            probabilities: list | None = None) -> Tensor:
     """q (B, H, L, d), k and v (B, H, N, d), mask broadcastable to (B, H, L, N) -> (B, H, L, d).
 
-    A list given as `probabilities` receives the attention map (B, H, L, N), still attached to the graph, so that
-    gradient-weighted attention pictures can be drawn; that branch spells out the softmax, the other one is fused.
+    A list given as `probabilities` receives the attention map (B, H, L, N), still attached to the
+    graph, so that gradient-weighted attention pictures can be drawn; that branch spells out the
+    softmax, the other one is fused.
     """
     if probabilities is not None:
         scores = q @ k.transpose(-2, -1) / q.shape[-1] ** 0.5
@@ -32,7 +35,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, dropout:
     if q.device.type == "cpu" and q.dtype == torch.bfloat16:
         # The CPU kernel's bfloat16 backward is several times slower than its float32 one.
         with torch.autocast("cpu", enabled=False):
-            return F.scaled_dot_product_attention(q.float(), k.float(), v.float(), mask, dropout).bfloat16()
+            return F.scaled_dot_product_attention(q.float(), k.float(), v.float(), mask,
+                                                  dropout).bfloat16()
     return F.scaled_dot_product_attention(q, k, v, mask, dropout)
 
 
@@ -47,7 +51,8 @@ def merge_heads(x: Tensor) -> Tensor:
 
 
 class SelfAttention(nn.Module):
-    """Queries, keys and values from one sequence. The output projection is included, dropout after it is not."""
+    """Queries, keys and values from one sequence. The output projection is included, dropout after
+    it is not."""
 
     def __init__(self, width: int, heads: int, dropout: float = 0.0):
         super().__init__()
@@ -57,7 +62,8 @@ class SelfAttention(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor | None = None, past: KeysValues | None = None,
                 probabilities: list | None = None) -> tuple[Tensor, KeysValues]:
-        """x (B, L, D), mask to (B, H, L, N) -> (B, L, D) and the keys and values of past + present."""
+        """x (B, L, D), mask to (B, H, L, N) -> (B, L, D) and the keys and values of
+        past + present."""
         q, k, v = (split_heads(t, self.heads) for t in self.qkv(x).chunk(3, dim=-1))
         if past is not None:
             k, v = torch.cat([past[0], k], 2), torch.cat([past[1], v], 2)
@@ -82,10 +88,11 @@ class CrossAttention(nn.Module):
 
     def forward(self, x: Tensor, kv: KeysValues, mask: Tensor | None = None,
                 probabilities: list | None = None) -> Tensor:
-        """x (n*B, L, D), kv of B images, mask to (B, H, n*L, N) -> (n*B, L, D); text i looks at image i // n.
+        """x (n*B, L, D), kv of B images, mask to (B, H, n*L, N) -> (n*B, L, D); text i looks at
+        image i // n.
 
-        No query influences another one here, so the n texts of an image are laid end to end as one long row of
-        queries: the image is neither projected nor copied n times.
+        No query influences another one here, so the n texts of an image are laid end to end as one
+        long row of queries: the image is neither projected nor copied n times.
         """
         k, v = kv
         if len(x) % len(k):

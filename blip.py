@@ -1,10 +1,12 @@
 """BLIP: a ViT, a MED, two projections, momentum twins and two queues (BLIP sec. 3, Fig. 2).
 
-`BLIP.forward` computes the objectives that are switched on and nothing else changes by it; the three lines after the
-optimizer step that do change state (`update_momentum`, `enqueue`, `clamp_temperature`) stand in the training loop.
+`BLIP.forward` computes the objectives that are switched on and nothing else changes by it; the
+three lines after the optimizer step that do change state (`update_momentum`, `enqueue`,
+`clamp_temperature`) stand in the training loop.
 
-Letters, here and everywhere: B batch, N image tokens (197 at 224 px, 577 at 384 px), L text tokens, D width, E joint
-width 256, H heads, Q queue length, V vocabulary, C = B + Q columns. Rows are queries. Masks: True = attend.
+Letters, here and everywhere: B batch, N image tokens (197 at 224 px, 577 at 384 px), L text tokens,
+D width, E joint width 256, H heads, Q queue length, V vocabulary, C = B + Q columns. Rows are
+queries. Masks: True = attend.
 Feature names ending in `_m` come from the momentum twins.
 """
 
@@ -33,16 +35,16 @@ class BLIPConfig:
     vit_depth: int = 12  # ViT-B
     vit_heads: int = 12  # ViT-B
     drop_path: float = 0.0  # of the last ViT block; 0 for B, 0.1 for L
-    grad_checkpoint: bool = False  # recompute ViT activations in the backward pass: less memory, more time
+    grad_checkpoint: bool = False  # recompute ViT activations in backward: less memory, more time
     text_width: int = 768  # BERT-base
     text_depth: int = 12  # BERT-base
     text_heads: int = 12  # BERT-base
     text_ffn: int = 3072  # BERT-base
     max_positions: int = 512  # BERT-base
     dropout: float = 0.1  # in MED; the ViT has none
-    share: str = "all_but_sa"  # what encoder and decoder share: all_but_sa, all, all_but_ca, none (Table 3)
+    share: str = "all_but_sa"  # encoder/decoder share: all_but_sa, all, all_but_ca, none (Table 3)
     embed_dim: int = 256  # joint space of the contrastive loss
-    queue_size: int = 57600  # momentum features kept as further negatives (ALBEF sec. 4; released code)
+    queue_size: int = 57600  # momentum features as further negatives (ALBEF sec. 4; released code)
     momentum: float = 0.995  # of the twins (ALBEF sec. 3.4)
     temp: float = 0.07  # initial temperature, learned
     temp_min: float = 0.001  # released code
@@ -58,22 +60,27 @@ class BLIPConfig:
     def __post_init__(self):
         for width, heads in (("vit_width", "vit_heads"), ("text_width", "text_heads")):
             if getattr(self, width) % getattr(self, heads):
-                raise ValueError(f"{width} {getattr(self, width)} is not a multiple of {heads} {getattr(self, heads)}")
+                raise ValueError(f"{width} {getattr(self, width)} is not a multiple of {heads} "
+                                 f"{getattr(self, heads)}")
 
 
 SIZES = {
     "base": {},
-    "large": dict(vit_width=1024, vit_depth=24, vit_heads=16, drop_path=0.1),  # ViT-L/16 + BERT-base
-    "tiny": dict(image_size=64, vit_width=128, vit_depth=4, vit_heads=4, text_width=128, text_depth=3, text_heads=4,
-                 text_ffn=512, max_positions=64, dropout=0.0, embed_dim=64, queue_size=1024, momentum=0.99),
+    # ViT-L/16 + BERT-base
+    "large": dict(vit_width=1024, vit_depth=24, vit_heads=16, drop_path=0.1),
+    "tiny": dict(image_size=64, vit_width=128, vit_depth=4, vit_heads=4, text_width=128,
+                 text_depth=3, text_heads=4, text_ffn=512, max_positions=64, dropout=0.0,
+                 embed_dim=64, queue_size=1024, momentum=0.99),
 }
 
 
 class CaptionStep:
-    """The decoder as `step(tokens, rows) -> logits` for decoding.py: owns the self-attention cache and the image kv.
+    """The decoder as `step(tokens, rows) -> logits` for decoding.py: owns the self-attention cache
+    and the image kv.
 
-    Rows that look at the same image stay neighbours; `kv` holds each live image once for as long as every image has the
-    same number of rows (always so in beam search), and one copy a row otherwise.
+    Rows that look at the same image stay neighbours; `kv` holds each live image once for as
+    long as every image has the same number of rows (always so in beam search), and one copy a
+    row otherwise.
     """
 
     def __init__(self, med: MED, kv: ImageKV, images: Tensor):
@@ -86,7 +93,8 @@ class CaptionStep:
         images, counts = self.images.unique_consecutive(return_counts=True)
         wanted = images if (counts == counts[0]).all() else self.images
         if self.held is None or not torch.equal(self.held, wanted):
-            everything = torch.equal(wanted, torch.arange(len(self.all_kv.dec[0][0]), device=wanted.device))
+            everything = torch.equal(wanted,
+                                     torch.arange(len(self.all_kv.dec[0][0]), device=wanted.device))
             self.kv, self.held = self.all_kv if everything else self.all_kv.select(wanted), wanted
         if self.past is not None:
             self.past = [(k[rows], v[rows]) for k, v in self.past]
@@ -95,13 +103,14 @@ class CaptionStep:
 
 
 class BLIP(nn.Module):
-    """vit, med, vision_proj, text_proj, itm_head; the twins vit_m, med_m, vision_proj_m, text_proj_m; the queues."""
+    """vit, med, vision_proj, text_proj, itm_head; the twins vit_m, med_m, vision_proj_m,
+    text_proj_m; the queues."""
 
     def __init__(self, config: BLIPConfig):
         super().__init__()
         c = self.config = config
-        self.vit = ViT(c.image_size, c.patch_size, c.vit_width, c.vit_depth, c.vit_heads, c.drop_path,
-                       c.grad_checkpoint)
+        self.vit = ViT(c.image_size, c.patch_size, c.vit_width, c.vit_depth, c.vit_heads,
+                       c.drop_path, c.grad_checkpoint)
         self.med = self._med(("text", "grounded", "decode"))
         self.vision_proj = nn.Linear(c.vit_width, c.embed_dim)
         self.text_proj = nn.Linear(c.text_width, c.embed_dim)
@@ -115,19 +124,23 @@ class BLIP(nn.Module):
         self.text_proj_m = nn.Linear(c.text_width, c.embed_dim)
         self.update_momentum(0.0)  # an exact copy
         # The queues start as random unit vectors: easy negatives until real ones replace them.
-        self.register_buffer("image_queue", F.normalize(torch.randn(c.queue_size, c.embed_dim), dim=-1))
-        self.register_buffer("text_queue", F.normalize(torch.randn(c.queue_size, c.embed_dim), dim=-1))
-        self.register_buffer("queue_ids", torch.full((c.queue_size,), -1))  # -1: an image that nobody's id equals
+        self.register_buffer("image_queue",
+                             F.normalize(torch.randn(c.queue_size, c.embed_dim), dim=-1))
+        self.register_buffer("text_queue",
+                             F.normalize(torch.randn(c.queue_size, c.embed_dim), dim=-1))
+        # -1: an image that nobody's id equals
+        self.register_buffer("queue_ids", torch.full((c.queue_size,), -1))
         self.register_buffer("queue_ptr", torch.zeros((), dtype=torch.long))
         self.set_objectives(OBJECTIVES)
 
     def _med(self, modes: tuple[str, ...]) -> MED:
         c = self.config
-        return MED(c.vocab_size, c.text_width, c.vit_width, c.text_depth, c.text_heads, c.text_ffn, c.max_positions,
-                   c.dropout, c.enc_id, c.dec_id, c.share, modes)
+        return MED(c.vocab_size, c.text_width, c.vit_width, c.text_depth, c.text_heads, c.text_ffn,
+                   c.max_positions, c.dropout, c.enc_id, c.dec_id, c.share, modes)
 
     def train(self, mode: bool = True) -> "BLIP":
-        """NOTE(differs from salesforce/BLIP): the twins stay in eval mode; dropout would only add noise to targets."""
+        """NOTE(differs from salesforce/BLIP): the twins stay in eval mode; dropout would only add
+        noise to targets."""
         super().train(mode)
         for _, twin in self.twins():
             twin.eval()
@@ -135,11 +148,12 @@ class BLIP(nn.Module):
 
     def twins(self) -> list[tuple[nn.Module, nn.Module]]:
         """(online module, its momentum twin) pairs."""
-        return [(self.vit, self.vit_m), (self.med, self.med_m), (self.vision_proj, self.vision_proj_m),
-                (self.text_proj, self.text_proj_m)]
+        return [(self.vit, self.vit_m), (self.med, self.med_m),
+                (self.vision_proj, self.vision_proj_m), (self.text_proj, self.text_proj_m)]
 
     def set_objectives(self, objectives: tuple[str, ...]) -> None:
-        """Switch losses on, in forward() and in what is trainable: a parameter that none of them reaches is frozen.
+        """Switch losses on, in forward() and in what is trainable: a parameter that none of them
+        reaches is frozen.
 
         (DistributedDataParallel wants to know; wrap again after a change.)
         """
@@ -149,7 +163,8 @@ class BLIP(nn.Module):
         self.requires_grad_(False)
         layers = self.med.layers
         bi = [m for layer in layers for m in (layer.attn_bi, layer.ffn)] + [self.med.embeddings]
-        causal = [m for layer in layers for m in (layer.attn_causal, layer.cross_attn_dec, layer.ffn_dec)]
+        causal = [m for layer in layers
+                  for m in (layer.attn_causal, layer.cross_attn_dec, layer.ffn_dec)]
         reached = {
             "itc": bi + [self.vision_proj, self.text_proj],
             "itm": bi + [layer.cross_attn for layer in layers] + [self.itm_head],
@@ -160,7 +175,7 @@ class BLIP(nn.Module):
                 module.requires_grad_(True)
         self.temp.requires_grad_("itc" in objectives)
 
-    # ---- the parts a user calls -----------------------------------------------------------------------------------
+    # ---- the parts a user calls ------------------------------------------------------------------
 
     def encode_image(self, image: Tensor) -> tuple[Tensor, Tensor]:
         """image (B, 3, S, S) -> tokens (B, N, D) and unit features (B, E)."""
@@ -172,25 +187,29 @@ class BLIP(nn.Module):
         return F.normalize(self.text_proj(self.med.encode_text(ids, mask)[:, 0]), dim=-1)
 
     def match(self, kv: ImageKV, ids: Tensor, mask: Tensor) -> Tensor:
-        """kv of B images (`model.med.project(tokens)`), ids and mask (n*B, L) -> ITM logits (n*B, 2), 1 = matched.
+        """kv of B images (`model.med.project(tokens)`), ids and mask (n*B, L) -> ITM logits
+        (n*B, 2), 1 = matched.
 
         Text i is compared with image i // n.
         """
         return self.itm_head(self.med.encode_grounded(ids, mask, kv)[:, 0])
 
     @torch.no_grad()
-    def generate(self, image: Tensor, prompt: list[int] | None = None, method: str = "beam", num_return: int = 1,
-                 **options) -> list[list[tuple[list[int], float]]]:
-        """image (B, 3, S, S) -> per image `num_return` pairs (token ids after the prompt, score), best first.
+    def generate(self, image: Tensor, prompt: list[int] | None = None, method: str = "beam",
+                 num_return: int = 1, **options) -> list[list[tuple[list[int], float]]]:
+        """image (B, 3, S, S) -> per image `num_return` pairs (token ids after the prompt,
+        score), best first.
 
-        method "beam" takes the options of `decoding.beam_search` (score: mean log-probability), "nucleus" those of
-        `decoding.nucleus_sample` (score: log-likelihood). `prompt` holds the ids of "a picture of", say.
+        method "beam" takes the options of `decoding.beam_search` (score: mean log-probability),
+        "nucleus" those of `decoding.nucleus_sample` (score: log-likelihood). `prompt` holds the ids
+        of "a picture of", say.
         """
         prompt = [self.config.dec_id] + (prompt or [])
         limit = options.setdefault("max_length", 20)
         if len(prompt) >= limit or limit > self.config.max_positions:
-            raise ValueError(f"a prompt of {len(prompt)} tokens ([DEC] included) and max_length {limit} do not fit "
-                             f"together in the model's {self.config.max_positions} positions")
+            raise ValueError(f"a prompt of {len(prompt)} tokens ([DEC] included) and max_length "
+                             f"{limit} do not fit together in the model's "
+                             f"{self.config.max_positions} positions")
         if method not in ("beam", "nucleus"):
             raise ValueError(f"method is {method!r}; choose beam or nucleus")
         copies = 1 if method == "beam" else num_return
@@ -200,44 +219,52 @@ class BLIP(nn.Module):
         step = CaptionStep(self.med, kv, images)
         if method == "beam":
             options.setdefault("beams", max(3, num_return))
-            found = [h[:num_return] for h in beam_search(step, start, self.config.sep_id, **options)]
+            found = [h[:num_return]
+                     for h in beam_search(step, start, self.config.sep_id, **options)]
         else:
             samples = nucleus_sample(step, start, self.config.sep_id, **options)
-            found = [sorted(samples[i:i + copies], key=lambda s: -s[1]) for i in range(0, len(samples), copies)]
+            found = [sorted(samples[i:i + copies], key=lambda s: -s[1])
+                     for i in range(0, len(samples), copies)]
         return [[(ids[len(prompt):], score) for ids, score in captions] for captions in found]
 
-    # ---- training -------------------------------------------------------------------------------------------------
+    # ---- training --------------------------------------------------------------------------------
 
-    def forward(self, image: Tensor, ids: Tensor, mask: Tensor, alpha: float = 0.0, image_ids: Tensor | None = None,
+    def forward(self, image: Tensor, ids: Tensor, mask: Tensor, alpha: float = 0.0,
+                image_ids: Tensor | None = None,
                 prompt_length: int = 0) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """image (B, 3, S, S), ids and mask (B, L) -> losses {"itc", "itm", "lm"} (scalars) and keys for the queue.
+        """image (B, 3, S, S), ids and mask (B, L) -> losses {"itc", "itm", "lm"} (scalars) and keys
+        for the queue.
 
-        alpha in [0, 1] weighs the twins' soft targets; image_ids (B,) tell which texts share an image; prompt_length
-        leading tokens give no LM loss. Nothing in the model changes.
+        alpha in [0, 1] weighs the twins' soft targets; image_ids (B,) tell which texts share an
+        image; prompt_length leading tokens give no LM loss. Nothing in the model changes.
         """
         tokens, image_feat = self.encode_image(image)
         kv = None
         if "itm" in self.objectives or "lm" in self.objectives:
-            kv = self.med.project(tokens)  # once: every text below that looks at an image reads these
+            # once: every text below that looks at an image reads these
+            kv = self.med.project(tokens)
         losses, keys, sims = {}, {}, None
         if "itc" in self.objectives:
             losses["itc"], keys, sims = self._itc(image, image_feat, ids, mask, alpha, image_ids)
         if "itm" in self.objectives:
             losses["itm"] = self._itm(kv, ids, mask, sims, image_ids)
         if "lm" in self.objectives:
-            states, _ = self.med.decode(ids[:, :-1], mask[:, :-1], kv)  # the last token predicts nothing
+            # the last token predicts nothing
+            states, _ = self.med.decode(ids[:, :-1], mask[:, :-1], kv)
             targets = L.next_token_targets(ids, mask, prompt_length)
             losses["lm"] = L.lm_loss(self.med.logits(states), targets, self.config.label_smoothing)
         return losses, keys
 
     def _itc(self, image, image_feat, ids, mask, alpha, image_ids):
-        """-> the loss, this batch's momentum features for the queue, and (sim_i2t, sim_t2i) (B, B) for mining."""
+        """-> the loss, this batch's momentum features for the queue, and (sim_i2t, sim_t2i) (B, B)
+        for mining."""
         text_feat = self.encode_text(ids, mask)
         with torch.no_grad():
             image_feat_m = F.normalize(self.vision_proj_m(self.vit_m(image)[:, 0]), dim=-1)
-            text_feat_m = F.normalize(self.text_proj_m(self.med_m.encode_text(ids, mask)[:, 0]), dim=-1)
-            # Columns: this rank's momentum features, then the queue, where the other ranks' follow a step later.
-            # So 2 processes x 4 pairs is not 1 process x 8 pairs, by BLIP's design.
+            text_feat_m = F.normalize(self.text_proj_m(self.med_m.encode_text(ids, mask)[:, 0]),
+                                      dim=-1)
+            # Columns: this rank's momentum features, then the queue, where the other ranks' follow
+            # a step later. So 2 processes x 4 pairs is not 1 process x 8 pairs, by BLIP's design.
             image_keys = torch.cat([image_feat_m, self.image_queue.to(image_feat_m.dtype)])
             text_keys = torch.cat([text_feat_m, self.text_queue.to(text_feat_m.dtype)])
             positives = None
@@ -261,7 +288,8 @@ class BLIP(nn.Module):
         text_neg, text_valid = L.mine_hard_negatives(sims[0], positives)
         image_neg, image_valid = L.mine_hard_negatives(sims[1], positives)
         # Each image is read by its own text and by its hard text: two texts in one row of queries.
-        own_and_hard = torch.stack([torch.arange(B, device=ids.device), text_neg], 1).flatten()  # (2B,)
+        own_and_hard = torch.stack([torch.arange(B, device=ids.device), text_neg],
+                                   1).flatten()  # (2B,)
         logits = torch.cat([self.match(kv, ids[own_and_hard], mask[own_and_hard]),
                             self.match(kv.select(image_neg), ids, mask)])
         yes, no = torch.ones_like(text_neg), torch.zeros_like(text_neg)
@@ -269,7 +297,7 @@ class BLIP(nn.Module):
         valid = torch.cat([torch.stack([yes.bool(), text_valid], 1).flatten(), image_valid])
         return L.itm_loss(logits, matched, valid)
 
-    # ---- the three lines after the optimizer step (MoCo, algorithm 1) ---------------------------------------------
+    # ---- the three lines after the optimizer step (MoCo, algorithm 1) ----------------------------
 
     @torch.no_grad()
     def update_momentum(self, momentum: float | None = None) -> None:
@@ -281,15 +309,18 @@ class BLIP(nn.Module):
 
     @torch.no_grad()
     def enqueue(self, keys: dict[str, Tensor]) -> None:
-        """Put the momentum features of all ranks into the queues, over the oldest ones. Any batch size: it wraps.
+        """Put the momentum features of all ranks into the queues, over the oldest ones. Any batch
+        size: it wraps.
 
-        With gradient accumulation, one call per optimizer step with the micro-batches' keys concatenated.
+        With gradient accumulation, one call per optimizer step with the micro-batches' keys
+        concatenated.
         """
         size = self.config.queue_size
         if not keys or size == 0:
             return
         gathered = {name: distributed.all_gather(value)[-size:] for name, value in keys.items()}
-        slots = (self.queue_ptr + torch.arange(len(gathered["ids"]), device=self.queue_ptr.device)) % size
+        slots = (self.queue_ptr
+                 + torch.arange(len(gathered["ids"]), device=self.queue_ptr.device)) % size
         self.image_queue[slots] = gathered["image"].to(self.image_queue.dtype)
         self.text_queue[slots] = gathered["text"].to(self.text_queue.dtype)
         self.queue_ids[slots] = gathered["ids"]
@@ -297,15 +328,17 @@ class BLIP(nn.Module):
 
     @torch.no_grad()
     def clamp_temperature(self) -> None:
-        """Into [temp_min, temp_max]. Outside the graph: inside, the gradient would die beyond the range."""
+        """Into [temp_min, temp_max]. Outside the graph: inside, the gradient would die beyond
+        the range."""
         self.temp.clamp_(self.config.temp_min, self.config.temp_max)
 
 
 def init_weights(module: nn.Module) -> None:
-    """Normal with std 1/sqrt(fan in), so that a unit-variance input gives a unit-variance output at every width.
+    """Normal with std 1/sqrt(fan in), so that a unit-variance input gives a unit-variance output at
+    every width.
 
-    The usual std of 0.02 is about half of that at width 768, where BERT and ViT use it, and a quarter at width 128,
-    where a model initialised with 0.02 hardly learns at all.
+    The usual std of 0.02 is about half of that at width 768, where BERT and ViT use it, and a
+    quarter at width 128, where a model initialised with 0.02 hardly learns at all.
     """
     if isinstance(module, (nn.Linear, nn.Conv2d)):
         nn.init.normal_(module.weight, std=module.weight[0].numel() ** -0.5)
@@ -313,7 +346,8 @@ def init_weights(module: nn.Module) -> None:
     elif isinstance(module, nn.Embedding):
         nn.init.normal_(module.weight, std=module.embedding_dim ** -0.5)
     elif isinstance(module, ViT):
-        # On the scale of the patch embeddings that they are added to. Positions that start small are learnt late, and
-        # with them everything that depends on where things are (measured: "The tiny preset" in the README).
+        # On the scale of the patch embeddings that they are added to. Positions that start small
+        # are learnt late, and with them everything that depends on where things are (measured: "The
+        # tiny preset" in the README).
         nn.init.normal_(module.cls_token, std=0.5)
         nn.init.normal_(module.pos_embed, std=0.5)

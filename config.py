@@ -1,6 +1,8 @@
-"""The recipe: every setting of a run, the presets, the schedules, and the command line made from them.
+"""The recipe: every setting of a run, the presets, the schedules, and the command line
+made from them.
 
-Every field of BLIPConfig and TrainConfig is a flag of train.py; the comment behind a field is its help text.
+Every field of BLIPConfig and TrainConfig is a flag of train.py; the comment behind a field is
+its help text.
 """
 
 import argparse
@@ -14,7 +16,8 @@ from blip import OBJECTIVES, SIZES, BLIPConfig
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """The recipe. The defaults are the paper's for ViT-B (BLIP sec. 4.1); PRESETS override what differs."""
+    """The recipe. The defaults are the paper's for ViT-B (BLIP sec. 4.1); PRESETS override
+    what differs."""
 
     preset: str = "tiny"  # tiny, base or large: sizes and recipe
     data: str = ""  # json of training pairs, BLIP or Karpathy format; none: the built-in world
@@ -29,7 +32,7 @@ class TrainConfig:
     batch_size: int = 2880  # pairs a step, over all processes
     lr: float = 3e-4  # peak learning rate
     min_lr: float = 1e-6  # where the decay ends
-    schedule: str = "step"  # step: x lr_decay each epoch (pretraining); cosine: to min_lr, every step
+    schedule: str = "step"  # step: x lr_decay each epoch (pretraining); cosine: to min_lr each step
     lr_decay: float = 0.85  # per epoch, for schedule step (paper; the released yaml has 0.9)
     warmup_steps: int = 3000  # linear warm-up
     warmup_lr: float = 1e-6  # where the warm-up starts
@@ -41,7 +44,7 @@ class TrainConfig:
     itc_weight: float = 1.0  # of the loss; 0 switches it off
     itm_weight: float = 1.0  # of the loss; 0 switches it off
     lm_weight: float = 1.0  # of the loss; 0 switches it off
-    lm_only_steps: int = 0  # first so many steps train LM alone (a warm start for tiny models; not in the paper)
+    lm_only_steps: int = 0  # steps of LM alone first (warm start for tiny models; not in the paper)
     augment: bool = True  # random crop, flip, RandAugment on photographs; the world has none
     crop_min: float = 0.2  # smallest share of the area in a random crop
     max_tokens: int = 30  # a longer text is cut
@@ -58,11 +61,14 @@ class TrainConfig:
 
     def __post_init__(self):
         for name, allowed in (("preset", tuple(PRESETS)), ("schedule", ("step", "cosine")),
-                              ("precision", ("auto", "bf16", "fp32")), ("val_split", ("val", "test"))):
+                              ("precision", ("auto", "bf16", "fp32")),
+                              ("val_split", ("val", "test"))):
             if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} is {getattr(self, name)!r}; choose one of {', '.join(allowed)}")
+                raise ValueError(f"{name} is {getattr(self, name)!r}; choose one of "
+                                 f"{', '.join(allowed)}")
         if self.batch_size < 1 or self.epochs < 1 or not any(self.weights().values()):
-            raise ValueError("batch_size and epochs must be at least 1, and one of the loss weights above 0")
+            raise ValueError("batch_size and epochs must be at least 1, and one of the loss "
+                             "weights above 0")
 
     def weights(self) -> dict[str, float]:
         """Objective -> weight of its loss; the paper's are 1."""
@@ -73,14 +79,14 @@ PRESETS = {
     "base": {},
     "large": dict(lr=2e-4, batch_size=2400),  # BLIP sec. 4.1
     # Measured, not the paper's: see "The tiny preset" in the README.
-    "tiny": dict(epochs=1, batch_size=64, lr=1e-3, schedule="cosine", warmup_steps=100, beta2=0.98, grad_clip=1.0,
-                 alpha_epochs=0.3, lm_only_steps=400, vocab_pieces=4000, workers=1),
+    "tiny": dict(epochs=1, batch_size=64, lr=1e-3, schedule="cosine", warmup_steps=100, beta2=0.98,
+                 grad_clip=1.0, alpha_epochs=0.3, lm_only_steps=400, vocab_pieces=4000, workers=1),
 }
 # What may differ from the checkpoint when a run is resumed: nothing that the result depends on.
 FREE_ON_RESUME = {"out", "device", "workers", "log_every", "save_every"}
 
 
-# ---- command line -----------------------------------------------------------------------------------------------------
+# ---- command line --------------------------------------------------------------------------------
 
 def field_help(config_class: type) -> dict[str, str]:
     """Field -> the comment behind it in the class's source, which so documents the flag as well."""
@@ -95,18 +101,23 @@ def truth(text: str) -> bool:
 
 
 def parse(arguments: list[str], description: str) -> tuple[BLIPConfig, TrainConfig, bool, set[str]]:
-    """`description` heads the help -> model and training configuration, whether to resume, and the names of the flags that were given."""
+    """`description` heads the help -> model and training configuration, whether to resume, and the
+    names of the flags that were given."""
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--resume", action="store_true", help="continue from checkpoint.pt in --out")
+    parser.add_argument("--resume", action="store_true",
+                        help="continue from checkpoint.pt in --out")
     for title, config_class in (("training", TrainConfig), ("model", BLIPConfig)):
         group, help_of = parser.add_argument_group(title), field_help(config_class)
         for f in fields(config_class):
             if not help_of[f.name].startswith("set from the tokenizer"):
-                tiny = (PRESETS if config_class is TrainConfig else SIZES)["tiny"].get(f.name, f.default)
+                tiny = (PRESETS if config_class is TrainConfig
+                        else SIZES)["tiny"].get(f.name, f.default)
                 shown = f"default {f.default!r}" + (f", tiny {tiny!r}" if tiny != f.default else "")
-                group.add_argument("--" + f.name.replace("_", "-"), type=truth if f.type is bool else f.type,
-                                   default=argparse.SUPPRESS, help=f"{help_of[f.name]} ({shown})".replace("%", "%%"))
+                group.add_argument("--" + f.name.replace("_", "-"),
+                                   type=truth if f.type is bool else f.type,
+                                   default=argparse.SUPPRESS,
+                                   help=f"{help_of[f.name]} ({shown})".replace("%", "%%"))
     given = vars(parser.parse_args(arguments))
     resume, preset = given.pop("resume"), given.get("preset", TrainConfig.preset)
     def build(config_class, presets):
@@ -118,7 +129,7 @@ def parse(arguments: list[str], description: str) -> tuple[BLIPConfig, TrainConf
         parser.error(str(error))
 
 
-# ---- schedules --------------------------------------------------------------------------------------------------------
+# ---- schedules -----------------------------------------------------------------------------------
 
 def learning_rate(config: TrainConfig, step: int, steps_per_epoch: int) -> float:
     """Learning rate of a step (from 0): linear warm-up, then the schedule."""
@@ -131,7 +142,8 @@ def learning_rate(config: TrainConfig, step: int, steps_per_epoch: int) -> float
 
 
 def alpha_at(config: TrainConfig, step: int, steps_per_epoch: int) -> float:
-    """Weight of the soft targets: 0 -> alpha over alpha_epochs, counted from the first step with ITC."""
+    """Weight of the soft targets: 0 -> alpha over alpha_epochs, counted from the first step
+    with ITC."""
     ramp = config.alpha_epochs * steps_per_epoch
     return config.alpha * min(1.0, max(0, step - config.lm_only_steps) / ramp if ramp else 1.0)
 

@@ -1,11 +1,13 @@
-"""Words and pictures: the WordPiece tokenizer, image transforms, readers for the data formats that users bring.
+"""Words and pictures: the WordPiece tokenizer, image transforms, readers for the data formats that
+users bring.
 
     Tokenizer        text <-> ids, trained on captions in a second or read from BERT's vocab.txt
     load_image       file -> (3, S, S) uint8: augmented for training, plainly resized for evaluation
     read_pairs       BLIP json, Karpathy json -> a list of Pair
     PairDataset      Pairs as a torch Dataset; Collate makes batches padded to their longest text
 
-A mistake in a user's data is an InputError: one sentence that names the file, the record and the remedy.
+A mistake in a user's data is an InputError: one sentence that names the file, the record
+and the remedy.
 """
 
 import json
@@ -33,28 +35,33 @@ MAX_WORDS = 30  # of a caption (released code)
 
 
 class InputError(ValueError):
-    """A mistake that a user can make. The message is one sentence; scripts print it without a traceback."""
+    """A mistake that a user can make. The message is one sentence; scripts print it without a
+    traceback."""
 
 
-# ---- text -------------------------------------------------------------------------------------------------------------
+# ---- text ----------------------------------------------------------------------------------------
 
 def clean_caption(text: str, max_words: int = MAX_WORDS) -> str:
-    """Lower case, the signs . ! " ( ) * # : ; ~ become spaces, spaces collapsed, cut after max_words (released code)."""
+    """Lower case, the signs . ! " ( ) * # : ; ~ become spaces, spaces collapsed, cut after
+    max_words (released code)."""
     return " ".join(re.sub(r"[.!\"()*#:;~]", " ", text.lower()).split()[:max_words])
 
 
 class Tokenizer:
-    """BERT's uncased WordPiece with two more tokens at the end: [DEC] starts the decoder's text, [ENC] the encoder's."""
+    """BERT's uncased WordPiece with two more tokens at the end: [DEC] starts the decoder's text,
+    [ENC] the encoder's."""
 
     def __init__(self, vocab: list[str], name: str = "the vocabulary"):
         """vocab: token of each id, as `state` returns it."""
         missing = [token for token in (PAD, UNK, CLS, SEP) if token not in vocab]
         if missing:
             raise InputError(f"{name} lacks {', '.join(missing)}, which BERT's WordPiece needs; "
-                             "take the vocab.txt of bert-base-uncased, or leave --vocab out to train one")
+                             "take the vocab.txt of bert-base-uncased, or leave --vocab out to "
+                             "train one")
         self.vocab = vocab + [token for token in (DEC, ENC) if token not in vocab]
         self.ids = {token: i for i, token in enumerate(self.vocab)}
-        self.pad, self.cls, self.sep, self.dec, self.enc = (self.ids[t] for t in (PAD, CLS, SEP, DEC, ENC))
+        self.pad, self.cls, self.sep, self.dec, self.enc = (self.ids[t]
+                                                            for t in (PAD, CLS, SEP, DEC, ENC))
         self.pieces = HFTokenizer(models.WordPiece(self.ids, unk_token=UNK))
         self.pieces.normalizer = normalizers.BertNormalizer(lowercase=True)
         self.pieces.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
@@ -62,16 +69,18 @@ class Tokenizer:
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int = 8000) -> "Tokenizer":
-        """A vocabulary of at most `vocab_size` pieces (with [DEC] and [ENC]) from texts; seconds for a million words."""
+        """A vocabulary of at most `vocab_size` pieces (with [DEC] and [ENC]) from texts; seconds
+        for a million words."""
         learner = HFTokenizer(models.WordPiece(unk_token=UNK))
         learner.normalizer = normalizers.BertNormalizer(lowercase=True)
         learner.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
         texts = [learner.normalizer.normalize_str(clean_caption(text)) for text in texts]
-        # The trainer numbers inner letters in the order of a hash table, and breaks ties by number: naming them first
-        # makes the vocabulary the same in every run.
+        # The trainer numbers inner letters in the order of a hash table, and breaks ties by number:
+        # naming them first makes the vocabulary the same in every run.
         letters = sorted(set("".join(texts)) - {" "})
         learner.train_from_iterator(texts, trainers.WordPieceTrainer(
-            vocab_size=vocab_size - 2, special_tokens=[PAD, UNK, CLS, SEP, MASK] + ["##" + c for c in letters],
+            vocab_size=vocab_size - 2,
+            special_tokens=[PAD, UNK, CLS, SEP, MASK] + ["##" + c for c in letters],
             min_frequency=2, show_progress=False))
         ids = learner.get_vocab()
         return cls(sorted(ids, key=ids.get))
@@ -82,10 +91,12 @@ class Tokenizer:
         try:
             lines = Path(path).read_text(encoding="utf-8").splitlines()
         except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"vocabulary {path} cannot be read ({error}); give a vocab.txt with one token a line")
+            raise InputError(f"vocabulary {path} cannot be read ({error}); give a vocab.txt with "
+                             "one token a line")
         repeated = [token for token, n in Counter(lines).items() if n > 1]
         if repeated:
-            raise InputError(f"vocabulary {path} lists {repeated[0]!r} twice; every line must be another token")
+            raise InputError(f"vocabulary {path} lists {repeated[0]!r} twice; every line must be "
+                             "another token")
         return cls(lines, f"vocabulary {path}")
 
     def state(self) -> list[str]:
@@ -102,7 +113,8 @@ class Tokenizer:
         return self.pieces.encode(text, add_special_tokens=False).ids
 
     def encode(self, texts: list[str], max_tokens: int = 30) -> tuple[Tensor, Tensor]:
-        """texts -> ids and mask (B, L): [CLS] pieces [SEP], padded to the longest, cut to max_tokens with [SEP] kept."""
+        """texts -> ids and mask (B, L): [CLS] pieces [SEP], padded to the longest, cut to
+        max_tokens with [SEP] kept."""
         rows = [[self.cls] + e.ids[:max_tokens - 2] + [self.sep]
                 for e in self.pieces.encode_batch(list(texts), add_special_tokens=False)]
         length = max(len(row) for row in rows)
@@ -116,19 +128,23 @@ class Tokenizer:
         return self.pieces.decode([int(i) for i in ids if int(i) not in special])
 
 
-# ---- pictures ---------------------------------------------------------------------------------------------------------
+# ---- pictures ------------------------------------------------------------------------------------
 
 def normalise(image: Tensor) -> Tensor:
-    """image (B, 3, S, S) uint8 -> float, minus CLIP's mean, over CLIP's std. Done on the device: bytes travel, not floats."""
+    """image (B, 3, S, S) uint8 -> float, minus CLIP's mean, over CLIP's std. Done on the device:
+    bytes travel, not floats."""
     mean = torch.tensor(CLIP_MEAN, device=image.device).view(3, 1, 1) * 255
     std = torch.tensor(CLIP_STD, device=image.device).view(3, 1, 1) * 255
     return (image.float() - mean) / std
 
 
-def random_crop(width: int, height: int, scale: tuple[float, float], rng: random.Random) -> tuple[float, ...]:
-    """-> box (left, top, right, bottom) of a random share of the area, aspect ratio 3/4 to 4/3 (Szegedy et al. 2015)."""
+def random_crop(width: int, height: int, scale: tuple[float, float],
+                rng: random.Random) -> tuple[float, ...]:
+    """-> box (left, top, right, bottom) of a random share of the area, aspect ratio 3/4 to 4/3
+    (Szegedy et al. 2015)."""
     for _ in range(10):
-        area, ratio = width * height * rng.uniform(*scale), np.exp(rng.uniform(np.log(3 / 4), np.log(4 / 3)))
+        area, ratio = (width * height * rng.uniform(*scale),
+                       np.exp(rng.uniform(np.log(3 / 4), np.log(4 / 3))))
         w, h = (area * ratio) ** 0.5, (area / ratio) ** 0.5
         if w <= width and h <= height:
             left, top = rng.uniform(0, width - w), rng.uniform(0, height - h)
@@ -136,17 +152,18 @@ def random_crop(width: int, height: int, scale: tuple[float, float], rng: random
     return 0, 0, width, height
 
 
-def rand_augment(image: Image.Image, rng: random.Random, operations: int = 2, magnitude: int = 5) -> Image.Image:
-    """Two random operations, each applied with probability 0.5, drawn with replacement; no colour operation, since
-    captions name colours (BLIP sec. 4.1; released code). At magnitude 5 of 10, brightness and sharpness come out as 1.0,
-    the identity: they are drawn, and do nothing."""
+def rand_augment(image: Image.Image, rng: random.Random, operations: int = 2,
+                 magnitude: int = 5) -> Image.Image:
+    """Two random operations, each applied with probability 0.5, drawn with replacement; no colour
+    operation, since captions name colours (BLIP sec. 4.1; released code). At magnitude 5 of 10,
+    brightness and sharpness come out as 1.0, the identity: they are drawn, and do nothing."""
     level = magnitude / 10
     def affine(a=1.0, b=0.0, c=0.0, d=0.0, e=1.0, f=0.0):
-        return image.transform(image.size, Image.Transform.AFFINE, (a, b, c, d, e, f), Image.Resampling.BILINEAR,
-                               fillcolor=(128, 128, 128))
+        return image.transform(image.size, Image.Transform.AFFINE, (a, b, c, d, e, f),
+                               Image.Resampling.BILINEAR, fillcolor=(128, 128, 128))
     for _ in range(operations):
-        name = rng.choice(("identity", "autocontrast", "brightness", "sharpness", "equalize", "shear_x", "shear_y",
-                           "translate_x", "translate_y", "rotate"))
+        name = rng.choice(("identity", "autocontrast", "brightness", "sharpness", "equalize",
+                           "shear_x", "shear_y", "translate_x", "translate_y", "rotate"))
         sign = rng.choice((-1, 1))
         if rng.random() > 0.5:
             continue
@@ -163,22 +180,25 @@ def rand_augment(image: Image.Image, rng: random.Random, operations: int = 2, ma
         elif name == "translate_y":
             image = affine(f=sign * 10 * level)
         elif name == "rotate":
-            image = image.rotate(sign * 30 * level, Image.Resampling.BILINEAR, fillcolor=(128, 128, 128))
+            image = image.rotate(sign * 30 * level, Image.Resampling.BILINEAR,
+                                 fillcolor=(128, 128, 128))
     return image
 
 
 def load_image(path: str | Path, size: int, rng: random.Random | None = None,
                crop: tuple[float, float] = (0.2, 1.0), flip: bool = True) -> Tensor:
-    """Image file -> (3, size, size) uint8. Without `rng`: the whole picture, resized to a square (evaluation). With it:
-    random crop of a share `crop` of the area, horizontal flip where allowed, RandAugment (training). Raises OSError.
+    """Image file -> (3, size, size) uint8. Without `rng`: the whole picture, resized to a square
+    (evaluation). With it: random crop of a share `crop` of the area, horizontal flip where allowed,
+    RandAugment (training). Raises OSError.
     """
     try:
         with Image.open(path) as image:
             width, height = image.size
             box = random_crop(width, height, crop, rng) if rng else (0, 0, width, height)
-            # A JPEG can be decoded at 1/2, 1/4 or 1/8 of its size for a fraction of the time: as small as the crop
-            # still has `size` pixels.
-            image.draft("RGB", (int(size * width / (box[2] - box[0])) + 1, int(size * height / (box[3] - box[1])) + 1))
+            # A JPEG can be decoded at 1/2, 1/4 or 1/8 of its size for a fraction of the time: as
+            # small as the crop still has `size` pixels.
+            image.draft("RGB", (int(size * width / (box[2] - box[0])) + 1,
+                                int(size * height / (box[3] - box[1])) + 1))
             x, y = image.size[0] / width, image.size[1] / height
             image = image.convert("RGB").resize((size, size), Image.Resampling.BICUBIC,
                                                 (box[0] * x, box[1] * y, box[2] * x, box[3] * y))
@@ -191,11 +211,12 @@ def load_image(path: str | Path, size: int, rng: random.Random | None = None,
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
-# ---- files of pairs ---------------------------------------------------------------------------------------------------
+# ---- files of pairs ------------------------------------------------------------------------------
 
 @dataclass(frozen=True)
 class Pair:
-    """An image and its captions. `image` is relative to the image root; image_id tells which rows share an image."""
+    """An image and its captions. `image` is relative to the image root; image_id tells which rows
+    share an image."""
 
     image: str
     captions: tuple[str, ...]
@@ -211,20 +232,26 @@ def read_json(path: str | Path):
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path} cannot be read ({error})")
     except json.JSONDecodeError as error:
-        raise InputError(f"{path} is not valid json: {error.msg} in line {error.lineno}, column {error.colno} "
-                         f"(near {error.doc[max(error.pos - 20, 0):error.pos + 20]!r}); repair it there")
+        raise InputError(f"{path} is not valid json: {error.msg} in line {error.lineno}, "
+                         f"column {error.colno} (near "
+                         f"{error.doc[max(error.pos - 20, 0):error.pos + 20]!r}); repair it there")
 
 
-def read_pairs(path: str | Path, image_root: str | Path | None = None, split: str = "train") -> list[Pair]:
-    """Read BLIP json (a list of {image, caption: text or texts, image_id?}) or Karpathy json ({images: [...]}, of which
-    the given split is taken; "restval" belongs to train). Rows of one image are told by image_id, or by the path.
+def read_pairs(path: str | Path, image_root: str | Path | None = None,
+               split: str = "train") -> list[Pair]:
+    """Read BLIP json (a list of {image, caption: text or texts, image_id?}) or Karpathy json
+    ({images: [...]}, of which the given split is taken; "restval" belongs to train). Rows of one
+    image are told by image_id, or by the path.
 
-    Captions are cleaned (`clean_caption`); empty ones are left out and counted on the screen. Raises InputError.
+    Captions are cleaned (`clean_caption`); empty ones are left out and counted on the screen.
+    Raises InputError.
     """
-    content, root, pairs, empty = read_json(path), os.path.abspath(image_root or Path(path).parent), [], []
+    content, root, pairs, empty = (read_json(path),
+                                   os.path.abspath(image_root or Path(path).parent), [], [])
     karpathy = isinstance(content, dict) and isinstance(content.get("images"), list)
     if not karpathy and not isinstance(content, list):
-        raise InputError(f"{path} is neither a list of {{image, caption}} records nor a Karpathy file with \"images\"")
+        raise InputError(f"{path} is neither a list of {{image, caption}} records nor a Karpathy "
+                         "file with \"images\"")
     numbers: dict = {}
     for number, record in enumerate(content["images"] if karpathy else content):
         where = f"{path}, record {number}"
@@ -237,7 +264,8 @@ def read_pairs(path: str | Path, image_root: str | Path | None = None, split: st
             else:
                 image, captions = record["image"], record["caption"]
         except (KeyError, TypeError, AttributeError) as error:
-            missing = f"{error} is missing" if isinstance(error, KeyError) else f"it is {str(record)[:60]!r}"
+            missing = (f"{error} is missing" if isinstance(error, KeyError)
+                       else f"it is {str(record)[:60]!r}")
             wanted = "filename, split and sentences[].raw" if karpathy else "image and caption"
             raise InputError(f"{where}: {missing}; a record needs {wanted}")
         captions = [captions] if isinstance(captions, str) else captions
@@ -254,25 +282,29 @@ def read_pairs(path: str | Path, image_root: str | Path | None = None, split: st
             key = record.get("image_id", image)
             pairs.append(Pair(image, cleaned, numbers.setdefault(key, len(numbers))))
     if empty:
-        print(f"{path}: {len(empty)} records have an empty caption (the first is record {empty[0]}); "
-              "the empty ones are left out")
+        print(f"{path}: {len(empty)} records have an empty caption (the first is record "
+              f"{empty[0]}); the empty ones are left out")
     if not pairs:
-        raise InputError(f"{path} holds no image with a caption" + (f" in split {split!r}" if karpathy else ""))
+        raise InputError(f"{path} holds no image with a caption"
+                         + (f" in split {split!r}" if karpathy else ""))
     return pairs
 
 
 class PairDataset(Dataset):
     """Pairs as items {image (3, S, S) uint8, text, texts, image_id, broken}.
 
-    Training (`augment=True`): one item per caption, augmented anew each epoch as a function of (seed, epoch, index); an
-    image that cannot be read is replaced by the next one that can, so that batches keep their size. Evaluation: one item
-    per image with all its captions; an unreadable image has `image` None. `broken` names what could not be read.
+    Training (`augment=True`): one item per caption, augmented anew each epoch as a function of
+    (seed, epoch, index); an image that cannot be read is replaced by the next one that can, so that
+    batches keep their size. Evaluation: one item per image with all its captions; an unreadable
+    image has `image` None. `broken` names what could not be read.
     """
 
-    def __init__(self, pairs: list[Pair], image_root: str | Path, image_size: int, augment: bool = False,
-                 crop: tuple[float, float] = (0.2, 1.0), seed: int = 0):
-        self.root, self.image_size, self.augment, self.crop, self.seed = Path(image_root), image_size, augment, crop, seed
-        self.pairs = [Pair(p.image, (c,), p.image_id) for p in pairs for c in p.captions] if augment else pairs
+    def __init__(self, pairs: list[Pair], image_root: str | Path, image_size: int,
+                 augment: bool = False, crop: tuple[float, float] = (0.2, 1.0), seed: int = 0):
+        self.root, self.image_size, self.augment, self.crop, self.seed = (
+            Path(image_root), image_size, augment, crop, seed)
+        self.pairs = ([Pair(p.image, (c,), p.image_id) for p in pairs for c in p.captions]
+                      if augment else pairs)
         self.epoch = 0
 
     def __len__(self) -> int:
@@ -293,13 +325,13 @@ class PairDataset(Dataset):
                 break
             except OSError as error:
                 broken.append(f"{pair.image} ({error})")
-        return {"image": image, "text": pair.captions[0], "texts": pair.captions, "image_id": pair.image_id,
-                "broken": broken}
+        return {"image": image, "text": pair.captions[0], "texts": pair.captions,
+                "image_id": pair.image_id, "broken": broken}
 
 
 class Collate:
-    """Items -> batch {image (B, 3, S, S) uint8, ids and mask (B, L), image_id (B,), texts, broken}, padded to the
-    longest text in it. Items whose image is None are left out."""
+    """Items -> batch {image (B, 3, S, S) uint8, ids and mask (B, L), image_id (B,), texts, broken},
+    padded to the longest text in it. Items whose image is None are left out."""
 
     def __init__(self, tokenizer: Tokenizer, max_tokens: int = 30):
         self.tokenizer, self.max_tokens = tokenizer, max_tokens

@@ -2,13 +2,17 @@
 
 Both drive one function, `step(tokens, rows) -> logits`:
 
-    tokens (R, t)   the new tokens of R sequences: the whole prompt in the first call (t = prompt length), then t = 1
-    rows (R,)       which row of the previous call each sequence continues (the identity in the first call)
+    tokens (R, t)   the new tokens of R sequences: the whole prompt in the first call (t = prompt
+                    length), then t = 1
+    rows (R,)       which row of the previous call each sequence continues (the identity in the
+                    first call)
     logits (R, V)   for the token that comes next
 
-`rows` is all that the two searches need to say: a beam that splits repeats a row, a finished sequence is in no row and
-costs nothing from then on. The step keeps its own cache of keys and values (`blip.CaptionStep`).
-Lengths count every token from the first one of the prompt, [DEC] included, and exclude the closing [SEP].
+`rows` is all that the two searches need to say: a beam that splits repeats a row, a finished
+sequence is in no row and costs nothing from then on. The step keeps its own cache of keys and
+values (`blip.CaptionStep`).
+Lengths count every token from the first one of the prompt, [DEC] included, and exclude the
+closing [SEP].
 """
 
 from collections.abc import Callable
@@ -20,9 +24,11 @@ Step = Callable[[Tensor, Tensor], Tensor]
 
 
 def penalise_repetition(scores: Tensor, sequences: Tensor, penalty: float) -> Tensor:
-    """scores (R, V), sequences (R, t) -> scores in which each token already present is less likely (CTRL, eq. 2).
+    """scores (R, V), sequences (R, t) -> scores in which each token already present is less likely
+    (CTRL, eq. 2).
 
-    Negative scores are multiplied by the penalty, positive ones divided: it works on logits and log-probabilities.
+    Negative scores are multiplied by the penalty, positive ones divided: it works on logits and
+    log-probabilities.
     """
     if penalty == 1.0:
         return scores
@@ -33,8 +39,8 @@ def penalise_repetition(scores: Tensor, sequences: Tensor, penalty: float) -> Te
 def top_p_filter(logits: Tensor, top_p: float) -> Tensor:
     """logits (R, V) -> logits with -inf outside the nucleus (Holtzman et al. 2020).
 
-    The nucleus is the shortest list of most likely tokens whose probabilities reach p; the token that crosses p belongs
-    to it: rank r stays when r = 0 or the probability mass before r is <= p.
+    The nucleus is the shortest list of most likely tokens whose probabilities reach p; the token
+    that crosses p belongs to it: rank r stays when r = 0 or the probability mass before r is <= p.
     """
     ordered, order = logits.sort(-1, descending=True)
     probability = ordered.softmax(-1)
@@ -52,21 +58,25 @@ def top_k_filter(logits: Tensor, top_k: int) -> Tensor:
 
 
 @torch.no_grad()
-def nucleus_sample(step: Step, prompt: Tensor, eos: int, max_length: int = 20, min_length: int = 5, top_p: float = 0.9,
-                   temperature: float = 1.0, top_k: int = 0, repetition_penalty: float = 1.0,
-                   generator: torch.Generator | None = None,
+def nucleus_sample(step: Step, prompt: Tensor, eos: int, max_length: int = 20, min_length: int = 5,
+                   top_p: float = 0.9, temperature: float = 1.0, top_k: int = 0,
+                   repetition_penalty: float = 1.0, generator: torch.Generator | None = None,
                    draw: Callable[[Tensor], Tensor] | None = None) -> list[tuple[list[int], float]]:
-    """prompt (R, P) -> for each row (token ids without [SEP], log-likelihood in nats under the unfiltered model).
+    """prompt (R, P) -> for each row (token ids without [SEP], log-likelihood in nats under the
+    unfiltered model).
 
-    One sample per row, p = 0.9 as in CapFilt (BLIP sec. 4.2). NOTE(differs from salesforce/BLIP): there, top-k 50 and a
-    repetition penalty of 1.1 act as well, silently; here both are off unless asked for. `draw` (R, V) -> (R, 1)
-    replaces the multinomial draw from the filtered probabilities.
+    One sample per row, p = 0.9 as in CapFilt (BLIP sec. 4.2). NOTE(differs from salesforce/BLIP):
+    there, top-k 50 and a repetition penalty of 1.1 act as well, silently; here both are off unless
+    asked for. `draw` (R, V) -> (R, 1) replaces the multinomial draw from the filtered
+    probabilities.
     """
     if not 0 < top_p <= 1 or temperature <= 0:
-        raise ValueError(f"nucleus sampling needs 0 < top_p <= 1 and temperature > 0, got {top_p} and {temperature}")
+        raise ValueError(f"nucleus sampling needs 0 < top_p <= 1 and temperature > 0, got {top_p} "
+                         f"and {temperature}")
     sequences, tokens = prompt, prompt
     total = torch.zeros(len(prompt), device=prompt.device)
-    rows = where = torch.arange(len(prompt), device=prompt.device)  # where: the output that each live row belongs to
+    # where: the output that each live row belongs to
+    rows = where = torch.arange(len(prompt), device=prompt.device)
     finished: list = [None] * len(prompt)
     while len(where):
         raw = step(tokens, rows).float()
@@ -74,7 +84,8 @@ def nucleus_sample(step: Step, prompt: Tensor, eos: int, max_length: int = 20, m
         if sequences.shape[1] < min_length:
             logits[:, eos] = float("-inf")
         probability = top_p_filter(top_k_filter(logits, top_k), top_p).softmax(-1)
-        tokens = draw(probability) if draw else torch.multinomial(probability, 1, generator=generator)
+        tokens = (draw(probability) if draw
+                  else torch.multinomial(probability, 1, generator=generator))
         total = total + raw.log_softmax(-1).gather(1, tokens).squeeze(1)
         ended = tokens.squeeze(1) == eos
         longer = torch.cat([sequences, tokens], 1)
@@ -88,18 +99,22 @@ def nucleus_sample(step: Step, prompt: Tensor, eos: int, max_length: int = 20, m
 
 
 @torch.no_grad()
-def beam_search(step: Step, prompt: Tensor, eos: int, beams: int = 3, max_length: int = 20, min_length: int = 5,
+def beam_search(step: Step, prompt: Tensor, eos: int, beams: int = 3, max_length: int = 20,
+                min_length: int = 5,
                 repetition_penalty: float = 1.0) -> list[list[tuple[list[int], float]]]:
     """prompt (B, P) -> for each image its hypotheses, best first: (token ids without [SEP], score).
 
-    The score is the sum of log-probabilities divided by the length. Each step looks at the 2 x beams best
-    continuations; one that ends is kept as a hypothesis if it ranks among the first `beams`; an image is done when it
-    has `beams` hypotheses and no running beam can beat the worst of them. The defaults are the paper's for COCO.
+    The score is the sum of log-probabilities divided by the length. Each step looks at the
+    2 x beams best continuations; one that ends is kept as a hypothesis if it ranks among the first
+    `beams`; an image is done when it has `beams` hypotheses and no running beam can beat the worst
+    of them. The defaults are the paper's for COCO.
     """
-    images = list(range(len(prompt)))  # the images still being searched; each has the same number of running beams
+    # the images still being searched; each has the same number of running beams
+    images = list(range(len(prompt)))
     hypotheses: list[list[tuple[list[int], float]]] = [[] for _ in images]
     sequences, tokens = prompt, prompt
-    sums = torch.zeros(len(prompt), 1, device=prompt.device)  # (images, running beams); the prompt is one beam
+    # (images, running beams); the prompt is one beam
+    sums = torch.zeros(len(prompt), 1, device=prompt.device)
     rows = torch.arange(len(prompt), device=prompt.device)
     while images:
         scores = step(tokens, rows).float().log_softmax(-1)
@@ -123,7 +138,8 @@ def beam_search(step: Step, prompt: Tensor, eos: int, beams: int = 3, max_length
                     break
             if length + 1 == max_length:
                 for row, token, total in alive:
-                    add_hypothesis(found, sequences[row].tolist() + [token], total / max_length, beams)
+                    add_hypothesis(found, sequences[row].tolist() + [token], total / max_length,
+                                   beams)
             elif len(found) < beams or found[-1][1] < best_list[a][0] / length:
                 keep_images.append(image)
                 for kept, value in zip((keep_rows, keep_tokens, keep_sums), zip(*alive)):
@@ -131,12 +147,14 @@ def beam_search(step: Step, prompt: Tensor, eos: int, beams: int = 3, max_length
         images = keep_images
         rows = torch.tensor(keep_rows, dtype=torch.long, device=prompt.device)
         tokens = torch.tensor(keep_tokens, dtype=torch.long, device=prompt.device)[:, None]
-        sums = torch.tensor(keep_sums, device=prompt.device).view(len(images), -1) if images else sums
+        sums = (torch.tensor(keep_sums, device=prompt.device).view(len(images), -1)
+                if images else sums)
         sequences = torch.cat([sequences[rows], tokens], 1)
     return hypotheses
 
 
-def add_hypothesis(found: list[tuple[list[int], float]], ids: list[int], score: float, beams: int) -> None:
+def add_hypothesis(found: list[tuple[list[int], float]], ids: list[int], score: float,
+                   beams: int) -> None:
     """Insert into `found`, kept sorted best first and at most `beams` long."""
     found.append((ids, score))
     found.sort(key=lambda hypothesis: -hypothesis[1])

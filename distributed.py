@@ -1,7 +1,8 @@
-"""Everything about several processes, in one place: the rest of the code works the same with and without torchrun.
+"""Everything about several processes, in one place: the rest of the code works the same with and
+without torchrun.
 
-Without a process group each collective returns its input. `torchrun --nproc_per_node=8 train.py ...` makes a group:
-NCCL on CUDA, gloo on CPU.
+Without a process group each collective returns its input.
+`torchrun --nproc_per_node=8 train.py ...` makes a group: NCCL on CUDA, gloo on CPU.
 """
 
 import os
@@ -12,7 +13,8 @@ from torch import Tensor
 
 
 def init(device: str = "auto") -> torch.device:
-    """Join torchrun's process group if there is one; -> this process's device ("auto": CUDA, then MPS, then CPU)."""
+    """Join torchrun's process group if there is one; -> this process's device ("auto": CUDA, then
+    MPS, then CPU)."""
     if device == "auto":
         mps = torch.backends.mps.is_available()
         device = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
@@ -48,7 +50,8 @@ def print0(*args, **kwargs) -> None:
 
 @torch.no_grad()
 def all_gather(x: Tensor) -> Tensor:
-    """x (B, ...) of this rank -> (world * B, ...), the ranks' rows in rank order; no gradient. B must be equal."""
+    """x (B, ...) of this rank -> (world * B, ...), the ranks' rows in rank order; no gradient. B
+    must be equal."""
     if world_size() == 1:
         return x
     parts = [torch.empty_like(x) for _ in range(world_size())]
@@ -59,8 +62,9 @@ def all_gather(x: Tensor) -> Tensor:
 def wrap(model: torch.nn.Module) -> torch.nn.Module:
     """model -> model in DistributedDataParallel, or the model itself without a group.
 
-    `broadcast_buffers=False`: the queues are equal on all ranks because they start from one seed and take the same
-    gathered keys. Parameters that the current objectives never reach must be frozen before (`BLIP.set_objectives`).
+    `broadcast_buffers=False`: the queues are equal on all ranks because they start from one seed
+    and take the same gathered keys. Parameters that the current objectives never reach must be
+    frozen before (`BLIP.set_objectives`).
     """
     if world_size() == 1:
         return model

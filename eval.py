@@ -3,7 +3,8 @@
     encode            features of a data set's images and texts
     retrieval         recall by ITC, and after ITM has re-ranked the top k
     caption           beam-search captions
-    evaluate_world    all of it on held-out scenes of the built-in world, where every fact can be checked
+    evaluate_world    all of it on held-out scenes of the built-in world, where every fact can be
+                      checked
     evaluate_pairs    the same on photographs, without the truth
 
 Each `evaluate_` function returns the numbers and writes a sheet of examples.
@@ -47,11 +48,14 @@ class Gallery:
 
 
 @torch.no_grad()
-def encode(model: BLIP, tokenizer: Tokenizer, dataset: Dataset, device: torch.device, max_tokens: int = 30) -> Gallery:
-    """Image and text features of all items, each item's `texts` as texts. Unreadable images are left out."""
+def encode(model: BLIP, tokenizer: Tokenizer, dataset: Dataset, device: torch.device,
+           max_tokens: int = 30) -> Gallery:
+    """Image and text features of all items, each item's `texts` as texts. Unreadable images are
+    left out."""
     model.eval()
     images, texts, image_of, image_feat, broken = [], [], [], [], []
-    for batch in tqdm(DataLoader(dataset, BATCH, collate_fn=Collate(tokenizer, max_tokens)), "images", leave=False):
+    for batch in tqdm(DataLoader(dataset, BATCH, collate_fn=Collate(tokenizer, max_tokens)),
+                      "images", leave=False):
         broken += batch["broken"]
         if batch["image"] is None:
             continue
@@ -63,10 +67,11 @@ def encode(model: BLIP, tokenizer: Tokenizer, dataset: Dataset, device: torch.de
     if not images:
         raise InputError(f"none of the {len(dataset)} images could be read; the first: {broken[0]}")
     ids, mask = tokenizer.encode(texts, max_tokens)
-    text_feat = [model.encode_text(*(x.to(device) for x in crop_padding(ids[i:i + BATCH], mask[i:i + BATCH])))
+    text_feat = [model.encode_text(*(x.to(device) for x in crop_padding(ids[i:i + BATCH],
+                                                                        mask[i:i + BATCH])))
                  .float().cpu() for i in range(0, len(texts), BATCH)]
-    return Gallery(torch.cat(images), texts, torch.tensor(image_of), ids, mask, torch.cat(image_feat),
-                   torch.cat(text_feat), broken)
+    return Gallery(torch.cat(images), texts, torch.tensor(image_of), ids, mask,
+                   torch.cat(image_feat), torch.cat(text_feat), broken)
 
 
 def crop_padding(ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -76,15 +81,18 @@ def crop_padding(ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def rerank(model: BLIP, gallery: Gallery, top_k: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """-> t2i scores (T, I) and i2t scores (I, T): ITC similarity plus, for the top k of each row, ITM's matched logit.
+def rerank(model: BLIP, gallery: Gallery, top_k: int,
+           device: torch.device) -> tuple[Tensor, Tensor]:
+    """-> t2i scores (T, I) and i2t scores (I, T): ITC similarity plus, for the top k of each row,
+    ITM's matched logit.
 
-    Grouped by image: each is encoded and projected once, for all texts that are to be compared with it in either
-    direction (released code's score; BLIP sec. 5.1).
+    Grouped by image: each is encoded and projected once, for all texts that are to be compared with
+    it in either direction (released code's score; BLIP sec. 5.1).
     """
     model.eval()
     sim = gallery.text_feat @ gallery.image_feat.T  # (T, I)
-    wanted_t2i, wanted_i2t = torch.zeros_like(sim, dtype=torch.bool), torch.zeros_like(sim, dtype=torch.bool)
+    wanted_t2i, wanted_i2t = (torch.zeros_like(sim, dtype=torch.bool),
+                              torch.zeros_like(sim, dtype=torch.bool))
     wanted_t2i.scatter_(1, sim.topk(min(top_k, sim.shape[1]), dim=1).indices, True)
     wanted_i2t.scatter_(0, sim.topk(min(top_k, sim.shape[0]), dim=0).indices, True)
     matched = torch.zeros_like(sim)
@@ -96,14 +104,16 @@ def rerank(model: BLIP, gallery: Gallery, top_k: int, device: torch.device) -> t
                 if len(texts):
                     ids, mask = crop_padding(gallery.ids[texts], gallery.mask[texts])
                     kv = model.med.project(tokens[i - start:i - start + 1])
-                    matched[texts, i] = model.match(kv, ids.to(device), mask.to(device))[:, 1].float().cpu()
+                    matched[texts, i] = model.match(kv, ids.to(device),
+                                                    mask.to(device))[:, 1].float().cpu()
                 bar.update()
     return (torch.where(wanted_t2i, sim + matched, sim - BEHIND),
             torch.where(wanted_i2t, sim + matched, sim - BEHIND).T)
 
 
 @torch.no_grad()
-def caption(model: BLIP, tokenizer: Tokenizer, images: Tensor, device: torch.device, **options) -> list[str]:
+def caption(model: BLIP, tokenizer: Tokenizer, images: Tensor, device: torch.device,
+            **options) -> list[str]:
     """images (I, 3, S, S) uint8 -> one caption each; options as for `BLIP.generate`."""
     model.eval()
     texts = []
@@ -114,13 +124,15 @@ def caption(model: BLIP, tokenizer: Tokenizer, images: Tensor, device: torch.dev
 
 
 def retrieval(gallery: Gallery, t2i: Tensor, i2t: Tensor, suffix: str = "") -> dict[str, float]:
-    """Scores (T, I) and (I, T) -> R@1, 5, 10 both ways as fractions, under t2i_r1, i2t_r1, ... + suffix."""
+    """Scores (T, I) and (I, T) -> R@1, 5, 10 both ways as fractions, under t2i_r1, i2t_r1,
+    ... + suffix."""
     positives = gallery.positives()
     found = {**recall(ranks(t2i, positives), "t2i"), **recall(ranks(i2t, positives.T), "i2t")}
     return {name + suffix: value for name, value in found.items()}
 
 
-def both_ways(model: BLIP, gallery: Gallery, top_k: int, device: torch.device) -> tuple[dict, Tensor, Tensor]:
+def both_ways(model: BLIP, gallery: Gallery, top_k: int,
+              device: torch.device) -> tuple[dict, Tensor, Tensor]:
     """Recall by ITC and after re-ranking -> the numbers, and the ITC scores (T, I) and (I, T)."""
     sim = gallery.text_feat @ gallery.image_feat.T
     numbers = retrieval(gallery, sim, sim.T)
@@ -132,13 +144,15 @@ def both_ways(model: BLIP, gallery: Gallery, top_k: int, device: torch.device) -
 def retrieval_chance(gallery: Gallery) -> dict[str, float]:
     """What random orders would score."""
     images, texts = len(gallery.images), len(gallery.texts)
-    return {**recall_chance(texts, images, 1, "t2i"), **recall_chance(images, texts, round(texts / images), "i2t")}
+    return {**recall_chance(texts, images, 1, "t2i"),
+            **recall_chance(images, texts, round(texts / images), "i2t")}
 
 
 @torch.no_grad()
-def swap_preference(model: BLIP, tokenizer: Tokenizer, world: World, images: Tensor, device) -> dict[str, float]:
-    """For each attribute, how often ITM finds the true caption of a held-out scene likelier than the same caption with
-    that one attribute swapped. Chance is one half."""
+def swap_preference(model: BLIP, tokenizer: Tokenizer, world: World, images: Tensor,
+                    device) -> dict[str, float]:
+    """For each attribute, how often ITM finds the true caption of a held-out scene likelier than
+    the same caption with that one attribute swapped. Chance is one half."""
     model.eval()
     wins = torch.zeros(len(ATTRIBUTES))
     for start in tqdm(range(0, len(images), BATCH), "swaps", leave=False):
@@ -146,7 +160,8 @@ def swap_preference(model: BLIP, tokenizer: Tokenizer, world: World, images: Ten
         texts = []
         for i in range(start, min(start + BATCH, len(images))):
             scene = world.scene(i)
-            versions = [scene] + [swap(scene, attribute, world.rng(i, attribute)) for attribute in ATTRIBUTES]
+            versions = [scene] + [swap(scene, attribute, world.rng(i, attribute))
+                                  for attribute in ATTRIBUTES]
             texts += [describe(version, world.rng(i, "swap")) for version in versions]
         logits = model.match(kv, *(x.to(device) for x in tokenizer.encode(texts))).float().cpu()
         margin = (logits[:, 1] - logits[:, 0]).view(-1, len(ATTRIBUTES) + 1)
@@ -154,13 +169,13 @@ def swap_preference(model: BLIP, tokenizer: Tokenizer, world: World, images: Ten
     return dict(zip(ATTRIBUTES, (wins / len(images)).tolist()))
 
 
-def evaluate_world(model: BLIP, tokenizer: Tokenizer, world: World, device: torch.device, top_k: int = 16,
-                   sheet: Path | None = None) -> dict:
-    """Held-out scenes -> fractions: t2i_r1 i2t_r1 t2i_true1 i2t_true1 (and _rerank), itm_swap itm_swap_by, caption_true;
-    "chance" holds what guessing would give under the same names.
+def evaluate_world(model: BLIP, tokenizer: Tokenizer, world: World, device: torch.device,
+                   top_k: int = 16, sheet: Path | None = None) -> dict:
+    """Held-out scenes -> fractions: t2i_r1 i2t_r1 t2i_true1 i2t_true1 (and _rerank), itm_swap
+    itm_swap_by, caption_true; "chance" holds what guessing would give under the same names.
 
-    A retrieved item is true when the text holds of the scene, whoever it was written for. A caption counts as true when
-    every fact that it states holds and it leaves none out.
+    A retrieved item is true when the text holds of the scene, whoever it was written for. A caption
+    counts as true when every fact that it states holds and it leaves none out.
     """
     gallery = encode(model, tokenizer, world, device)
     scenes = [world.scene(i) for i in range(len(world))]
@@ -178,7 +193,8 @@ def evaluate_world(model: BLIP, tokenizer: Tokenizer, world: World, device: torc
     numbers["itm_swap"] = mean(numbers["itm_swap_by"].values())
     captions = caption(model, tokenizer, gallery.images, device, max_length=30)
     facts_hold = [is_true(text, scene) for text, scene in zip(captions, scenes)]
-    whole = [holds and is_complete(text, scene) for holds, text, scene in zip(facts_hold, captions, scenes)]
+    whole = [holds and is_complete(text, scene)
+             for holds, text, scene in zip(facts_hold, captions, scenes)]
     numbers |= {"caption_true": mean(whole), "caption_facts_hold": mean(facts_hold)}
     by_chance = mean(is_true(text, scene) for shift in range(1, min(20, len(scenes)))
                      for text, scene in zip(gallery.texts[shift:], scenes))
@@ -189,9 +205,10 @@ def evaluate_world(model: BLIP, tokenizer: Tokenizer, world: World, device: torc
     return numbers | {"chance": chance, "images": len(gallery.images), "top_k": top_k}
 
 
-def evaluate_pairs(model: BLIP, tokenizer: Tokenizer, dataset: Dataset, device: torch.device, top_k: int = 16,
-                   sheet: Path | None = None) -> dict:
-    """Photographs with captions -> recall both ways by ITC and after re-ranking, as fractions; "chance" beside them."""
+def evaluate_pairs(model: BLIP, tokenizer: Tokenizer, dataset: Dataset, device: torch.device,
+                   top_k: int = 16, sheet: Path | None = None) -> dict:
+    """Photographs with captions -> recall both ways by ITC and after re-ranking, as fractions;
+    "chance" beside them."""
     gallery = encode(model, tokenizer, dataset, device)
     numbers, t2i, _ = both_ways(model, gallery, top_k, device)
     if sheet:
@@ -199,8 +216,8 @@ def evaluate_pairs(model: BLIP, tokenizer: Tokenizer, dataset: Dataset, device: 
         captions = dict(zip(shown, caption(model, tokenizer, gallery.images[shown], device)))
         write_sheet(sheet, gallery, [captions.get(i, "") for i in range(len(gallery.images))], t2i,
                     lambda text, i: gallery.image_of[gallery.texts.index(text)].item() == i)
-    return numbers | {"chance": retrieval_chance(gallery), "images": len(gallery.images), "texts": len(gallery.texts),
-                      "top_k": top_k, "broken": len(gallery.broken)}
+    return numbers | {"chance": retrieval_chance(gallery), "images": len(gallery.images),
+                      "texts": len(gallery.texts), "top_k": top_k, "broken": len(gallery.broken)}
 
 
 def mean(values) -> float:
@@ -214,25 +231,32 @@ def spread(count: int, shown: int = 16) -> list[int]:
     return random.Random("examples").sample(range(count), min(shown, count))
 
 
-def write_sheet(path: Path, gallery: Gallery, captions: list[str], t2i: Tensor, holds, whole: list[bool] | None = None):
-    """Random images with the captions written for them, and for a few texts the five best images by ITC.
+def write_sheet(path: Path, gallery: Gallery, captions: list[str], t2i: Tensor, holds,
+                whole: list[bool] | None = None):
+    """Random images with the captions written for them, and for a few texts the five best
+    images by ITC.
 
-    holds(text, image index) tells whether a retrieved image is right; `whole[i]` whether caption i is true, where that
-    can be known (else the human caption stands under it).
+    holds(text, image index) tells whether a retrieved image is right; `whole[i]` whether caption i
+    is true, where that can be known (else the human caption stands under it).
     """
     shown, cells = spread(len(gallery.images)), []
     for i in shown:
         if whole is None:
-            lines = [(captions[i], BLACK), (gallery.texts[(gallery.image_of == i).nonzero()[0].item()], GREY)]
+            lines = [(captions[i], BLACK),
+                     (gallery.texts[(gallery.image_of == i).nonzero()[0].item()], GREY)]
         else:
-            lines = [(("true: " if whole[i] else "FALSE: ") + captions[i], GREEN if whole[i] else RED)]
+            lines = [(("true: " if whole[i] else "FALSE: ") + captions[i],
+                      GREEN if whole[i] else RED)]
         cells.append(Cell(gallery.images[i], lines))
     found = []
     for t in spread(len(gallery.texts), 6):
         best = t2i[t].topk(min(5, t2i.shape[1]))
-        row = [Cell(gallery.images[i], [(f"{score:.2f}", GREY)], GREEN if holds(gallery.texts[t], i) else RED)
+        row = [Cell(gallery.images[i], [(f"{score:.2f}", GREY)],
+                    GREEN if holds(gallery.texts[t], i) else RED)
                for i, score in zip(best.indices.tolist(), best.values.tolist())]
         found.append([Cell(None, [(gallery.texts[t], BLACK)])] + row)
     grey_line = "" if whole is not None else " (grey: a human's)"
-    draw_sheet(path, [(f"captions of held-out images{grey_line}", [cells[i:i + 8] for i in range(0, len(cells), 8)]),
-                      ("images found for a text, best first, with ITC similarity (green: right)", found)])
+    draw_sheet(path, [
+        (f"captions of held-out images{grey_line}",
+         [cells[i:i + 8] for i in range(0, len(cells), 8)]),
+        ("images found for a text, best first, with ITC similarity (green: right)", found)])

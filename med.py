@@ -1,9 +1,10 @@
-"""MED, the multimodal mixture of encoder-decoder: one text transformer, three modes (BLIP sec. 3.1, Fig. 2).
+"""MED, the multimodal mixture of encoder-decoder: one text transformer, three modes (BLIP
+sec. 3.1, Fig. 2).
 
-    mode                            first token  a layer's path                      read out          loss
-    encode_text(ids, mask)          [CLS]        attn_bi               -> ffn        [CLS] state       ITC
-    encode_grounded(ids, mask, kv)  [ENC]        attn_bi -> cross_attn -> ffn        [ENC] state       ITM
-    decode(ids, mask, kv, past)     [DEC]        attn_causal -> cross_attn -> ffn    every state       LM
+    mode                            first token  a layer's path                    read out     loss
+    encode_text(ids, mask)          [CLS]        attn_bi               -> ffn      [CLS] state  ITC
+    encode_grounded(ids, mask, kv)  [ENC]        attn_bi -> cross_attn -> ffn      [ENC] state  ITM
+    decode(ids, mask, kv, past)     [DEC]        attn_causal -> cross_attn -> ffn  every state  LM
 
 Who may look at whom (rows are queries, 4 text tokens, 3 image tokens, x = attend):
 
@@ -13,10 +14,11 @@ Who may look at whom (rows are queries, 4 text tokens, 3 image tokens, x = atten
          t3     x  x  x  x            t3      x  x  x  .            t3     x  x  x
          t4     x  x  x  x            t4      x  x  x  x            t4     x  x  x
 
-encode_text skips the image: its fourth mask is empty. Sharing parameters (sec. 3.2, Table 3) is structure: what encoder
-and decoder share IS the same object. "All but self-attention" means that attn_bi and attn_causal (with their output
-projection and LayerNorm) are two, and embeddings, cross_attn and ffn are one. Because cross_attn is one object, an
-image's keys and values serve encoder and decoder alike, so `project` computes them once per image.
+encode_text skips the image: its fourth mask is empty. Sharing parameters (sec. 3.2, Table 3) is
+structure: what encoder and decoder share IS the same object. "All but self-attention" means that
+attn_bi and attn_causal (with their output projection and LayerNorm) are two, and embeddings,
+cross_attn and ffn are one. Because cross_attn is one object, an image's keys and values serve
+encoder and decoder alike, so `project` computes them once per image.
 
 Post-LN, as in BERT: LayerNorm(x + Dropout(Sublayer(x))). Read bottom-up: sublayers, MEDLayer, MED.
 Letters: B batch, L text tokens, N context tokens, D width, V vocabulary. Masks: True = attend.
@@ -36,7 +38,8 @@ NORM_EPS = 1e-12  # BERT's
 
 
 class Residual(nn.Module):
-    """LayerNorm(x + Dropout(sublayer output)): the post-LN wrapping that every sublayer of BERT has."""
+    """LayerNorm(x + Dropout(sublayer output)): the post-LN wrapping that every sublayer of
+    BERT has."""
 
     def __init__(self, width: int, dropout: float):
         super().__init__()
@@ -56,8 +59,10 @@ class SelfAttentionLayer(nn.Module):
         self.attn = SelfAttention(width, heads, dropout)
         self.add = Residual(width, dropout)
 
-    def forward(self, x: Tensor, mask: Tensor | None, past: KeysValues | None = None) -> tuple[Tensor, KeysValues]:
-        """x (B, L, D), mask (B, 1, 1 or L, past + L) -> (B, L, D) and the keys and values so far."""
+    def forward(self, x: Tensor, mask: Tensor | None,
+                past: KeysValues | None = None) -> tuple[Tensor, KeysValues]:
+        """x (B, L, D), mask (B, 1, 1 or L, past + L) -> (B, L, D) and the keys and
+        values so far."""
         update, present = self.attn(x, mask, past)
         return self.add(x, update), present
 
@@ -70,7 +75,8 @@ class CrossAttentionLayer(nn.Module):
         self.attn = CrossAttention(width, context_width, heads, dropout)
         self.add = Residual(width, dropout)
 
-    def forward(self, x: Tensor, kv: KeysValues, mask: Tensor | None, probabilities: list | None = None) -> Tensor:
+    def forward(self, x: Tensor, kv: KeysValues, mask: Tensor | None,
+                probabilities: list | None = None) -> Tensor:
         """x (n*B, L, D), kv of B images -> (n*B, L, D)."""
         return self.add(x, self.attn(x, kv, mask, probabilities))
 
@@ -109,7 +115,8 @@ class Embeddings(nn.Module):
 
 
 class LMHead(nn.Module):
-    """Dense, GELU, LayerNorm, then a dot product with every word embedding (tied, passed in), plus a bias."""
+    """Dense, GELU, LayerNorm, then a dot product with every word embedding (tied, passed in),
+    plus a bias."""
 
     def __init__(self, vocab_size: int, width: int):
         super().__init__()
@@ -124,9 +131,11 @@ class LMHead(nn.Module):
 
 @dataclass
 class ImageKV:
-    """Keys and values of B images (or other contexts), one pair (B, H, N, d) per layer, computed once per image.
+    """Keys and values of B images (or other contexts), one pair (B, H, N, d) per layer, computed
+    once per image.
 
-    `dec` is the same list as `enc` unless a sharing ablation has two cross-attentions; `mask` (B, 1, 1, N) or None.
+    `dec` is the same list as `enc` unless a sharing ablation has two cross-attentions; `mask`
+    (B, 1, 1, N) or None.
     """
 
     enc: list[KeysValues]
@@ -143,13 +152,15 @@ class ImageKV:
 
 
 class MEDLayer(nn.Module):
-    """attn_bi, attn_causal, cross_attn, ffn (BLIP Fig. 2), and the decoder's own copies where `share` asks for them.
+    """attn_bi, attn_causal, cross_attn, ffn (BLIP Fig. 2), and the decoder's own copies where
+    `share` asks for them.
 
-    `modes` names the modes that will be used: what none of them needs is not built (a momentum twin has no
-    cross-attention).
+    `modes` names the modes that will be used: what none of them needs is not built (a momentum twin
+    has no cross-attention).
     """
 
-    def __init__(self, width: int, context_width: int, heads: int, hidden: int, dropout: float, share: str, modes):
+    def __init__(self, width: int, context_width: int, heads: int, hidden: int, dropout: float,
+                 share: str, modes):
         super().__init__()
         def self_attention():
             return SelfAttentionLayer(width, heads, dropout)
@@ -161,11 +172,13 @@ class MEDLayer(nn.Module):
         self.attn_bi = self_attention() if encodes else None
         self.cross_attn = cross_attention() if "grounded" in modes else None
         self.ffn = feed_forward() if encodes else None
-        # Table 3 in three lines: the decoder's part either is the encoder's (the same object) or is new.
+        # Table 3 in three lines: the decoder's part either is the encoder's (the same
+        # object) or is new.
         own = {"all": "", "all_but_sa": "sa", "all_but_ca": "ca", "none": "sa ca ffn"}[share]
         if decodes:
             self.attn_causal = self_attention() if "sa" in own or not encodes else self.attn_bi
-            self.cross_attn_dec = cross_attention() if "ca" in own or not self.cross_attn else self.cross_attn
+            self.cross_attn_dec = (cross_attention() if "ca" in own or not self.cross_attn
+                                   else self.cross_attn)
             self.ffn_dec = feed_forward() if "ffn" in own or not encodes else self.ffn
 
     def text(self, x: Tensor, mask: Tensor) -> Tensor:
@@ -180,53 +193,65 @@ class MEDLayer(nn.Module):
 
     def decode(self, x: Tensor, mask: Tensor | None, kv: KeysValues, kv_mask: Tensor | None,
                past: KeysValues | None) -> tuple[Tensor, KeysValues]:
-        """(n*B, L, D) and B images -> (n*B, L, D) and this layer's self-attention keys and values so far."""
+        """(n*B, L, D) and B images -> (n*B, L, D) and this layer's self-attention keys and
+        values so far."""
         x, present = self.attn_causal(x, mask, past)
         return self.ffn_dec(self.cross_attn_dec(x, kv, kv_mask)), present
 
 
 class MED(nn.Module):
-    """Arguments: vocabulary V, width D, width of the context that cross-attention reads, depth, heads, FFN width,
-    number of positions, dropout, ids of [CLS], [ENC] and [DEC], the sharing of Table 3 (`SHARE`), the modes in use."""
+    """Arguments: vocabulary V, width D, width of the context that cross-attention reads, depth,
+    heads, FFN width, number of positions, dropout, ids of [CLS], [ENC] and [DEC], the sharing of
+    Table 3 (`SHARE`), the modes in use."""
 
-    def __init__(self, vocab_size: int, width: int, context_width: int, depth: int, heads: int, hidden: int,
-                 max_positions: int, dropout: float, enc_id: int, dec_id: int, share: str = "all_but_sa", modes=MODES):
+    def __init__(self, vocab_size: int, width: int, context_width: int, depth: int, heads: int,
+                 hidden: int, max_positions: int, dropout: float, enc_id: int, dec_id: int,
+                 share: str = "all_but_sa", modes=MODES):
         super().__init__()
         if share not in SHARE:
             raise ValueError(f"share is {share!r}; choose one of {', '.join(SHARE)}")
         self.enc_id, self.dec_id = enc_id, dec_id
         self.embeddings = Embeddings(vocab_size, width, max_positions, dropout)
         self.layers = nn.ModuleList(
-            MEDLayer(width, context_width, heads, hidden, dropout, share, modes) for _ in range(depth))
+            MEDLayer(width, context_width, heads, hidden, dropout, share, modes)
+            for _ in range(depth))
         if "decode" in modes:
             separate = share == "none" and len(modes) > 1
-            self.embeddings_dec = Embeddings(vocab_size, width, max_positions, dropout) if separate else self.embeddings
+            self.embeddings_dec = (Embeddings(vocab_size, width, max_positions, dropout)
+                                   if separate else self.embeddings)
             self.lm_head = LMHead(vocab_size, width)
 
     def project(self, context: Tensor, context_mask: Tensor | None = None) -> ImageKV:
-        """context (B, N, context width), context_mask (B, N) -> its keys and values for every layer, computed once."""
+        """context (B, N, context width), context_mask (B, N) -> its keys and values for every
+        layer, computed once."""
         def keys_values(name):
             return [getattr(layer, name).attn.project(context) for layer in self.layers]
-        first, mask = self.layers[0], None if context_mask is None else context_mask[:, None, None].bool()
+        first, mask = (self.layers[0],
+                       None if context_mask is None else context_mask[:, None, None].bool())
         dec = getattr(first, "cross_attn_dec", None)
         if first.cross_attn is None:
             enc = keys_values("cross_attn_dec")
             return ImageKV(enc, enc, mask)
         enc = keys_values("cross_attn")
-        return ImageKV(enc, enc if dec is None or dec is first.cross_attn else keys_values("cross_attn_dec"), mask)
+        return ImageKV(enc, enc if dec is None or dec is first.cross_attn
+                       else keys_values("cross_attn_dec"), mask)
 
     def encode_text(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """ids (B, L) starting with [CLS], mask (B, L) -> states (B, L, D). The unimodal encoder: it sees no image."""
+        """ids (B, L) starting with [CLS], mask (B, L) -> states (B, L, D). The unimodal encoder: it
+        sees no image."""
         x = self.embeddings(ids)
         for layer in self.layers:
             x = layer.text(x, mask[:, None, None].bool())
         return x
 
-    def encode_grounded(self, ids: Tensor, mask: Tensor, kv: ImageKV, first_token: int | None = None,
+    def encode_grounded(self, ids: Tensor, mask: Tensor, kv: ImageKV,
+                        first_token: int | None = None,
                         probabilities: list | None = None) -> Tensor:
-        """ids (n*B, L), mask (n*B, L), kv of B images -> states (n*B, L, D); text i looks at image i // n.
+        """ids (n*B, L), mask (n*B, L), kv of B images -> states (n*B, L, D); text i looks at
+        image i // n.
 
-        [ENC] takes the place of [CLS]. `first_token` is for weights that were trained with another token there.
+        [ENC] takes the place of [CLS]. `first_token` is for weights that were trained with another
+        token there.
         A list given as `probabilities` receives each layer's cross-attention map (B, H, n*L, N).
         """
         x = self.embeddings(with_first(ids, self.enc_id if first_token is None else first_token))
@@ -236,20 +261,24 @@ class MED(nn.Module):
 
     def decode(self, ids: Tensor, mask: Tensor | None, kv: ImageKV,
                past: list[KeysValues] | None = None) -> tuple[Tensor, list[KeysValues]]:
-        """ids (n*B, L), mask (n*B, L) or None (no padding), kv of B images -> states (n*B, L, D) and the cache.
+        """ids (n*B, L), mask (n*B, L) or None (no padding), kv of B images -> states (n*B, L, D)
+        and the cache.
 
-        Without `past`, ids start the text and [DEC] takes the first place. With `past` (what an earlier call returned),
-        ids continue it: a generation step feeds one token and pays for one token.
+        Without `past`, ids start the text and [DEC] takes the first place. With `past` (what
+        an earlier call returned), ids continue it: a generation step feeds one token and pays
+        for one token.
         """
         start = 0 if past is None else past[0][0].shape[2]
         x = self.embeddings_dec(ids if past else with_first(ids, self.dec_id), start)
         queries = torch.arange(start, start + ids.shape[1], device=ids.device)
-        causal = queries[:, None] >= torch.arange(start + ids.shape[1], device=ids.device)  # (L, past + L)
+        causal = queries[:, None] >= torch.arange(start + ids.shape[1],
+                                                  device=ids.device)  # (L, past + L)
         if mask is not None:
             causal = causal & mask[:, None, None].bool()
         present = []
         for i, layer in enumerate(self.layers):
-            x, layer_present = layer.decode(x, causal, kv.dec[i], kv.mask, past[i] if past else None)
+            x, layer_present = layer.decode(x, causal, kv.dec[i], kv.mask,
+                                            past[i] if past else None)
             present.append(layer_present)
         return x, present
 

@@ -1,4 +1,5 @@
-"""Sheets of example pictures with words under them, as PNG files: what a person looks at beside the numbers."""
+"""Sheets of example pictures with words under them, as PNG files: what a person looks at beside
+the numbers."""
 
 import textwrap
 from dataclasses import dataclass
@@ -9,12 +10,14 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 BLACK, GREY, GREEN, RED = (20, 20, 20), (120, 120, 120), (0, 130, 50), (200, 20, 30)
-SIDE, GAP, FONT, LINE = 128, 14, 12, 15  # pixels: a picture's side, the gap between cells, font size, line height
+# pixels: a picture's side, the gap between cells, font size, line height
+SIDE, GAP, FONT, LINE = 128, 14, 12, 15
 
 
 @dataclass
 class Cell:
-    """A picture (3, S, S) uint8 or None, lines of (text, colour) under it or in its place, a frame's colour or None."""
+    """A picture (3, S, S) uint8 or None, lines of (text, colour) under it or in its place, a
+    frame's colour or None."""
 
     image: Tensor | None
     lines: list[tuple[str, tuple]]
@@ -26,7 +29,8 @@ def draw_sheet(path: str | Path, sections: list[tuple[str, list[list[Cell]]]]) -
     font = ImageFont.load_default(FONT)
     columns = int(SIDE / FONT * 1.9)  # characters that fit under a picture
     def wrap(cell):
-        return [(part, colour) for text, colour in cell.lines for part in textwrap.wrap(text, columns) or [""]]
+        return [(part, colour) for text, colour in cell.lines
+                for part in textwrap.wrap(text, columns) or [""]]
     def row_height(row):
         return SIDE + 2 * GAP + LINE * max(len(wrap(cell)) for cell in row)
     width = GAP + max(len(row) for _, rows in sections for row in rows) * (SIDE + GAP)
@@ -39,9 +43,11 @@ def draw_sheet(path: str | Path, sections: list[tuple[str, list[list[Cell]]]]) -
         for row in rows:
             for x, cell in zip(range(GAP, width, SIDE + GAP), row):
                 if cell.image is not None:
-                    picture = Image.fromarray(np.ascontiguousarray(cell.image.permute(1, 2, 0).numpy()))
+                    picture = Image.fromarray(
+                        np.ascontiguousarray(cell.image.permute(1, 2, 0).numpy()))
                     sheet.paste(picture.resize((SIDE, SIDE)), (x, y))
-                    draw.rectangle((x - 2, y - 2, x + SIDE + 1, y + SIDE + 1), outline=cell.frame or (200, 200, 200),
+                    draw.rectangle((x - 2, y - 2, x + SIDE + 1, y + SIDE + 1),
+                                   outline=cell.frame or (200, 200, 200),
                                    width=3 if cell.frame else 1)
                 top = y + SIDE + 4 if cell.image is not None else y
                 for i, (text, colour) in enumerate(wrap(cell)):

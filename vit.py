@@ -1,10 +1,12 @@
-"""Vision transformer: image -> image tokens (BLIP sec. 3.1; Dosovitskiy et al. 2021; DeiT's ViT-B/16).
+"""Vision transformer: image -> image tokens (BLIP sec. 3.1; Dosovitskiy et al. 2021;
+DeiT's ViT-B/16).
 
-    image (B, 3, S, S) -> patches (B, N-1, D) -> [CLS] + patches + positions -> depth x Block -> LayerNorm -> (B, N, D)
+    image (B, 3, S, S) -> patches (B, N-1, D) -> [CLS] + patches + positions -> depth x Block
+    -> LayerNorm -> (B, N, D)
 
-Pre-LN blocks. There is no pooling head: every token comes out, because the text transformer's cross-attention looks
-at all of them; the first one, [CLS], is projected for the contrastive loss. N = (S / patch)^2 + 1: 197 at 224 px,
-577 at 384 px. Read bottom-up: Block, then ViT.
+Pre-LN blocks. There is no pooling head: every token comes out, because the text transformer's
+cross-attention looks at all of them; the first one, [CLS], is projected for the contrastive loss.
+N = (S / patch)^2 + 1: 197 at 224 px, 577 at 384 px. Read bottom-up: Block, then ViT.
 """
 
 import torch
@@ -16,14 +18,16 @@ from attention import SelfAttention
 
 
 class DropPath(nn.Module):
-    """Drops a whole residual branch per sample while training (stochastic depth, Huang et al. 2016)."""
+    """Drops a whole residual branch per sample while training (stochastic depth, Huang et
+    al. 2016)."""
 
     def __init__(self, rate: float):
         super().__init__()
         self.rate = rate
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, N, D) -> (B, N, D), some rows zeroed, the others scaled so that the expectation stays."""
+        """(B, N, D) -> (B, N, D), some rows zeroed, the others scaled so that the
+        expectation stays."""
         if not self.training or self.rate == 0:
             return x
         keep = torch.rand(len(x), 1, 1, device=x.device) >= self.rate
@@ -49,14 +53,16 @@ class Block(nn.Module):
 
 
 class ViT(nn.Module):
-    """Arguments: image and patch size in pixels, width D, depth, heads, drop-path rate of the last block (it grows
-    linearly from 0 at the first), and whether to recompute activations in the backward pass to save memory."""
+    """Arguments: image and patch size in pixels, width D, depth, heads, drop-path rate of the last
+    block (it grows linearly from 0 at the first), and whether to recompute activations in the
+    backward pass to save memory."""
 
     def __init__(self, image_size: int, patch_size: int, width: int, depth: int, heads: int,
                  drop_path: float = 0.0, grad_checkpoint: bool = False):
         super().__init__()
         if image_size % patch_size:
-            raise ValueError(f"image_size {image_size} is not a multiple of patch_size {patch_size}")
+            raise ValueError(f"image_size {image_size} is not a multiple of patch_size "
+                             f"{patch_size}")
         self.patch_size, self.grad_checkpoint = patch_size, grad_checkpoint
         # A convolution whose stride is its kernel is a linear layer on every patch.
         self.patch_embed = nn.Conv2d(3, width, patch_size, stride=patch_size)
@@ -69,7 +75,8 @@ class ViT(nn.Module):
     def forward(self, image: Tensor) -> Tensor:
         """image (B, 3, S, S), normalised with CLIP's mean and std -> tokens (B, N, D), [CLS] first.
 
-        S may differ from the size that the positions were made for: they are then resized on the fly.
+        S may differ from the size that the positions were made for: they are then
+        resized on the fly.
         """
         if image.ndim != 4 or image.shape[1] != 3 or image.shape[2] != image.shape[3]:
             raise ValueError(f"expected images (B, 3, S, S), got {tuple(image.shape)}")
@@ -85,7 +92,8 @@ class ViT(nn.Module):
 
 
 def resize_positions(pos_embed: Tensor, tokens: int) -> Tensor:
-    """pos_embed (1, 1 + g*g, D), tokens = 1 + t*t -> (1, tokens, D): [CLS] kept, the grid resized bicubically.
+    """pos_embed (1, 1 + g*g, D), tokens = 1 + t*t -> (1, tokens, D): [CLS] kept, the grid resized
+    bicubically.
 
     How the paper goes from 224 px in pretraining to 384 px in finetuning (BLIP sec. 4.1).
     """

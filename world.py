@@ -1,16 +1,21 @@
-"""The built-in picture world: a scene graph that renders to an image, speaks captions, and judges any caption.
+"""The built-in picture world: a scene graph that renders to an image, speaks captions, and judges
+any caption.
 
-    scene = random_scene(rng)                    one or two coloured shapes in the four quarters of a pastel background
-    render(scene, 64, rng)                       (64, 64, 3) uint8
-    describe(scene, rng)                         "at the top left a small red circle and at the ... on a pink background"
-    swap(scene, "colour", rng)                   the same scene with exactly one attribute changed
-    is_true(text, scene)                         does every fact that the text states hold?
-    web_text(scene, 0.5, rng)                    what the web would write: another image's text, a wrong word, junk
+    scene = random_scene(rng)     one or two coloured shapes in the four quarters of a pastel
+                                  background
+    render(scene, 64, rng)        (64, 64, 3) uint8
+    describe(scene, rng)          "at the top left a small red circle and at the ... on a pink
+                                  background"
+    swap(scene, "colour", rng)    the same scene with exactly one attribute changed
+    is_true(text, scene)          does every fact that the text states hold?
+    web_text(scene, 0.5, rng)     what the web would write: another image's text, a wrong word, junk
 
-It exists so that training can be watched and judged without downloading anything: every claim of a generated caption
-can be checked, which no photograph allows. Colours of objects are dark, those of backgrounds pale, and no two attributes
-share a word. Every caption that the world speaks states all facts of its scene, so vagueness earns nothing.
-Scenes are split by a hash of what they show: no held-out scene is ever trained on, whatever the seed.
+It exists so that training can be watched and judged without downloading anything: every claim of a
+generated caption can be checked, which no photograph allows. Colours of objects are dark, those of
+backgrounds pale, and no two attributes share a word. Every caption that the world speaks states all
+facts of its scene, so vagueness earns nothing.
+Scenes are split by a hash of what they show: no held-out scene is ever trained on,
+whatever the seed.
 """
 
 import random
@@ -24,30 +29,34 @@ import torch
 from PIL import Image, ImageDraw
 from torch.utils.data import Dataset
 
-COLOURS = {"red": (214, 24, 32), "orange": (245, 130, 0), "brown": (120, 68, 24), "green": (24, 135, 44),
-           "teal": (0, 150, 160), "blue": (28, 52, 214), "purple": (140, 24, 170), "black": (16, 16, 16)}
-BACKGROUNDS = {"white": (255, 255, 255), "grey": (196, 196, 196), "pink": (255, 196, 206), "cream": (255, 240, 170),
-               "mint": (178, 238, 196), "lavender": (206, 194, 250)}
+COLOURS = {"red": (214, 24, 32), "orange": (245, 130, 0), "brown": (120, 68, 24),
+           "green": (24, 135, 44), "teal": (0, 150, 160), "blue": (28, 52, 214),
+           "purple": (140, 24, 170), "black": (16, 16, 16)}
+BACKGROUNDS = {"white": (255, 255, 255), "grey": (196, 196, 196), "pink": (255, 196, 206),
+               "cream": (255, 240, 170), "mint": (178, 238, 196), "lavender": (206, 194, 250)}
 # The first word names the thing; all of them are used in captions, each about equally often.
 SHAPES = {"circle": ("circle", "disc"), "square": ("square", "box"), "triangle": ("triangle",),
-          "cross": ("cross", "plus"), "ring": ("ring", "hoop"), "star": ("star",), "heart": ("heart",),
-          "diamond": ("diamond", "rhombus")}
+          "cross": ("cross", "plus"), "ring": ("ring", "hoop"), "star": ("star",),
+          "heart": ("heart",), "diamond": ("diamond", "rhombus")}
 SIZES = {"small": ("small", "little"), "large": ("large", "big")}
 ROWS = {"top": ("top", "upper"), "bottom": ("bottom", "lower")}
 COLUMNS = {"left": ("left",), "right": ("right",)}
 PLACES = [f"{row} {column}" for row in ROWS for column in COLUMNS]
 ATTRIBUTES = ("background", "colour", "shape", "size", "place")
 FILLERS = set("a an the at in on of and with is there background backdrop".split())
-PIXELS = {"small": 15, "large": 27}  # of 64: a quarter is 32 wide, so a large one nearly fills it
+PIXELS = {"small": 18, "large": 28}  # of 64: a quarter is 32 wide, so a large one nearly fills it
 JITTER = 2  # of 64: how far an object may stand from the middle of its quarter
-JUNK = ("stunning view july 2009", "img 0042 final copy", "free shipping on all orders", "click to enlarge",
-        "my favourite one so far", "stock photo royalty free", "happy birthday grandma", "untitled design 3")
+JUNK = ("stunning view july 2009", "img 0042 final copy", "free shipping on all orders",
+        "click to enlarge", "my favourite one so far", "stock photo royalty free",
+        "happy birthday grandma", "untitled design 3")
 
 # word -> (attribute, value): the dictionary that is_true reads with.
 WORDS = {word: (attribute, value)
-         for attribute, words in (("shape", SHAPES), ("size", SIZES), ("row", ROWS), ("column", COLUMNS))
+         for attribute, words in (("shape", SHAPES), ("size", SIZES), ("row", ROWS),
+                                  ("column", COLUMNS))
          for value, synonyms in words.items() for word in synonyms}
-WORDS |= {colour: ("colour", colour) for colour in COLOURS} | {name: ("background", name) for name in BACKGROUNDS}
+WORDS |= ({colour: ("colour", colour) for colour in COLOURS}
+          | {name: ("background", name) for name in BACKGROUNDS})
 
 
 @dataclass(frozen=True, order=True)
@@ -62,7 +71,8 @@ class Thing:
     def facts(self) -> dict[str, str]:
         """Attribute -> value, the place as row and column."""
         row, column = self.place.split()
-        return {"colour": self.colour, "shape": self.shape, "size": self.size, "row": row, "column": column}
+        return {"colour": self.colour, "shape": self.shape, "size": self.size, "row": row,
+                "column": column}
 
 
 @dataclass(frozen=True)
@@ -77,8 +87,8 @@ def random_scene(rng: random.Random, split: str | None = None) -> Scene:
     """A random scene, of split "train" or "held-out" if asked for: seven in ten have two things."""
     while True:
         places = rng.sample(PLACES, 2 if rng.random() < 0.7 else 1)
-        things = [Thing(place, rng.choice(list(COLOURS)), rng.choice(list(SHAPES)), rng.choice(list(SIZES)))
-                  for place in places]
+        things = [Thing(place, rng.choice(list(COLOURS)), rng.choice(list(SHAPES)),
+                        rng.choice(list(SIZES))) for place in places]
         scene = Scene(rng.choice(list(BACKGROUNDS)), tuple(sorted(things)))
         if split in (None, split_of(scene)):
             return scene
@@ -89,11 +99,12 @@ def split_of(scene: Scene) -> str:
     return "held-out" if zlib.crc32(repr(scene).encode()) % 5 == 0 else "train"
 
 
-# ---- pictures ---------------------------------------------------------------------------------------------------------
+# ---- pictures ------------------------------------------------------------------------------------
 
 @cache
 def stencil(shape: str, size: int) -> np.ndarray:
-    """(size, size, 1) float in [0, 1]: how much of each pixel the shape covers (drawn 8 times larger, then shrunk)."""
+    """(size, size, 1) float in [0, 1]: how much of each pixel the shape covers (drawn 8 times
+    larger, then shrunk)."""
     big = Image.new("L", (size * 8, size * 8))
     draw, s = ImageDraw.Draw(big), size * 8 - 1
     def polygon(points):
@@ -123,31 +134,36 @@ def stencil(shape: str, size: int) -> np.ndarray:
 
 
 def render(scene: Scene, image_size: int = 64, rng: random.Random | None = None) -> np.ndarray:
-    """-> (image_size, image_size, 3) uint8. `rng` moves things and shifts colours a little; None draws them exactly."""
+    """-> (image_size, image_size, 3) uint8. `rng` moves things and shifts colours a little; None
+    draws them exactly."""
     def shade(colour):
-        return np.array([c + (rng.uniform(-8, 8) if rng else 0) for c in colour], np.float32)
+        return np.array([c + (rng.uniform(-8, 8) if rng else 0) for c in colour])
     unit = image_size / 64
-    image = np.broadcast_to(shade(BACKGROUNDS[scene.background]), (image_size, image_size, 3)).copy()
+    image = np.empty((image_size, image_size, 3), np.uint8)
+    ground = shade(BACKGROUNDS[scene.background])
+    image[:] = ground.round().clip(0, 255)
     for thing in scene.things:
         row, column = thing.place.split()
-        mask = stencil(thing.shape, round(PIXELS[thing.size] * unit))
+        cover = stencil(thing.shape, round(PIXELS[thing.size] * unit))
         corner = []
         for second_half in (row == "bottom", column == "right"):
             jitter = rng.uniform(-JITTER, JITTER) if rng else 0
-            start = round((16 + 32 * second_half + jitter) * unit - len(mask) / 2)
-            corner.append(min(max(start, 0), image_size - len(mask)))
-        window = image[corner[0]:corner[0] + len(mask), corner[1]:corner[1] + len(mask)]
-        window += mask * (shade(COLOURS[thing.colour]) - window)
-    return image.round().clip(0, 255).astype(np.uint8)
+            start = round((16 + 32 * second_half + jitter) * unit - len(cover) / 2)
+            corner.append(min(max(start, 0), image_size - len(cover)))
+        window = image[corner[0]:corner[0] + len(cover), corner[1]:corner[1] + len(cover)]
+        window[:] = (ground + cover * (shade(COLOURS[thing.colour]) - ground)).round().clip(0, 255)
+    return image
 
 
-# ---- words ------------------------------------------------------------------------------------------------------------
+# ---- words ---------------------------------------------------------------------------------------
 
 def describe(scene: Scene, rng: random.Random) -> str:
-    """A caption that states every fact of the scene, in one of several manners of speaking with synonyms.
+    """A caption that states every fact of the scene, in one of several manners of speaking
+    with synonyms.
 
-    The same number of random draws is made for every scene with as many things, so that from the same generator state a
-    scene and its `swap` are described in the same words but for the swapped one.
+    The same number of random draws is made for every scene with as many things, so that from the
+    same generator state a scene and its `swap` are described in the same words but for the
+    swapped one.
     """
     def say(words):
         return words[int(rng.random() * len(words))]
@@ -156,17 +172,19 @@ def describe(scene: Scene, rng: random.Random) -> str:
     for thing in scene.things:
         row, column = thing.place.split()
         spoken.append(place.format(say(ROWS[row]), say(COLUMNS[column]))
-                      + f"{article}{say(SIZES[thing.size])} {thing.colour} {say(SHAPES[thing.shape])}")
+                      + f"{article}{say(SIZES[thing.size])} {thing.colour} "
+                        f"{say(SHAPES[thing.shape])}")
     things = " and ".join(spoken)
-    manner = say(("{things} on a {ground} background", "on {ground} {things}", "a {ground} backdrop with {things}",
-                  "there is {things} on {ground}"))
+    manner = say(("{things} on a {ground} background", "on {ground} {things}",
+                  "a {ground} backdrop with {things}", "there is {things} on {ground}"))
     return manner.format(things=things, ground=scene.background)
 
 
 def swap(scene: Scene, attribute: str, rng: random.Random) -> Scene:
     """The scene with exactly one attribute (of ATTRIBUTES) of it or of one of its things changed.
 
-    A thing moves only to a free quarter, so a description of the result is always false of the original.
+    A thing moves only to a free quarter, so a description of the result is always false of
+    the original.
     """
     def other(values, *taken):
         return rng.choice([value for value in values if value not in taken])
@@ -174,18 +192,21 @@ def swap(scene: Scene, attribute: str, rng: random.Random) -> Scene:
         return replace(scene, background=other(BACKGROUNDS, scene.background))
     index = rng.randrange(len(scene.things))
     thing, taken = scene.things[index], [t.place for t in scene.things]
-    value = {"colour": lambda: other(COLOURS, thing.colour), "shape": lambda: other(SHAPES, thing.shape),
-             "size": lambda: other(SIZES, thing.size), "place": lambda: other(PLACES, *taken)}[attribute]()
+    value = {"colour": lambda: other(COLOURS, thing.colour),
+             "shape": lambda: other(SHAPES, thing.shape), "size": lambda: other(SIZES, thing.size),
+             "place": lambda: other(PLACES, *taken)}[attribute]()
     # Not sorted again: the swapped thing is spoken of in its old turn.
-    things = scene.things[:index] + (replace(thing, **{attribute: value}),) + scene.things[index + 1:]
+    things = (scene.things[:index] + (replace(thing, **{attribute: value}),)
+              + scene.things[index + 1:])
     return replace(scene, things=things)
 
 
 def read(text: str) -> tuple[list[str], list[dict[str, str]]] | None:
-    """text -> the backgrounds and things that it states, or None where it is no sentence of this world.
+    """text -> the backgrounds and things that it states, or None where it is no sentence
+    of this world.
 
-    Size, colour, row and column belong to the shape that follows. A word from outside the world, a property without a
-    shape, or one stated twice of the same thing makes a text unreadable.
+    Size, colour, row and column belong to the shape that follows. A word from outside the world, a
+    property without a shape, or one stated twice of the same thing makes a text unreadable.
     """
     backgrounds, things, pending = [], [], {}
     for word in text.lower().replace(".", " ").replace(",", " ").split():
@@ -203,28 +224,31 @@ def read(text: str) -> tuple[list[str], list[dict[str, str]]] | None:
 
 
 def is_true(text: str, scene: Scene) -> bool:
-    """Whether every fact that the text states holds in the scene. A text that states nothing, or that cannot be read,
-    is not true. Each thing that is mentioned must be another thing of the scene."""
+    """Whether every fact that the text states holds in the scene. A text that states nothing,
+    or that cannot be read, is not true. Each thing that is mentioned must be another thing of
+    the scene."""
     stated = read(text)
     if stated is None or not any(stated):
         return False
     backgrounds, things = stated
     if any(name != scene.background for name in backgrounds):
         return False
-    return any(all(fact in thing.facts().items() for said, thing in zip(things, chosen) for fact in said.items())
-               for chosen in permutations(scene.things, len(things)))
+    return any(all(fact in thing.facts().items() for said, thing in zip(things, chosen)
+                   for fact in said.items()) for chosen in permutations(scene.things, len(things)))
 
 
 def is_complete(text: str, scene: Scene) -> bool:
-    """Whether the text mentions the background and every attribute of as many things as there are (true or not)."""
+    """Whether the text mentions the background and every attribute of as many things as there are
+    (true or not)."""
     stated = read(text)
     return bool(stated) and bool(stated[0]) and len(stated[1]) == len(scene.things) and all(
         len(said) == len(scene.things[0].facts()) for said in stated[1])
 
 
 def web_text(scene: Scene, noise: float, rng: random.Random) -> tuple[str, str]:
-    """-> (text, kind). With probability `noise` the text is bad: kind "other" (another image's text, 40 %), "wrong"
-    (one attribute wrong, 30 %) or "junk" (alt text that says nothing, 30 %); else kind "true"."""
+    """-> (text, kind). With probability `noise` the text is bad: kind "other" (another image's
+    text, 40 %), "wrong" (one attribute wrong, 30 %) or "junk" (alt text that says nothing, 30 %);
+    else kind "true"."""
     if rng.random() >= noise:
         return describe(scene, rng), "true"
     kind = rng.choices(("other", "wrong", "junk"), (0.4, 0.3, 0.3))[0]
@@ -236,19 +260,23 @@ def web_text(scene: Scene, noise: float, rng: random.Random) -> tuple[str, str]:
     return (text, "true") if is_true(text, scene) else (text, kind)
 
 
-# ---- a data set -------------------------------------------------------------------------------------------------------
+# ---- a data set ----------------------------------------------------------------------------------
 
 class World(Dataset):
-    """`size` image-text pairs of one split, a function of (seed, split, index) alone; the caption of a train scene is
-    worded anew every epoch. No augmentation: a crop or flip would make "a small circle at the left" false.
+    """`size` image-text pairs of one split, a function of (seed, split, index) alone; the caption
+    of a train scene is worded anew every epoch. No augmentation: a crop or flip would make "a small
+    circle at the left" false.
 
-    Items are those of `data.PairDataset`: image (3, S, S) uint8, text, texts, image_id. Held-out scenes are all different.
+    Items are those of `data.PairDataset`: image (3, S, S) uint8, text, texts, image_id. Held-out
+    scenes are all different.
     """
 
-    def __init__(self, split: str, size: int, image_size: int = 64, seed: int = 0, noise: float = 0.0):
+    def __init__(self, split: str, size: int, image_size: int = 64, seed: int = 0,
+                 noise: float = 0.0):
         if split not in ("train", "held-out"):
             raise ValueError(f"split is {split!r}; choose train or held-out")
-        self.split, self.size, self.image_size, self.seed, self.noise = split, size, image_size, seed, noise
+        self.split, self.size, self.image_size, self.seed, self.noise = (
+            split, size, image_size, seed, noise)
         self.epoch, self.scenes = 0, None
         if split == "held-out":
             rng, scenes = random.Random(f"scenes {seed}"), {}
@@ -269,19 +297,26 @@ class World(Dataset):
 
     def scene(self, index: int) -> Scene:
         """What item `index` shows."""
-        return self.scenes[index] if self.scenes else random_scene(self.rng(index, "scene"), self.split)
+        return (self.scenes[index] if self.scenes
+                else random_scene(self.rng(index, "scene"), self.split))
 
     def text(self, index: int) -> str:
         """What is written under item `index` in this epoch."""
-        return web_text(self.scene(index), self.noise, self.rng(index, f"text {self.epoch}"))[0]
+        return self._text(index, self.scene(index))
+
+    def _text(self, index: int, scene: Scene) -> str:
+        return web_text(scene, self.noise, self.rng(index, f"text {self.epoch}"))[0]
 
     def __getitem__(self, index: int) -> dict:
-        image = render(self.scene(index), self.image_size, self.rng(index, "image"))
-        text = self.text(index)
-        return {"image": torch.from_numpy(image).permute(2, 0, 1), "text": text, "texts": (text,), "image_id": index}
+        scene = self.scene(index)
+        image = render(scene, self.image_size, self.rng(index, "image"))
+        text = self._text(index, scene)
+        return {"image": torch.from_numpy(image).permute(2, 0, 1), "text": text, "texts": (text,),
+                "image_id": index}
 
 
 def all_captions(count: int = 2000) -> list[str]:
-    """Captions enough to train a tokenizer on: they contain every word of the world, junk included."""
+    """Captions enough to train a tokenizer on: they contain every word of the world, junk
+    included."""
     rng = random.Random("words")
     return [describe(random_scene(rng), rng) for _ in range(count)] + list(JUNK)

@@ -7,9 +7,9 @@ import torch
 
 from blip import BLIP, BLIPConfig
 
-TOY = dict(image_size=32, vit_width=32, vit_depth=2, vit_heads=2, text_width=48, text_depth=2, text_heads=4,
-           text_ffn=96, max_positions=32, dropout=0.0, embed_dim=16, queue_size=10, vocab_size=40, cls_id=2, sep_id=3,
-           dec_id=38, enc_id=39)
+TOY = dict(image_size=32, vit_width=32, vit_depth=2, vit_heads=2, text_width=48, text_depth=2,
+           text_heads=4, text_ffn=96, max_positions=32, dropout=0.0, embed_dim=16, queue_size=10,
+           vocab_size=40, cls_id=2, sep_id=3, dec_id=38, enc_id=39)
 REFERENCE = Path(__file__).parents[2] / "shared" / "reference"
 
 

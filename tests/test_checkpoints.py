@@ -47,7 +47,8 @@ def test_a_failed_write_leaves_the_previous_checkpoint(tmp_path, monkeypatch):
 
 def released(tmp_path, **changes):
     weights = {**reference("b_pretrain_parts.pt")["model"], **changes}
-    torch.save({"model": {k: v for k, v in weights.items() if v is not None}}, tmp_path / "released.pt")
+    torch.save({"model": {k: v for k, v in weights.items() if v is not None}},
+               tmp_path / "released.pt")
     return tmp_path / "released.pt"
 
 
@@ -58,18 +59,21 @@ def test_released_pretraining_model_gives_the_released_outputs(tmp_path):
     inputs, out = ref["inputs"], ref["outputs"]
     ids, mask = inputs["input_ids"], inputs["attention_mask"]
     assert not report.missing
-    assert all(name.startswith("text_encoder_m.") and "crossattention" in name for name in report.left_over)
+    assert all(name.startswith("text_encoder_m.") and "crossattention" in name
+               for name in report.left_over)
     tokens, image_feat = model.encode_image(inputs["image"])
     kv = model.med.project(tokens)
     decoded, _ = model.med.decode(ids, mask, kv)
-    found = {"image_embeds": tokens, "image_feat": image_feat, "text_last_hidden": model.med.encode_text(ids, mask),
+    found = {"image_embeds": tokens, "image_feat": image_feat,
+             "text_last_hidden": model.med.encode_text(ids, mask),
              "text_feat": model.encode_text(ids, mask), "itm_logits": model.match(kv, ids, mask),
              "multimodal_last_hidden": model.med.encode_grounded(ids, mask, kv),
              "decoder_logits": model.med.logits(decoded)}
     for name, value in found.items():
         assert torch.allclose(value, out[name], atol=1e-4), name
     model.set_objectives(("lm",))
-    assert model(inputs["image"], ids, mask)[0]["lm"].item() == pytest.approx(out["loss_lm"].item(), abs=1e-5)
+    assert model(inputs["image"], ids, mask)[0]["lm"].item() == pytest.approx(
+        out["loss_lm"].item(), abs=1e-5)
 
 
 def test_released_sizes_are_inferred_and_heads_are_asked_for(tmp_path):
@@ -79,7 +83,8 @@ def test_released_sizes_are_inferred_and_heads_are_asked_for(tmp_path):
     with pytest.raises(InputError, match="text_heads=5 does not divide"):
         checkpoints.load_released(path, vit_heads=4, text_heads=5)
     config = checkpoints.load_released(path, vit_heads=4)[0].config
-    assert (config.text_heads, config.queue_size, config.vocab_size, config.enc_id) == (1, 24, 486, 485)
+    assert (config.text_heads, config.queue_size, config.vocab_size, config.enc_id) == (
+        1, 24, 486, 485)
     larger = checkpoints.load_released(path, image_size=96, vit_heads=4)[0]
     assert larger.vit.pos_embed.shape == (1, 37, 48)
 
@@ -100,8 +105,9 @@ def test_round_trip(tmp_path):
     from data import Tokenizer
     tokenizer = Tokenizer.train(["a dog and a cat"] * 3, 100)
     model = toy_model(**tokenizer.config()).eval()
-    checkpoints.save(tmp_path / "c.pt", {"model": model.state_dict(), "model_config": asdict(model.config),
-                                         "tokenizer": tokenizer.state()})
+    checkpoints.save(tmp_path / "c.pt",
+                     {"model": model.state_dict(), "model_config": asdict(model.config),
+                      "tokenizer": tokenizer.state()})
     again, vocabulary = checkpoints.load_model(tmp_path / "c.pt")
     batch = toy_batch()
     ids = batch["ids"].clamp(max=tokenizer.config()["vocab_size"] - 1)

@@ -23,7 +23,8 @@ from data import (
     read_pairs,
 )
 
-CAPTIONS = ["a dog runs on the grass", "a man on a red surfboard", "two dogs play with a ball", "the man runs"] * 3
+CAPTIONS = ["a dog runs on the grass", "a man on a red surfboard", "two dogs play with a ball",
+            "the man runs"] * 3
 
 
 def write_json(path, content):
@@ -63,8 +64,8 @@ def test_a_long_text_is_cut_and_keeps_sep():
 
 
 def test_training_a_vocabulary_repeats():
-    texts = [" ".join(random.Random(i).choices("runs running runner jumps jumped dog dogs boat boats".split(), k=6))
-             for i in range(50)]
+    texts = [" ".join(random.Random(i).choices(
+        "runs running runner jumps jumped dog dogs boat boats".split(), k=6)) for i in range(50)]
     assert len({tuple(Tokenizer.train(texts, size).vocab) for size in (60, 60, 60, 60)}) == 1
 
 
@@ -73,12 +74,14 @@ def test_bert_vocabulary_gives_the_released_ids():
     tokenizer = Tokenizer.from_file(REFERENCE / "vocab.txt")
     ids, mask = tokenizer.encode(ref["inputs"]["captions"])
     length = ids.shape[1]
-    assert ids.equal(ref["inputs"]["input_ids"][:, :length]) and mask.equal(ref["inputs"]["attention_mask"][:, :length])
+    assert (ids.equal(ref["inputs"]["input_ids"][:, :length])
+            and mask.equal(ref["inputs"]["attention_mask"][:, :length]))
     assert (tokenizer.dec, tokenizer.enc) == (484, 485)
 
 
-@pytest.mark.parametrize("content, message", [("[PAD]\n[UNK]\ndog\n", r"lacks \[CLS\], \[SEP\]"),
-                                              ("[PAD]\n[UNK]\n[CLS]\n[SEP]\ndog\ndog\n", "lists 'dog' twice")])
+@pytest.mark.parametrize("content, message",
+                         [("[PAD]\n[UNK]\ndog\n", r"lacks \[CLS\], \[SEP\]"),
+                          ("[PAD]\n[UNK]\n[CLS]\n[SEP]\ndog\ndog\n", "lists 'dog' twice")])
 def test_a_vocabulary_that_cannot_be_used(tmp_path, content, message):
     (tmp_path / "vocab.txt").write_text(content)
     with pytest.raises(InputError, match=message):
@@ -100,10 +103,12 @@ def test_evaluation_resizes_the_whole_picture(tmp_path):
 
 def test_jpeg_draft_decoding_changes_little(tmp_path):
     rng = np.random.default_rng(0)
-    smooth = Image.fromarray(rng.integers(0, 255, (8, 8, 3), dtype=np.uint8)).resize((800, 600), Image.Resampling.BICUBIC)
+    smooth = Image.fromarray(rng.integers(0, 255, (8, 8, 3), dtype=np.uint8)).resize(
+        (800, 600), Image.Resampling.BICUBIC)
     smooth.save(tmp_path / "a.jpg", quality=95)
     smooth.save(tmp_path / "a.png")
-    difference = load_image(tmp_path / "a.jpg", 64).float() - load_image(tmp_path / "a.png", 64).float()
+    difference = (load_image(tmp_path / "a.jpg", 64).float()
+                  - load_image(tmp_path / "a.png", 64).float())
     assert difference.abs().mean() < 3
 
 
@@ -132,12 +137,14 @@ def test_rand_augment_moves_by_the_recipes_amounts():
         def choice(self, options):
             return self.answers.pop(0)
         def random(self):
-            return 0.1 if len(self.answers) == 2 else 0.9  # apply the first operation, not the second
+            # apply the first operation, not the second
+            return 0.1 if len(self.answers) == 2 else 0.9
     def fill(name):
         return (np.asarray(rand_augment(image, Chosen(name, 1))) == 128).all(-1)
     assert fill("translate_x").sum() == 5 * 64  # 5 pixels of grey 128
     assert fill("translate_y").sum() == 5 * 64
-    assert fill("shear_x").any(0).sum() >= 9 and fill("rotate").any() and not fill("brightness").any()
+    assert (fill("shear_x").any(0).sum() >= 9 and fill("rotate").any()
+            and not fill("brightness").any())
 
 
 def test_no_flip_where_a_caption_says_left_or_right(tmp_path):
@@ -145,7 +152,8 @@ def test_no_flip_where_a_caption_says_left_or_right(tmp_path):
     half.paste((0, 0, 255), (16, 0, 32, 32))
     half.save(tmp_path / "a.png")
     def left_is_red(text):
-        data = PairDataset([Pair("a.png", (text,), 0)], tmp_path, 32, augment=True, crop=(0.95, 1.0))
+        data = PairDataset([Pair("a.png", (text,), 0)], tmp_path, 32, augment=True,
+                           crop=(0.95, 1.0))
         found = []
         for epoch in range(30):
             data.set_epoch(epoch)
@@ -158,24 +166,29 @@ def test_no_flip_where_a_caption_says_left_or_right(tmp_path):
 
 def test_normalise_uses_clips_statistics():
     image = torch.full((1, 3, 2, 2), 255, dtype=torch.uint8)
-    expected = [(1 - m) / s for m, s in zip((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))]
+    expected = [(1 - m) / s for m, s in zip((0.48145466, 0.4578275, 0.40821073),
+                                            (0.26862954, 0.26130258, 0.27577711))]
     assert torch.allclose(normalise(image)[0, :, 0, 0], torch.tensor(expected), atol=1e-5)
 
 
 # ---- files ----
 
 def test_blip_json(tmp_path):
-    path = write_json(tmp_path / "p.json", [{"image": "a.jpg", "caption": "A dog.", "image_id": "x"},
-                                            {"image": "b.jpg", "caption": ["One!", "Two"]},
-                                            {"image": "a.jpg", "caption": "A cat", "image_id": "x"}])
-    assert read_pairs(path) == [Pair("a.jpg", ("a dog",), 0), Pair("b.jpg", ("one", "two"), 1), Pair("a.jpg", ("a cat",), 0)]
+    path = write_json(tmp_path / "p.json",
+                      [{"image": "a.jpg", "caption": "A dog.", "image_id": "x"},
+                       {"image": "b.jpg", "caption": ["One!", "Two"]},
+                       {"image": "a.jpg", "caption": "A cat", "image_id": "x"}])
+    assert read_pairs(path) == [Pair("a.jpg", ("a dog",), 0), Pair("b.jpg", ("one", "two"), 1),
+                                Pair("a.jpg", ("a cat",), 0)]
 
 
 def test_karpathy_json(tmp_path):
     def image(name, split):
-        return {"filepath": "val2014", "filename": name, "split": split, "sentences": [{"raw": "A dog."}, {"raw": "Dogs"}]}
-    path = write_json(tmp_path / "k.json", {"images": [image("a.jpg", "train"), image("b.jpg", "restval"),
-                                                       image("c.jpg", "val"), image("d.jpg", "test")]})
+        return {"filepath": "val2014", "filename": name, "split": split,
+                "sentences": [{"raw": "A dog."}, {"raw": "Dogs"}]}
+    path = write_json(tmp_path / "k.json",
+                      {"images": [image("a.jpg", "train"), image("b.jpg", "restval"),
+                                  image("c.jpg", "val"), image("d.jpg", "test")]})
     assert [p.image for p in read_pairs(path)] == ["val2014/a.jpg", "val2014/b.jpg"]
     assert read_pairs(path, split="test") == [Pair("val2014/d.jpg", ("a dog", "dogs"), 0)]
 
@@ -186,7 +199,8 @@ def test_karpathy_json(tmp_path):
     ([{"image": "a.jpg", "caption": 3}], "record 0: image must be a path and caption a text"),
     (["a.jpg"], "record 0: it is 'a.jpg'"),
     ({"a": 1}, "neither a list .* nor a Karpathy file"),
-    ([{"image": "../../etc/a.jpg", "caption": "x"}], "record 0: image .* lies outside the image root"),
+    ([{"image": "../../etc/a.jpg", "caption": "x"}],
+     "record 0: image .* lies outside the image root"),
     ([{"image": "/etc/a.jpg", "caption": "x"}], "record 0: image .* lies outside the image root"),
     ([{"image": "a.jpg", "caption": " . "}], "no image with a caption"),
     ({"images": [{"filename": "a.jpg", "split": "train"}]}, "record 0: 'sentences' is missing"),
@@ -204,8 +218,9 @@ def test_a_missing_file_is_named(tmp_path):
 
 
 def test_empty_captions_are_left_out_and_counted(tmp_path, capsys):
-    path = write_json(tmp_path / "p.json", [{"image": "a.jpg", "caption": "x"}, {"image": "b.jpg", "caption": "!"},
-                                            {"image": "c.jpg", "caption": ["", "y"]}])
+    path = write_json(tmp_path / "p.json",
+                      [{"image": "a.jpg", "caption": "x"}, {"image": "b.jpg", "caption": "!"},
+                       {"image": "c.jpg", "caption": ["", "y"]}])
     assert [p.captions for p in read_pairs(path)] == [("x",), ("y",)]
     assert "2 records have an empty caption (the first is record 1)" in capsys.readouterr().out
 
@@ -213,11 +228,13 @@ def test_empty_captions_are_left_out_and_counted(tmp_path, capsys):
 def test_unreadable_images_are_replaced_in_training_and_left_out_in_evaluation(tmp_path):
     picture(tmp_path / "good.png")
     (tmp_path / "broken.jpg").write_bytes(b"no image")
-    pairs = [Pair("broken.jpg", ("one",), 0), Pair("good.png", ("two",), 1), Pair("missing.png", ("three",), 2)]
+    pairs = [Pair("broken.jpg", ("one",), 0), Pair("good.png", ("two",), 1),
+             Pair("missing.png", ("three",), 2)]
     train = PairDataset(pairs, tmp_path, 16, augment=True)
     assert [train[i]["text"] for i in range(3)] == ["two"] * 3
     assert "broken.jpg" in train[0]["broken"][0] and len(train[2]["broken"]) == 2
     collate = Collate(Tokenizer.train(CAPTIONS, 300))
     batch = collate([PairDataset(pairs, tmp_path, 16)[i] for i in range(3)])
-    assert batch["image"].shape == (1, 3, 16, 16) and len(batch["broken"]) == 2 and batch["texts"] == [["two"]]
+    assert (batch["image"].shape == (1, 3, 16, 16) and len(batch["broken"]) == 2
+            and batch["texts"] == [["two"]])
     assert collate([PairDataset(pairs, tmp_path, 16)[0]])["image"] is None

@@ -1,4 +1,5 @@
-"""Nucleus sampling and beam search on distributions small enough to enumerate, and against the released code."""
+"""Nucleus sampling and beam search on distributions small enough to enumerate, and against the
+released code."""
 
 from itertools import product
 
@@ -23,7 +24,8 @@ def test_top_p_by_hand_on_five_tokens():
     probability = torch.tensor([[0.10, 0.40, 0.05, 0.25, 0.20]])
     def kept(p):
         return (top_p_filter(probability.log(), p)[0] > float("-inf")).nonzero().flatten().tolist()
-    # Sorted: 0.40 (token 1), 0.25 (3), 0.20 (4), 0.10 (0), 0.05 (2); mass before each: 0, 0.40, 0.65, 0.85, 0.95.
+    # Sorted: 0.40 (token 1), 0.25 (3), 0.20 (4), 0.10 (0), 0.05 (2); mass before each: 0, 0.40,
+    # 0.65, 0.85, 0.95.
     assert kept(0.3) == [1]  # the first always stays
     assert kept(0.5) == [1, 3]  # the token that crosses p belongs to the nucleus
     assert kept(0.9) == [0, 1, 3, 4]
@@ -42,7 +44,8 @@ def test_top_k_and_repetition_penalty_by_hand():
 def test_a_wide_beam_finds_the_best_of_all_sequences(seed):
     table, step = markov_step(seed)
     logp, best = table.log_softmax(-1), (-1e9, None)
-    for length in (1, 2, 3):  # tokens after the prompt [1], at most 4 in all; a shorter text pays for its end
+    # tokens after the prompt [1], at most 4 in all; a shorter text pays for its end
+    for length in (1, 2, 3):
         for tokens in product(range(1, 5), repeat=length):
             path = (1,) + tokens
             total = sum(logp[a, b].item() for a, b in zip(path, tokens))
@@ -50,7 +53,8 @@ def test_a_wide_beam_finds_the_best_of_all_sequences(seed):
             best = max(best, (total / len(path), list(path)))
     total = logp[1, EOS].item()
     best = max(best, (total, [1]))
-    ids, score = beam_search(step, torch.tensor([[1]]), EOS, beams=200, max_length=4, min_length=1)[0][0]
+    ids, score = beam_search(step, torch.tensor([[1]]), EOS, beams=200, max_length=4,
+                             min_length=1)[0][0]
     assert ids == best[1] and score == pytest.approx(best[0], abs=1e-5)
 
 
@@ -66,8 +70,9 @@ def test_minimum_length_holds_the_end_back():
 def test_sampling_follows_the_filtered_distribution():
     logits = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log()
     prompt = torch.full((4000, 1), 1)
-    samples = nucleus_sample(lambda tokens, rows: logits.expand(len(tokens), -1), prompt, 99, max_length=2, min_length=1,
-                             top_p=0.7, generator=torch.Generator().manual_seed(0))
+    samples = nucleus_sample(lambda tokens, rows: logits.expand(len(tokens), -1), prompt, 99,
+                             max_length=2, min_length=1, top_p=0.7,
+                             generator=torch.Generator().manual_seed(0))
     counts = torch.bincount(torch.tensor([ids[1] for ids, _ in samples]), minlength=4) / 4000
     assert torch.allclose(counts, torch.tensor([0.625, 0.375, 0.0, 0.0]), atol=0.03)
     assert samples[0][1] == pytest.approx(logits[0, samples[0][0][1]].item(), abs=1e-5)
@@ -80,10 +85,11 @@ def test_sampling_is_repeatable_and_finished_rows_cost_nothing():
         sizes.append(len(tokens))
         return step(tokens, rows)
     def run():
-        return nucleus_sample(counted, torch.full((50, 1), 2), EOS, max_length=12, min_length=1, top_p=1.0,
-                              generator=torch.Generator().manual_seed(7))
+        return nucleus_sample(counted, torch.full((50, 1), 2), EOS, max_length=12, min_length=1,
+                              top_p=1.0, generator=torch.Generator().manual_seed(7))
     assert run() == run()
-    assert sizes[0] == 50 and sorted(sizes[:len(sizes) // 2], reverse=True) == sizes[:len(sizes) // 2]
+    assert (sizes[0] == 50
+            and sorted(sizes[:len(sizes) // 2], reverse=True) == sizes[:len(sizes) // 2])
     assert sizes[len(sizes) // 2 - 1] < 50
     with pytest.raises(ValueError, match="top_p"):
         nucleus_sample(step, torch.tensor([[1]]), EOS, top_p=0.0)
@@ -92,7 +98,8 @@ def test_sampling_is_repeatable_and_finished_rows_cost_nothing():
 def test_batches_give_what_single_images_give():
     model, image = toy_model().eval(), toy_batch(4)["image"]
     together = model.generate(image, max_length=12, min_length=2, beams=3)
-    alone = [model.generate(image[i:i + 1], max_length=12, min_length=2, beams=3)[0] for i in range(4)]
+    alone = [model.generate(image[i:i + 1], max_length=12, min_length=2, beams=3)[0]
+             for i in range(4)]
     for a, b in zip(together, alone):
         assert a[0][0] == b[0][0] and a[0][1] == pytest.approx(b[0][1], abs=1e-4)
 
@@ -110,11 +117,13 @@ def test_several_captions_an_image():
 
 def released_captioner():
     ref = reference("d_caption.pt")
-    model = BLIP(BLIPConfig(image_size=64, vit_width=48, vit_depth=2, vit_heads=4, text_width=64, text_depth=2, text_heads=4,
-                            text_ffn=128, max_positions=64, embed_dim=32, queue_size=0, vocab_size=486, cls_id=2,
-                            sep_id=3, dec_id=484, enc_id=485)).eval()
+    model = BLIP(BLIPConfig(image_size=64, vit_width=48, vit_depth=2, vit_heads=4, text_width=64,
+                            text_depth=2, text_heads=4, text_ffn=128, max_positions=64,
+                            embed_dim=32, queue_size=0, vocab_size=486, cls_id=2, sep_id=3,
+                            dec_id=484, enc_id=485)).eval()
     state = model.state_dict()
-    for ours, released in vit_names("visual_encoder.", "vit.", 2) + decoder_names("text_decoder", 2):
+    for ours, released in (vit_names("visual_encoder.", "vit.", 2)
+                           + decoder_names("text_decoder", 2)):
         state[ours].copy_(torch.cat([ref["model"][name] for name in released]))
     return model, ref
 
@@ -136,7 +145,8 @@ def test_beam_search_equals_the_released_one(case):
     options["beams"] = options.pop("num_beams")
     prompt = out["train_input_ids"][0, 1:out["prompt_length"]].tolist()
     found = model.generate(ref["inputs"]["image"], prompt, **options)
-    for row, expected, score in zip(found, out[f"beam_{case}"]["ids"], out[f"beam_{case}"]["sequences_scores"]):
+    for row, expected, score in zip(found, out[f"beam_{case}"]["ids"],
+                                    out[f"beam_{case}"]["sequences_scores"]):
         ids = [484] + prompt + row[0][0]
         ids += [3] * (len(ids) < options["max_length"])
         assert ids == [i for i in expected.tolist() if i != 0]
@@ -151,9 +161,10 @@ def test_nucleus_keeps_what_the_released_one_keeps():
         steps.append(probability)
         return probability.argmax(-1, keepdim=True)
     image = inputs["image"]
-    found = [model.generate(image[i:i + 1], prompt, "nucleus", max_length=inputs["nucleus_max_length"], top_k=50,
-                            min_length=inputs["nucleus_min_length"], repetition_penalty=1.1, draw=draw)[0][0]
-             for i in range(3)]
+    found = [model.generate(image[i:i + 1], prompt, "nucleus",
+                            max_length=inputs["nucleus_max_length"], top_k=50,
+                            min_length=inputs["nucleus_min_length"], repetition_penalty=1.1,
+                            draw=draw)[0][0] for i in range(3)]
     start = 0
     for i, (ids, _) in enumerate(found):
         expected = [t for t in out["ids"][i].tolist() if t != 0]
@@ -161,6 +172,7 @@ def test_nucleus_keeps_what_the_released_one_keeps():
         length = min(len(ids) + 1, inputs["nucleus_max_length"] - len(prompt) - 1)
         for t in range(length):
             mine = steps[start + t][0]
-            assert torch.equal(mine > 0, out["kept"][t, i].bool()) and torch.allclose(mine, out["probs"][t, i], atol=1e-4)
+            assert (torch.equal(mine > 0, out["kept"][t, i].bool())
+                    and torch.allclose(mine, out["probs"][t, i], atol=1e-4))
         start += length
     assert start == len(steps)

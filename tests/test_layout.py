@@ -9,11 +9,11 @@ import torch
 import bench
 
 ROOT = Path(__file__).parents[1]
-CORE = {"blip", "vit", "med", "attention", "decoding", "losses", "distributed", "data", "world", "metrics", "sheets",
-        "checkpoints", "config"}
+CORE = {"blip", "vit", "med", "attention", "decoding", "losses", "distributed", "data", "world",
+        "metrics", "sheets", "checkpoints", "config"}
 MAY_IMPORT = {
-    "attention": set(), "decoding": set(), "losses": set(), "distributed": set(), "data": set(), "world": set(),
-    "metrics": set(), "sheets": set(),
+    "attention": set(), "decoding": set(), "losses": set(), "distributed": set(), "data": set(),
+    "world": set(), "metrics": set(), "sheets": set(),
     "vit": {"attention"}, "med": {"attention"},
     "blip": {"vit", "med", "decoding", "losses", "distributed"},
     "config": {"blip"}, "checkpoints": {"blip", "data", "vit"},
@@ -47,7 +47,8 @@ def test_files_and_functions_stay_short(path):
 
 
 def test_losses_see_tensors_only():
-    assert own_imports(ROOT / "losses.py") == set() and "self" not in (ROOT / "losses.py").read_text().split()
+    assert (own_imports(ROOT / "losses.py") == set()
+            and "self" not in (ROOT / "losses.py").read_text().split())
 
 
 def test_a_full_size_step_costs_two_thirds_of_the_released_one():
@@ -57,4 +58,5 @@ def test_a_full_size_step_costs_two_thirds_of_the_released_one():
 @pytest.mark.slow
 def test_counting_without_computing_counts_the_same():
     torch.manual_seed(0)
-    assert bench.step_gflop("tiny", 8, "cpu") == pytest.approx(bench.step_gflop("tiny", 8), rel=1e-6)
+    assert bench.step_gflop("tiny", 8, "cpu") == pytest.approx(
+        bench.step_gflop("tiny", 8), rel=1e-6)

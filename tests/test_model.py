@@ -10,8 +10,8 @@ from med import MED
 from vit import ViT, resize_positions
 
 
-@pytest.mark.parametrize("share, millions", [("all", 224.1), ("all_but_sa", 252.4), ("all_but_ca", 252.4),
-                                             ("none", 361.3)])
+@pytest.mark.parametrize("share, millions", [("all", 224.1), ("all_but_sa", 252.4),
+                                             ("all_but_ca", 252.4), ("none", 361.3)])
 def test_parameter_counts_of_table_3(share, millions):
     with torch.device("meta"):
         model = BLIP(BLIPConfig(share=share))
@@ -20,7 +20,8 @@ def test_parameter_counts_of_table_3(share, millions):
     assert round(count / 1e6, 1) == millions
 
 
-@pytest.mark.parametrize("share, own", [("all", ""), ("all_but_sa", "sa"), ("all_but_ca", "ca"), ("none", "sa ca ffn")])
+@pytest.mark.parametrize("share, own", [("all", ""), ("all_but_sa", "sa"), ("all_but_ca", "ca"),
+                                        ("none", "sa ca ffn")])
 def test_sharing_is_identity(share, own):
     med = toy_model(share=share).med
     for layer in med.layers:
@@ -47,10 +48,12 @@ def test_every_sharing_trains_what_it_says_and_nothing_else(share):
 
 def test_twins_hold_only_what_itc_uses():
     layer = toy_model().med_m.layers[0]
-    assert layer.cross_attn is None and not hasattr(layer, "attn_causal") and layer.attn_bi is not None
+    assert (layer.cross_attn is None and not hasattr(layer, "attn_causal")
+            and layer.attn_bi is not None)
     only_question = MED(40, 48, 32, 2, 4, 96, 32, 0.0, 39, 38, modes=("grounded",))
     only_answer = MED(40, 48, 32, 2, 4, 96, 32, 0.0, 39, 38, modes=("decode",))
-    assert not hasattr(only_question.layers[0], "attn_causal") and only_answer.layers[0].attn_bi is None
+    assert (not hasattr(only_question.layers[0], "attn_causal")
+            and only_answer.layers[0].attn_bi is None)
     kv = only_answer.project(torch.randn(1, 5, 32))
     assert only_answer.decode(torch.tensor([[2, 5]]), None, kv)[0].shape == (1, 2, 48)
 
@@ -63,7 +66,8 @@ def test_a_future_token_changes_the_past_in_the_encoder_but_not_in_the_decoder()
     kv = kv.select(torch.tensor([0, 0]))
     decoded, _ = model.med.decode(ids, mask, kv)
     logits = model.med.logits(decoded)
-    assert torch.allclose(logits[0, :5], logits[1, :5], atol=1e-6) and not torch.allclose(logits[0, 5:], logits[1, 5:])
+    assert (torch.allclose(logits[0, :5], logits[1, :5], atol=1e-6)
+            and not torch.allclose(logits[0, 5:], logits[1, 5:]))
     encoded = model.med.encode_grounded(ids, mask, kv)
     assert not torch.allclose(encoded[0, :5], encoded[1, :5], atol=1e-4)
 
@@ -73,13 +77,15 @@ def test_the_image_matters_to_matching_and_to_captions():
     kv = model.med.project(model.vit(batch["image"]))
     other = kv.select(torch.tensor([1, 0]))
     for mode in (model.med.encode_grounded, lambda *a: model.med.decode(*a)[0]):
-        assert not torch.allclose(mode(batch["ids"], batch["mask"], kv), mode(batch["ids"], batch["mask"], other))
+        assert not torch.allclose(mode(batch["ids"], batch["mask"], kv),
+                                  mode(batch["ids"], batch["mask"], other))
 
 
 def test_unimodal_text_ignores_the_image():
     model, batch = toy_model(), toy_batch()
     model.set_objectives(("itc",))
-    for layer in model.med.layers:  # as if there were no image: nothing of cross-attention is left to be used
+    # as if there were no image: nothing of cross-attention is left to be used
+    for layer in model.med.layers:
         layer.cross_attn = layer.cross_attn_dec = None
     assert model.encode_text(batch["ids"], batch["mask"]).shape == (4, 16)
 
@@ -87,7 +93,8 @@ def test_unimodal_text_ignores_the_image():
 def test_first_tokens_cls_enc_dec():
     model, batch = toy_model().eval(), toy_batch(2)
     kv, seen = model.med.project(model.vit(batch["image"])), []
-    model.med.embeddings.word.register_forward_hook(lambda module, args, out: seen.append(args[0][:, 0].tolist()))
+    model.med.embeddings.word.register_forward_hook(
+        lambda module, args, out: seen.append(args[0][:, 0].tolist()))
     model.med.encode_text(batch["ids"], batch["mask"])
     model.med.encode_grounded(batch["ids"], batch["mask"], kv)
     model.med.decode(batch["ids"], batch["mask"], kv)
@@ -113,7 +120,8 @@ def test_caption_step_reorders_and_drops_rows():
     step = CaptionStep(model.med, kv, torch.arange(3).repeat_interleave(2))
     start = torch.tensor([[38, 6], [38, 7], [38, 8], [38, 9], [38, 10], [38, 11]])
     step(start, torch.arange(6))
-    rows, tokens = torch.tensor([1, 1, 4]), torch.tensor([[12], [13], [14]])  # image 1 is finished, image 2 keeps one row
+    # image 1 is finished, image 2 keeps one row
+    rows, tokens = torch.tensor([1, 1, 4]), torch.tensor([[12], [13], [14]])
     ids = torch.cat([start[rows], tokens], 1)
     states, _ = model.med.decode(ids, None, kv.select(torch.tensor([0, 0, 2])))
     assert torch.allclose(step(tokens, rows), model.med.logits(states[:, -1]), atol=1e-5)
@@ -121,12 +129,16 @@ def test_caption_step_reorders_and_drops_rows():
 
 def test_padding_does_not_change_a_result():
     model, batch = toy_model().eval(), toy_batch()
-    ids, mask = torch.nn.functional.pad(batch["ids"], (0, 4)), torch.nn.functional.pad(batch["mask"], (0, 4))
-    assert torch.allclose(model.encode_text(batch["ids"], batch["mask"]), model.encode_text(ids, mask), atol=1e-6)
+    ids, mask = (torch.nn.functional.pad(batch["ids"], (0, 4)),
+                 torch.nn.functional.pad(batch["mask"], (0, 4)))
+    assert torch.allclose(model.encode_text(batch["ids"], batch["mask"]),
+                          model.encode_text(ids, mask), atol=1e-6)
     kv = model.med.project(model.vit(batch["image"]))
-    assert torch.allclose(model.match(kv, batch["ids"], batch["mask"]), model.match(kv, ids, mask), atol=1e-5)
+    assert torch.allclose(model.match(kv, batch["ids"], batch["mask"]), model.match(kv, ids, mask),
+                          atol=1e-5)
     model.set_objectives(("lm",))
-    assert torch.allclose(model(**batch)[0]["lm"], model(batch["image"], ids, mask)[0]["lm"], atol=1e-6)
+    assert torch.allclose(model(**batch)[0]["lm"], model(batch["image"], ids, mask)[0]["lm"],
+                          atol=1e-6)
 
 
 def test_texts_stacked_on_one_image_equal_the_image_repeated():
@@ -135,7 +147,8 @@ def test_texts_stacked_on_one_image_equal_the_image_repeated():
     repeated = kv.select(torch.tensor([0, 0, 1, 1]))
     args = batch["ids"], batch["mask"]
     assert torch.allclose(model.match(kv, *args), model.match(repeated, *args), atol=1e-5)
-    assert torch.allclose(model.med.decode(*args, kv)[0], model.med.decode(*args, repeated)[0], atol=1e-5)
+    assert torch.allclose(model.med.decode(*args, kv)[0], model.med.decode(*args, repeated)[0],
+                          atol=1e-5)
     with pytest.raises(ValueError, match="3 texts cannot be divided evenly among 2"):
         model.match(kv, batch["ids"][:3], batch["mask"][:3])
 
@@ -143,7 +156,8 @@ def test_texts_stacked_on_one_image_equal_the_image_repeated():
 def test_an_image_is_projected_once_per_training_step():
     model, batch, calls = toy_model(), toy_batch(), []
     for layer in model.med.layers:
-        layer.cross_attn.attn.kv.register_forward_hook(lambda module, args, out: calls.append(len(args[0])))
+        layer.cross_attn.attn.kv.register_forward_hook(
+            lambda module, args, out: calls.append(len(args[0])))
     model(**batch, alpha=0.4)
     assert calls == [4] * TOY["text_depth"]  # four passes over the text, one projection a layer
 
@@ -154,14 +168,16 @@ def test_context_mask_hides_what_is_masked():
     short = med.project(context[:, :4])
     masked = med.project(context, torch.tensor([[1, 1, 1, 1, 0, 0]] * 2))
     args = batch["ids"], batch["mask"]
-    assert torch.allclose(med.encode_grounded(*args, short), med.encode_grounded(*args, masked), atol=1e-5)
+    assert torch.allclose(med.encode_grounded(*args, short), med.encode_grounded(*args, masked),
+                          atol=1e-5)
 
 
 def test_explicit_softmax_equals_the_fused_kernel():
     q, k, v = (torch.randn(2, 3, n, 8) for n in (4, 5, 5))
     mask, probabilities = torch.rand(2, 1, 4, 5) > 0.3, []
     mask[..., 0] = True
-    assert torch.allclose(attend(q, k, v, mask), attend(q, k, v, mask, probabilities=probabilities), atol=1e-6)
+    assert torch.allclose(attend(q, k, v, mask), attend(q, k, v, mask, probabilities=probabilities),
+                          atol=1e-6)
     assert torch.allclose(probabilities[0].sum(-1), torch.ones(2, 3, 4))
     assert (probabilities[0].masked_select(~mask.expand(2, 3, 4, 5)) == 0).all()
 
@@ -201,7 +217,8 @@ def test_forward_leaves_all_state_as_it_was():
 
 def test_twins_stay_in_eval_mode_and_get_no_gradient():
     model = toy_model(dropout=0.5).train()
-    assert model.med.training and not any(m.training for _, twin in model.twins() for m in twin.modules())
+    assert model.med.training and not any(m.training for _, twin in model.twins()
+                                          for m in twin.modules())
     sum(model(**toy_batch(), alpha=0.4)[0].values()).backward()
     assert all(p.grad is None for _, twin in model.twins() for p in twin.parameters())
 
@@ -294,6 +311,8 @@ def test_vit_equals_the_released_one():
     weights = {ours: ref["model"][released[0]] for ours, released in vit_names("", "", 2)}
     vit.load_state_dict(weights)
     for size in (64, 96):
-        assert torch.allclose(vit(ref["inputs"][f"image_{size}"]), ref["outputs"][f"embeds_{size}"], atol=1e-4)
+        assert torch.allclose(vit(ref["inputs"][f"image_{size}"]), ref["outputs"][f"embeds_{size}"],
+                              atol=1e-4)
     for size, tokens in ((96, 37), (48, 10)):
-        assert torch.allclose(resize_positions(vit.pos_embed, tokens), ref["outputs"][f"pos_embed_{size}"], atol=1e-5)
+        assert torch.allclose(resize_positions(vit.pos_embed, tokens),
+                              ref["outputs"][f"pos_embed_{size}"], atol=1e-5)

@@ -20,9 +20,9 @@ from train import EpochBatches
 from world import World, render
 
 # A model that trains in seconds on anything.
-SMALL = ("--image-size 32 --vit-width 16 --vit-depth 1 --vit-heads 2 --text-width 16 --text-depth 1 --text-heads 2 "
-         "--text-ffn 32 --embed-dim 8 --queue-size 20 --batch-size 8 --eval-size 12 --eval-top-k 3 --log-every 2 "
-         "--warmup-steps 2 --lm-only-steps 2 --workers 0").split()
+SMALL = ("--image-size 32 --vit-width 16 --vit-depth 1 --vit-heads 2 --text-width 16 --text-depth "
+         "1 --text-heads 2 --text-ffn 32 --embed-dim 8 --queue-size 20 --batch-size 8 --eval-size "
+         "12 --eval-top-k 3 --log-every 2 --warmup-steps 2 --lm-only-steps 2 --workers 0").split()
 
 
 def run(out, *flags) -> int:
@@ -30,26 +30,28 @@ def run(out, *flags) -> int:
 
 
 def photographs(folder: Path, count: int = 40) -> Path:
-    """World scenes saved as photographs with a BLIP json: rows of one caption to train, lists to evaluate."""
+    """World scenes saved as photographs with a BLIP json: rows of one caption to train, lists to
+    evaluate."""
     world, rows = World("train", count), []
     for i in range(count):
         Image.fromarray(render(world.scene(i), 48)).save(folder / f"{i}.jpg")
         rows += [{"image": f"{i}.jpg", "caption": world.text(i), "image_id": i}]
     (folder / "train.json").write_text(json.dumps(rows))
-    (folder / "val.json").write_text(json.dumps([{"image": r["image"], "caption": [r["caption"], "a " + r["caption"]]}
-                                                 for r in rows[:10]]))
+    (folder / "val.json").write_text(json.dumps(
+        [{"image": r["image"], "caption": [r["caption"], "a " + r["caption"]]} for r in rows[:10]]))
     return folder
 
 
 # ---- command line ----
 
-@pytest.mark.parametrize("flags, message", [(["--nonsense", "1"], "unrecognized arguments: --nonsense"),
-                                            (["--batch", "8"], "unrecognized arguments"),  # no abbreviations
-                                            (["--schedule", "linear"], "schedule is 'linear'; choose one of step, cosine"),
-                                            (["--preset", "huge"], "choose one of base, large, tiny"),
-                                            (["--vit-heads", "7"], "not a multiple of vit_heads"),
-                                            (["--augment", "maybe"], "neither true nor false"),
-                                            (["--itc-weight", "0", "--itm-weight", "0", "--lm-weight", "0"], "above 0")])
+@pytest.mark.parametrize("flags, message", [
+    (["--nonsense", "1"], "unrecognized arguments: --nonsense"),
+    (["--batch", "8"], "unrecognized arguments"),  # no abbreviations
+    (["--schedule", "linear"], "schedule is 'linear'; choose one of step, cosine"),
+    (["--preset", "huge"], "choose one of base, large, tiny"),
+    (["--vit-heads", "7"], "not a multiple of vit_heads"),
+    (["--augment", "maybe"], "neither true nor false"),
+    (["--itc-weight", "0", "--itm-weight", "0", "--lm-weight", "0"], "above 0")])
 def test_a_wrong_flag_is_an_error(flags, message, capsys):
     with pytest.raises(SystemExit) as stopped:
         config.parse(flags, "")
@@ -70,9 +72,11 @@ def test_help_lists_every_field_with_its_meaning(capsys):
 
 def test_presets_are_the_papers_and_flags_override_them():
     model, recipe, *_ = config.parse(["--preset", "base"], "")
-    assert model == BLIPConfig() and (recipe.lr, recipe.batch_size, recipe.epochs) == (3e-4, 2880, 20)
+    assert (model == BLIPConfig()
+            and (recipe.lr, recipe.batch_size, recipe.epochs) == (3e-4, 2880, 20))
     model, recipe, *_ = config.parse(["--preset", "large", "--lr", "1e-4"], "")
-    assert (model.vit_width, model.drop_path, recipe.lr, recipe.batch_size) == (1024, 0.1, 1e-4, 2400)
+    assert (model.vit_width, model.drop_path, recipe.lr, recipe.batch_size) == (
+        1024, 0.1, 1e-4, 2400)
 
 
 # ---- schedules ----
@@ -80,8 +84,8 @@ def test_presets_are_the_papers_and_flags_override_them():
 def test_learning_rate_of_the_paper():
     base = TrainConfig(preset="base", warmup_steps=10)
     rates = [learning_rate(base, step, 100) for step in (0, 5, 10, 99, 100, 250, 1900)]
-    assert rates == pytest.approx([1e-6, 1e-6 + (3e-4 - 1e-6) / 2, 3e-4, 3e-4, 3e-4 * 0.85, 3e-4 * 0.85 ** 2,
-                                   max(3e-4 * 0.85 ** 19, 1e-6)])
+    assert rates == pytest.approx([1e-6, 1e-6 + (3e-4 - 1e-6) / 2, 3e-4, 3e-4, 3e-4 * 0.85,
+                                   3e-4 * 0.85 ** 2, max(3e-4 * 0.85 ** 19, 1e-6)])
     cosine = TrainConfig(schedule="cosine", epochs=1, warmup_steps=0, lr=1.0, min_lr=0.0)
     assert [learning_rate(cosine, s, 100) for s in (0, 50)] == pytest.approx([1.0, 0.5])
     assert learning_rate(cosine, 100, 100) == pytest.approx(0.0)
@@ -89,7 +93,8 @@ def test_learning_rate_of_the_paper():
 
 def test_alpha_ramps_from_the_first_step_with_itc():
     early = TrainConfig(alpha_epochs=2)
-    assert [alpha_at(early, s, 100) for s in (0, 100, 200, 900)] == pytest.approx([0, 0.2, 0.4, 0.4])
+    assert [alpha_at(early, s, 100) for s in (0, 100, 200, 900)] == pytest.approx(
+        [0, 0.2, 0.4, 0.4])
     late = TrainConfig(alpha_epochs=1, lm_only_steps=50)
     assert [alpha_at(late, s, 100) for s in (50, 100, 150)] == pytest.approx([0, 0.2, 0.4])
 
@@ -120,7 +125,8 @@ def test_a_run_on_the_world_writes_what_it_says(tmp_path, capsys):
     assert run(tmp_path / "a", "--world-size", 80) == 0
     log = [json.loads(line) for line in (tmp_path / "a/log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in log] == [2, 4, 6, 8, 10]
-    assert set(log[0]) & {"itc", "itm", "lm"} == {"lm"} and {"itc", "itm", "lm", "temp", "alpha"} <= set(log[-1])
+    assert (set(log[0]) & {"itc", "itm", "lm"} == {"lm"}
+            and {"itc", "itm", "lm", "temp", "alpha"} <= set(log[-1]))
     metrics = json.loads((tmp_path / "a/metrics.json").read_text())
     for name in "t2i_r1 i2t_r1 t2i_true1 i2t_true1 itm_swap caption_true t2i_r1_rerank".split():
         assert 0 <= metrics[name] <= 1 and name.removesuffix("_rerank") in metrics["chance"]
@@ -187,8 +193,8 @@ def test_an_interrupt_writes_a_checkpoint_and_says_how_to_go_on(tmp_path, monkey
 def test_real_pairs(tmp_path, capsys):
     folder = photographs(tmp_path)
     (folder / "3.jpg").write_bytes(b"broken")
-    assert run(tmp_path / "run", "--data", folder / "train.json", "--val", folder / "val.json", "--epochs", 2,
-               "--workers", 1) == 0
+    assert run(tmp_path / "run", "--data", folder / "train.json", "--val", folder / "val.json",
+               "--epochs", 2, "--workers", 1) == 0
     metrics = json.loads((tmp_path / "run/metrics.json").read_text())
     assert metrics["images"] == 9 and metrics["texts"] == 18 and metrics["broken"] == 1
     assert metrics["chance"]["t2i_r1"] == pytest.approx(1 / 9) and metrics["train_broken"] >= 1
@@ -201,8 +207,8 @@ def test_real_pairs(tmp_path, capsys):
     (["--vocab", "nothing.txt"], "vocabulary nothing.txt cannot be read"),
 ])
 def test_bad_input_is_one_sentence(tmp_path, flags, message):
-    done = subprocess.run([sys.executable, "train.py", *SMALL, "--out", str(tmp_path / "a"), *flags], text=True,
-                          capture_output=True, cwd=Path(__file__).parents[1])
+    done = subprocess.run([sys.executable, "train.py", *SMALL, "--out", str(tmp_path / "a"),
+                           *flags], text=True, capture_output=True, cwd=Path(__file__).parents[1])
     assert done.returncode == 2 and message in done.stderr
     assert done.stderr.strip().count("\n") == 0 and "Traceback" not in done.stderr
 
@@ -217,11 +223,12 @@ def test_too_many_unreadable_images_stop_the_run(tmp_path, capsys):
 
 def test_two_processes_keep_their_queues_and_weights_equal(tmp_path):
     """torchrun, gloo: rank 0's checkpoint of a run on two processes is written once and finite."""
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29511",
-                           "train.py", *SMALL, "--out", str(tmp_path / "a"), "--world-size", "48", "--device", "cpu"],
-                          text=True, capture_output=True, cwd=Path(__file__).parents[1],
-                          env={**os.environ, "OMP_NUM_THREADS": "1"})
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2",
+                           "--master_port=29511", "train.py", *SMALL, "--out", str(tmp_path / "a"),
+                           "--world-size", "48", "--device", "cpu"], text=True, capture_output=True,
+                          cwd=Path(__file__).parents[1], env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr[-2000:]
     state = checkpoints.load(tmp_path / "a/checkpoint.pt")
-    assert state["step"] == 6 and state["model"]["queue_ptr"].item() == (4 * 8) % 20  # 4 steps with ITC, 8 keys each
+    # 4 steps with ITC, 8 keys each
+    assert state["step"] == 6 and state["model"]["queue_ptr"].item() == (4 * 8) % 20
     assert (tmp_path / "a/metrics.json").exists()

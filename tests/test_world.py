@@ -1,4 +1,5 @@
-"""The picture world: what it says is true, what it swaps is false, splits share nothing, everything repeats."""
+"""The picture world: what it says is true, what it swaps is false, splits share nothing,
+everything repeats."""
 
 import random
 
@@ -27,11 +28,13 @@ from world import (
     web_text,
 )
 
-RED_AND_BLUE = Scene("pink", (Thing("bottom right", "blue", "star", "large"), Thing("top left", "red", "circle", "small")))
+RED_AND_BLUE = Scene("pink", (Thing("bottom right", "blue", "star", "large"),
+                              Thing("top left", "red", "circle", "small")))
 
 
 def test_it_is_rich_enough():
-    assert len(COLOURS) >= 8 and len(SHAPES) >= 8 and len(SIZES) == 2 and len(BACKGROUNDS) >= 6 and len(PLACES) == 4
+    assert (len(COLOURS) >= 8 and len(SHAPES) >= 8 and len(SIZES) == 2 and len(BACKGROUNDS) >= 6
+            and len(PLACES) == 4)
     assert not set(COLOURS) & set(BACKGROUNDS)
 
 
@@ -52,8 +55,10 @@ def test_a_swap_changes_one_attribute_and_is_false(attribute):
     for number in range(500):
         scene = random_scene(rng)
         false = swap(scene, attribute, rng)
-        text, swapped = describe(scene, random.Random(number)), describe(false, random.Random(number))
-        assert not is_true(swapped, scene) and is_true(swapped, false) and is_complete(swapped, scene)
+        text, swapped = (describe(scene, random.Random(number)),
+                         describe(false, random.Random(number)))
+        assert (not is_true(swapped, scene) and is_true(swapped, false)
+                and is_complete(swapped, scene))
         (backgrounds, things), (other_backgrounds, other_things) = read(text), read(swapped)
         changed = [a != b for a, b in zip(backgrounds, other_backgrounds)]
         for a, b in zip(things, other_things):
@@ -61,20 +66,25 @@ def test_a_swap_changes_one_attribute_and_is_false(attribute):
             assert different <= ({"row", "column"} if attribute == "place" else {attribute})
             changed.append(bool(different))
         assert sum(changed) == 1
-        assert sum(a != b for a, b in zip(text.split(), swapped.split())) <= (2 if attribute == "place" else 1)
+        assert sum(a != b for a, b in zip(text.split(), swapped.split())) <= (
+            2 if attribute == "place" else 1)
 
 
 @pytest.mark.parametrize("text, true", [
-    ("at the top left a small red circle and at the bottom right a large blue star on a pink background", True),
-    ("lower right big blue star and upper left little red disc on pink", True),  # synonyms, other order
-    ("a red circle", True), ("a star and a circle", True), ("on pink", True),  # vague, and every stated fact holds
+    ("at the top left a small red circle and at the bottom right a large blue star on a pink "
+     "background", True),
+    # synonyms, other order
+    ("lower right big blue star and upper left little red disc on pink", True),
+    # vague, and every stated fact holds
+    ("a red circle", True), ("a star and a circle", True), ("on pink", True),
     ("a blue circle", False), ("top right a red circle", False), ("a large circle", False),
-    ("a red circle on white", False), ("a red star", False),  # mixed up: colour of one, shape of the other
+    # mixed up: colour of one, shape of the other
+    ("a red circle on white", False), ("a red star", False),
     ("a circle and a circle", False),  # two are stated, one is there
     ("a circle and a star and a square", False),
     ("on pink and on white", False), ("a red blue circle", False), ("red on pink", False),
-    ("a yellow circle", False), ("a red circle and a hexagon", False), ("", False), ("the of and", False),
-    ("stunning view july 2009", False),
+    ("a yellow circle", False), ("a red circle and a hexagon", False), ("", False),
+    ("the of and", False), ("stunning view july 2009", False),
 ])
 def test_is_true_judges_every_stated_fact(text, true):
     assert is_true(text, RED_AND_BLUE) is true
@@ -82,7 +92,8 @@ def test_is_true_judges_every_stated_fact(text, true):
 
 def test_vague_captions_are_not_complete():
     assert not is_complete("a red circle on pink", RED_AND_BLUE)
-    assert not is_complete("top left small red circle and bottom right blue star on pink", RED_AND_BLUE)
+    assert not is_complete("top left small red circle and bottom right blue star on pink",
+                           RED_AND_BLUE)
 
 
 def test_train_and_held_out_share_no_scene():
@@ -108,18 +119,22 @@ def test_pictures_show_the_scene():
     assert tuple(image[0, 63]) == BACKGROUNDS["pink"] and tuple(image[16, 16]) == COLOURS["red"]
     assert tuple(image[48, 48]) == COLOURS["blue"]
     large = render(RED_AND_BLUE, 224)
-    assert np.abs(np.asarray(Image.fromarray(large).resize((64, 64), Image.Resampling.BOX), int) - image).mean() < 3
+    assert np.abs(np.asarray(Image.fromarray(large).resize((64, 64), Image.Resampling.BOX), int)
+                  - image).mean() < 3
 
 
 def test_every_two_values_of_an_attribute_look_different():
     def thing(**changes):
-        return render(Scene("white", (Thing(**{**dict(place="top left", colour="red", shape="circle", size="small"),
-                                               **changes}),)), 64).astype(int)
-    for name, values in (("colour", COLOURS), ("shape", SHAPES), ("size", SIZES), ("place", PLACES)):
+        return render(Scene("white", (Thing(**{
+            **dict(place="top left", colour="red", shape="circle", size="small"), **changes}),)),
+                      64).astype(int)
+    for name, values in (("colour", COLOURS), ("shape", SHAPES), ("size", SIZES),
+                         ("place", PLACES)):
         pictures = [thing(**{name: value}) for value in values]
         for i, a in enumerate(pictures):
             for b in pictures[:i]:
-                assert (np.abs(a - b).sum(-1) > 60).sum() >= 20, name  # at least 20 of 4096 pixels differ clearly
+                # at least 20 of 4096 pixels differ clearly
+                assert (np.abs(a - b).sum(-1) > 60).sum() >= 20, name
 
 
 def test_web_noise_comes_at_the_chosen_rate():
@@ -130,6 +145,8 @@ def test_web_noise_comes_at_the_chosen_rate():
         assert is_true(text, scene) == (kind == "true")
         kinds.append(kind)
     share = {kind: kinds.count(kind) / 4000 for kind in ("true", "other", "wrong", "junk")}
-    assert share["true"] == pytest.approx(0.5, abs=0.03) and share["other"] == pytest.approx(0.2, abs=0.03)
-    assert share["wrong"] == pytest.approx(0.15, abs=0.03) and share["junk"] == pytest.approx(0.15, abs=0.03)
+    assert (share["true"] == pytest.approx(0.5, abs=0.03)
+            and share["other"] == pytest.approx(0.2, abs=0.03))
+    assert (share["wrong"] == pytest.approx(0.15, abs=0.03)
+            and share["junk"] == pytest.approx(0.15, abs=0.03))
     assert web_text(RED_AND_BLUE, 0.0, rng)[1] == "true"
