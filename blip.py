@@ -122,6 +122,8 @@ class BLIP(nn.Module):
         self.med_m = self._med(("text",))
         self.vision_proj_m = nn.Linear(c.vit_width, c.embed_dim)
         self.text_proj_m = nn.Linear(c.text_width, c.embed_dim)
+        self.twin_parameters = [(online.get_parameter(name), p_m) for online, twin in self.twins()
+                                for name, p_m in twin.named_parameters()]
         self.update_momentum(0.0)  # an exact copy
         # The queues start as random unit vectors: easy negatives until real ones replace them.
         self.register_buffer("image_queue",
@@ -303,9 +305,8 @@ class BLIP(nn.Module):
     def update_momentum(self, momentum: float | None = None) -> None:
         """twin = m * twin + (1 - m) * online, parameter by parameter (ALBEF sec. 3.4)."""
         m = self.config.momentum if momentum is None else momentum
-        for online, twin in self.twins():
-            for name, p_m in twin.named_parameters():
-                p_m.lerp_(online.get_parameter(name), 1 - m)
+        for p, p_m in self.twin_parameters:
+            p_m.lerp_(p, 1 - m)
 
     @torch.no_grad()
     def enqueue(self, keys: dict[str, Tensor]) -> None:

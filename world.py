@@ -3,7 +3,7 @@ any caption.
 
     scene = random_scene(rng)     one or two coloured shapes in the four quarters of a pastel
                                   background
-    render(scene, 64, rng)        (64, 64, 3) uint8
+    render(scene, 64, rng)        (3, 64, 64) uint8
     describe(scene, rng)          "at the top left a small red circle and at the ... on a pink
                                   background"
     swap(scene, "colour", rng)    the same scene with exactly one attribute changed
@@ -43,7 +43,7 @@ ROWS = {"top": ("top", "upper"), "bottom": ("bottom", "lower")}
 COLUMNS = {"left": ("left",), "right": ("right",)}
 PLACES = [f"{row} {column}" for row in ROWS for column in COLUMNS]
 ATTRIBUTES = ("background", "colour", "shape", "size", "place")
-FILLERS = set("a an the at in on of and with is there background backdrop".split())
+FILLERS = set("a an the at in on of and with background backdrop".split())
 PIXELS = {"small": 18, "large": 28}  # of 64: a quarter is 32 wide, so a large one nearly fills it
 JITTER = 2  # of 64: how far an object may stand from the middle of its quarter
 JUNK = ("stunning view july 2009", "img 0042 final copy", "free shipping on all orders",
@@ -103,7 +103,7 @@ def split_of(scene: Scene) -> str:
 
 @cache
 def stencil(shape: str, size: int) -> np.ndarray:
-    """(size, size, 1) float in [0, 1]: how much of each pixel the shape covers (drawn 8 times
+    """(size, size) float in [0, 1]: how much of each pixel the shape covers (drawn 8 times
     larger, then shrunk)."""
     big = Image.new("L", (size * 8, size * 8))
     draw, s = ImageDraw.Draw(big), size * 8 - 1
@@ -130,17 +130,16 @@ def stencil(shape: str, size: int) -> np.ndarray:
         polygon([(0.04, 0.42), (0.96, 0.42), (0.5, 0.98)])
     elif shape == "diamond":
         polygon([(0.5, 0), (0.9, 0.5), (0.5, 1), (0.1, 0.5)])
-    return np.asarray(big.resize((size, size), Image.Resampling.BOX), np.float32)[..., None] / 255
+    return np.asarray(big.resize((size, size), Image.Resampling.BOX), np.float32) / 255
 
 
 def render(scene: Scene, image_size: int = 64, rng: random.Random | None = None) -> np.ndarray:
-    """-> (image_size, image_size, 3) uint8. `rng` moves things and shifts colours a little; None
+    """-> (3, image_size, image_size) uint8. `rng` moves things and shifts colours a little; None
     draws them exactly."""
-    def shade(colour):
-        return np.array([c + (rng.uniform(-8, 8) if rng else 0) for c in colour])
-    unit = image_size / 64
-    image = np.empty((image_size, image_size, 3), np.uint8)
-    ground = shade(BACKGROUNDS[scene.background])
+    def shade(colour):  # (3, 1, 1)
+        return np.array([[[c + (rng.uniform(-8, 8) if rng else 0)]] for c in colour])
+    unit, ground = image_size / 64, shade(BACKGROUNDS[scene.background])
+    image = np.empty((3, image_size, image_size), np.uint8)
     image[:] = ground.round().clip(0, 255)
     for thing in scene.things:
         row, column = thing.place.split()
@@ -150,8 +149,9 @@ def render(scene: Scene, image_size: int = 64, rng: random.Random | None = None)
             jitter = rng.uniform(-JITTER, JITTER) if rng else 0
             start = round((16 + 32 * second_half + jitter) * unit - len(cover) / 2)
             corner.append(min(max(start, 0), image_size - len(cover)))
-        window = image[corner[0]:corner[0] + len(cover), corner[1]:corner[1] + len(cover)]
-        window[:] = (ground + cover * (shade(COLOURS[thing.colour]) - ground)).round().clip(0, 255)
+        y, x = corner
+        blend = ground + cover * (shade(COLOURS[thing.colour]) - ground)
+        image[:, y:y + len(cover), x:x + len(cover)] = blend.round().clip(0, 255)
     return image
 
 
@@ -167,16 +167,15 @@ def describe(scene: Scene, rng: random.Random) -> str:
     """
     def say(words):
         return words[int(rng.random() * len(words))]
-    place, article = say(("at the {} {} ", "in the {} {} ", "{} {} ")), say(("a ", "a ", ""))
+    place = say(("at the {} {} ", "{} {} a ", "{} {} "))
     spoken = []
     for thing in scene.things:
         row, column = thing.place.split()
         spoken.append(place.format(say(ROWS[row]), say(COLUMNS[column]))
-                      + f"{article}{say(SIZES[thing.size])} {thing.colour} "
-                        f"{say(SHAPES[thing.shape])}")
+                      + f"{say(SIZES[thing.size])} {thing.colour} {say(SHAPES[thing.shape])}")
     things = " and ".join(spoken)
     manner = say(("{things} on a {ground} background", "on {ground} {things}",
-                  "a {ground} backdrop with {things}", "there is {things} on {ground}"))
+                  "a {ground} backdrop with {things}", "{things} on {ground}"))
     return manner.format(things=things, ground=scene.background)
 
 
@@ -311,7 +310,7 @@ class World(Dataset):
         scene = self.scene(index)
         image = render(scene, self.image_size, self.rng(index, "image"))
         text = self._text(index, scene)
-        return {"image": torch.from_numpy(image).permute(2, 0, 1), "text": text, "texts": (text,),
+        return {"image": torch.from_numpy(image), "text": text, "texts": (text,),
                 "image_id": index}
 
 

@@ -34,7 +34,7 @@ def photographs(folder: Path, count: int = 40) -> Path:
     evaluate."""
     world, rows = World("train", count), []
     for i in range(count):
-        Image.fromarray(render(world.scene(i), 48)).save(folder / f"{i}.jpg")
+        Image.fromarray(render(world.scene(i), 48).transpose(1, 2, 0)).save(folder / f"{i}.jpg")
         rows += [{"image": f"{i}.jpg", "caption": world.text(i), "image_id": i}]
     (folder / "train.json").write_text(json.dumps(rows))
     (folder / "val.json").write_text(json.dumps(
