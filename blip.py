@@ -126,10 +126,8 @@ class BLIP(nn.Module):
                                 for name, p_m in twin.named_parameters()]
         self.update_momentum(0.0)  # an exact copy
         # The queues start as random unit vectors: easy negatives until real ones replace them.
-        self.register_buffer("image_queue",
-                             F.normalize(torch.randn(c.queue_size, c.embed_dim), dim=-1))
-        self.register_buffer("text_queue",
-                             F.normalize(torch.randn(c.queue_size, c.embed_dim), dim=-1))
+        self.register_buffer("image_queue", unit(torch.randn(c.queue_size, c.embed_dim)))
+        self.register_buffer("text_queue", unit(torch.randn(c.queue_size, c.embed_dim)))
         # -1: an image that nobody's id equals
         self.register_buffer("queue_ids", torch.full((c.queue_size,), -1))
         self.register_buffer("queue_ptr", torch.zeros((), dtype=torch.long))
@@ -182,11 +180,11 @@ class BLIP(nn.Module):
     def encode_image(self, image: Tensor) -> tuple[Tensor, Tensor]:
         """image (B, 3, S, S) -> tokens (B, N, D) and unit features (B, E)."""
         tokens = self.vit(image)
-        return tokens, F.normalize(self.vision_proj(tokens[:, 0]), dim=-1)
+        return tokens, unit(self.vision_proj(tokens[:, 0]))
 
     def encode_text(self, ids: Tensor, mask: Tensor) -> Tensor:
         """ids, mask (B, L) -> unit features (B, E)."""
-        return F.normalize(self.text_proj(self.med.encode_text(ids, mask)[:, 0]), dim=-1)
+        return unit(self.text_proj(self.med.encode_text(ids, mask)[:, 0]))
 
     def match(self, kv: ImageKV, ids: Tensor, mask: Tensor) -> Tensor:
         """kv of B images (`model.med.project(tokens)`), ids and mask (n*B, L) -> ITM logits
@@ -262,22 +260,25 @@ class BLIP(nn.Module):
         for mining."""
         text_feat = self.encode_text(ids, mask)
         with torch.no_grad():
-            image_feat_m = F.normalize(self.vision_proj_m(self.vit_m(image)[:, 0]), dim=-1)
-            text_feat_m = F.normalize(self.text_proj_m(self.med_m.encode_text(ids, mask)[:, 0]),
-                                      dim=-1)
+            image_feat_m = unit(self.vision_proj_m(self.vit_m(image)[:, 0]))
+            text_feat_m = unit(self.text_proj_m(self.med_m.encode_text(ids, mask)[:, 0]))
             # Columns: this rank's momentum features, then the queue, where the other ranks' follow
             # a step later. So 2 processes x 4 pairs is not 1 process x 8 pairs, by BLIP's design.
-            image_keys = torch.cat([image_feat_m, self.image_queue.to(image_feat_m.dtype)])
-            text_keys = torch.cat([text_feat_m, self.text_queue.to(text_feat_m.dtype)])
+            image_keys = torch.cat([image_feat_m, self.image_queue])
+            text_keys = torch.cat([text_feat_m, self.text_queue])
             positives = None
             if image_ids is not None:
                 positives = image_ids[:, None] == torch.cat([image_ids, self.queue_ids])
-            sim_i2t = image_feat @ text_feat_m.T / self.temp
-            sim_t2i = text_feat @ image_feat_m.T / self.temp
-        loss = L.itc_loss(image_feat, text_feat, image_keys, text_keys, self.temp, alpha, positives)
+        # Similarities are divided by a temperature near 0.01: bfloat16 is too coarse for them.
+        with torch.autocast(image.device.type, enabled=False):
+            loss = L.itc_loss(image_feat, text_feat, image_keys, text_keys, self.temp, alpha,
+                              positives)
+            with torch.no_grad():
+                sims = (image_feat @ text_feat_m.T / self.temp,
+                        text_feat @ image_feat_m.T / self.temp)
         keys = {"image": image_feat_m, "text": text_feat_m,
                 "ids": torch.full_like(ids[:, 0], -1) if image_ids is None else image_ids}
-        return loss, keys, (sim_i2t, sim_t2i)
+        return loss, keys, sims
 
     def _itm(self, kv, ids, mask, sims, image_ids):
         """B matched pairs, B (image, hard text), B (hard image, text), from this rank's batch."""
@@ -322,8 +323,8 @@ class BLIP(nn.Module):
         gathered = {name: distributed.all_gather(value)[-size:] for name, value in keys.items()}
         slots = (self.queue_ptr
                  + torch.arange(len(gathered["ids"]), device=self.queue_ptr.device)) % size
-        self.image_queue[slots] = gathered["image"].to(self.image_queue.dtype)
-        self.text_queue[slots] = gathered["text"].to(self.text_queue.dtype)
+        self.image_queue[slots] = gathered["image"]
+        self.text_queue[slots] = gathered["text"]
         self.queue_ids[slots] = gathered["ids"]
         self.queue_ptr.add_(len(slots)).remainder_(size)
 
@@ -332,6 +333,11 @@ class BLIP(nn.Module):
         """Into [temp_min, temp_max]. Outside the graph: inside, the gradient would die beyond
         the range."""
         self.temp.clamp_(self.config.temp_min, self.config.temp_max)
+
+
+def unit(x: Tensor) -> Tensor:
+    """(..., E) -> (..., E) of length 1, in float32 whatever the precision around it."""
+    return F.normalize(x.float(), dim=-1)
 
 
 def init_weights(module: nn.Module) -> None:

@@ -24,11 +24,16 @@ def save(path: str | Path, state: dict) -> None:
     """Write `state` to path + ".tmp", flush it to the disk, then rename: the old file is whole
     until the new one is."""
     temporary = Path(f"{path}.tmp")
-    with open(temporary, "wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
+        temporary.unlink(missing_ok=True)
+        raise InputError(f"checkpoint {path} could not be written ({str(error).splitlines()[0]}); "
+                         "the previous one, if any, is as it was")
 
 
 def read(path: str | Path) -> dict:

@@ -316,7 +316,7 @@ class PairDataset(Dataset):
 
     def __getitem__(self, index: int) -> dict:
         broken, image = [], None
-        for i in range(index, index + (len(self) if self.augment else 1)):
+        for i in range(index, index + (100 if self.augment else 1)):
             pair = self.pairs[i % len(self)]
             rng = random.Random(f"{self.seed} {self.epoch} {index}") if self.augment else None
             flip = not re.search(r"\b(left|right)\b", pair.captions[0])

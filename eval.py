@@ -11,6 +11,7 @@ Each `evaluate_` function returns the numbers and writes a sheet of examples.
 """
 
 import random
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -67,9 +68,10 @@ def encode(model: BLIP, tokenizer: Tokenizer, dataset: Dataset, device: torch.de
     if not images:
         raise InputError(f"none of the {len(dataset)} images could be read; the first: {broken[0]}")
     ids, mask = tokenizer.encode(texts, max_tokens)
-    text_feat = [model.encode_text(*(x.to(device) for x in crop_padding(ids[i:i + BATCH],
-                                                                        mask[i:i + BATCH])))
-                 .float().cpu() for i in range(0, len(texts), BATCH)]
+    text_feat = []
+    for i in range(0, len(texts), BATCH):
+        rows = crop_padding(ids[i:i + BATCH], mask[i:i + BATCH])
+        text_feat.append(model.encode_text(*(x.to(device) for x in rows)).float().cpu())
     return Gallery(torch.cat(images), texts, torch.tensor(image_of), ids, mask,
                    torch.cat(image_feat), torch.cat(text_feat), broken)
 
@@ -91,8 +93,7 @@ def rerank(model: BLIP, gallery: Gallery, top_k: int,
     """
     model.eval()
     sim = gallery.text_feat @ gallery.image_feat.T  # (T, I)
-    wanted_t2i, wanted_i2t = (torch.zeros_like(sim, dtype=torch.bool),
-                              torch.zeros_like(sim, dtype=torch.bool))
+    wanted_t2i, wanted_i2t = (torch.zeros_like(sim, dtype=torch.bool) for _ in range(2))
     wanted_t2i.scatter_(1, sim.topk(min(top_k, sim.shape[1]), dim=1).indices, True)
     wanted_i2t.scatter_(0, sim.topk(min(top_k, sim.shape[0]), dim=0).indices, True)
     matched = torch.zeros_like(sim)
@@ -123,29 +124,26 @@ def caption(model: BLIP, tokenizer: Tokenizer, images: Tensor, device: torch.dev
     return texts
 
 
-def retrieval(gallery: Gallery, t2i: Tensor, i2t: Tensor, suffix: str = "") -> dict[str, float]:
-    """Scores (T, I) and (I, T) -> R@1, 5, 10 both ways as fractions, under t2i_r1, i2t_r1,
-    ... + suffix."""
-    positives = gallery.positives()
-    found = {**recall(ranks(t2i, positives), "t2i"), **recall(ranks(i2t, positives.T), "i2t")}
-    return {name + suffix: value for name, value in found.items()}
-
-
-def both_ways(model: BLIP, gallery: Gallery, top_k: int,
-              device: torch.device) -> tuple[dict, Tensor, Tensor]:
-    """Recall by ITC and after re-ranking -> the numbers, and the ITC scores (T, I) and (I, T)."""
+def retrieval(model: BLIP, gallery: Gallery, top_k: int,
+              device: torch.device) -> tuple[dict[str, float], dict[str, tuple[Tensor, Tensor]]]:
+    """-> R@1, 5, 10 both ways as fractions under t2i_r1, i2t_r1, ..., and the scores (T, I), (I, T)
+    that they come from under "" (ITC) and, unless top_k is 0, "_rerank", which is also the suffix
+    of the names."""
     sim = gallery.text_feat @ gallery.image_feat.T
-    numbers = retrieval(gallery, sim, sim.T)
+    scores, positives, numbers = {"": (sim, sim.T)}, gallery.positives(), {}
     if top_k:
-        numbers |= retrieval(gallery, *rerank(model, gallery, top_k, device), "_rerank")
-    return numbers, sim, sim.T
+        scores["_rerank"] = rerank(model, gallery, top_k, device)
+    for suffix, (t2i, i2t) in scores.items():
+        found = recall(ranks(t2i, positives), "t2i") | recall(ranks(i2t, positives.T), "i2t")
+        numbers |= {name + suffix: value for name, value in found.items()}
+    return numbers, scores
 
 
 def retrieval_chance(gallery: Gallery) -> dict[str, float]:
     """What random orders would score."""
     images, texts = len(gallery.images), len(gallery.texts)
-    return {**recall_chance(texts, images, 1, "t2i"),
-            **recall_chance(images, texts, round(texts / images), "i2t")}
+    return (recall_chance(texts, images, 1, "t2i")
+            | recall_chance(images, texts, round(texts / images), "i2t"))
 
 
 @torch.no_grad()
@@ -170,25 +168,21 @@ def swap_preference(model: BLIP, tokenizer: Tokenizer, world: World, images: Ten
 
 
 def evaluate_world(model: BLIP, tokenizer: Tokenizer, world: World, device: torch.device,
-                   top_k: int = 16, sheet: Path | None = None) -> dict:
+                   top_k: int = 16, sheet: Path | None = None, max_tokens: int = 30) -> dict:
     """Held-out scenes -> fractions: t2i_r1 i2t_r1 t2i_true1 i2t_true1 (and _rerank), itm_swap
     itm_swap_by, caption_true; "chance" holds what guessing would give under the same names.
 
     A retrieved item is true when the text holds of the scene, whoever it was written for. A caption
     counts as true when every fact that it states holds and it leaves none out.
     """
-    gallery = encode(model, tokenizer, world, device)
+    gallery = encode(model, tokenizer, world, device, max_tokens)
     scenes = [world.scene(i) for i in range(len(world))]
-    numbers, t2i, i2t = both_ways(model, gallery, 0, device)
-    orders = {"": (t2i, i2t)}
-    if top_k:
-        orders["_rerank"] = rerank(model, gallery, top_k, device)
-        numbers |= retrieval(gallery, *orders["_rerank"], "_rerank")
-    for suffix, (texts_first, images_first) in orders.items():
+    numbers, scores = retrieval(model, gallery, top_k, device)
+    for suffix, (t2i, i2t) in scores.items():
         numbers["t2i_true1" + suffix] = mean(is_true(gallery.texts[t], scenes[i])
-                                             for t, i in enumerate(texts_first.argmax(1).tolist()))
+                                             for t, i in enumerate(t2i.argmax(1).tolist()))
         numbers["i2t_true1" + suffix] = mean(is_true(gallery.texts[t], scenes[i])
-                                             for i, t in enumerate(images_first.argmax(1).tolist()))
+                                             for i, t in enumerate(i2t.argmax(1).tolist()))
     numbers["itm_swap_by"] = swap_preference(model, tokenizer, world, gallery.images, device)
     numbers["itm_swap"] = mean(numbers["itm_swap_by"].values())
     captions = caption(model, tokenizer, gallery.images, device, max_length=30)
@@ -201,21 +195,22 @@ def evaluate_world(model: BLIP, tokenizer: Tokenizer, world: World, device: torc
     chance = retrieval_chance(gallery) | {"itm_swap": 0.5}
     chance |= {name: by_chance for name in ("t2i_true1", "i2t_true1", "caption_true")}
     if sheet:
-        write_sheet(sheet, gallery, captions, t2i, lambda text, i: is_true(text, scenes[i]), whole)
+        write_sheet(sheet, gallery, captions, scores[""][0],
+                    lambda t, i: is_true(gallery.texts[t], scenes[i]), whole)
     return numbers | {"chance": chance, "images": len(gallery.images), "top_k": top_k}
 
 
 def evaluate_pairs(model: BLIP, tokenizer: Tokenizer, dataset: Dataset, device: torch.device,
-                   top_k: int = 16, sheet: Path | None = None) -> dict:
+                   top_k: int = 16, sheet: Path | None = None, max_tokens: int = 30) -> dict:
     """Photographs with captions -> recall both ways by ITC and after re-ranking, as fractions;
     "chance" beside them."""
-    gallery = encode(model, tokenizer, dataset, device)
-    numbers, t2i, _ = both_ways(model, gallery, top_k, device)
+    gallery = encode(model, tokenizer, dataset, device, max_tokens)
+    numbers, scores = retrieval(model, gallery, top_k, device)
     if sheet:
         shown = spread(len(gallery.images))
         captions = dict(zip(shown, caption(model, tokenizer, gallery.images[shown], device)))
-        write_sheet(sheet, gallery, [captions.get(i, "") for i in range(len(gallery.images))], t2i,
-                    lambda text, i: gallery.image_of[gallery.texts.index(text)].item() == i)
+        write_sheet(sheet, gallery, captions, scores[""][0],
+                    lambda t, i: gallery.image_of[t].item() == i)
     return numbers | {"chance": retrieval_chance(gallery), "images": len(gallery.images),
                       "texts": len(gallery.texts), "top_k": top_k, "broken": len(gallery.broken)}
 
@@ -231,32 +226,29 @@ def spread(count: int, shown: int = 16) -> list[int]:
     return random.Random("examples").sample(range(count), min(shown, count))
 
 
-def write_sheet(path: Path, gallery: Gallery, captions: list[str], t2i: Tensor, holds,
-                whole: list[bool] | None = None):
+def write_sheet(path: Path, gallery: Gallery, captions: list[str] | dict[int, str], t2i: Tensor,
+                holds: Callable[[int, int], bool], whole: list[bool] | None = None) -> None:
     """Random images with the captions written for them, and for a few texts the five best
     images by ITC.
 
-    holds(text, image index) tells whether a retrieved image is right; `whole[i]` whether caption i
-    is true, where that can be known (else the human caption stands under it).
+    holds(text, image) tells whether a retrieved image is right; `whole[i]` whether caption i is
+    true, where that can be known (else a human caption stands under it).
     """
-    shown, cells = spread(len(gallery.images)), []
-    for i in shown:
+    cells, found = [], []
+    for i in spread(len(gallery.images)):
         if whole is None:
-            lines = [(captions[i], BLACK),
-                     (gallery.texts[(gallery.image_of == i).nonzero()[0].item()], GREY)]
+            human = gallery.texts[(gallery.image_of == i).nonzero()[0].item()]
+            lines = [(captions[i], BLACK), (human, GREY)]
         else:
-            lines = [(("true: " if whole[i] else "FALSE: ") + captions[i],
-                      GREEN if whole[i] else RED)]
+            verdict, colour = ("true", GREEN) if whole[i] else ("FALSE", RED)
+            lines = [(f"{verdict}: {captions[i]}", colour)]
         cells.append(Cell(gallery.images[i], lines))
-    found = []
     for t in spread(len(gallery.texts), 6):
         best = t2i[t].topk(min(5, t2i.shape[1]))
-        row = [Cell(gallery.images[i], [(f"{score:.2f}", GREY)],
-                    GREEN if holds(gallery.texts[t], i) else RED)
+        row = [Cell(gallery.images[i], [(f"{score:.2f}", GREY)], GREEN if holds(t, i) else RED)
                for i, score in zip(best.indices.tolist(), best.values.tolist())]
         found.append([Cell(None, [(gallery.texts[t], BLACK)])] + row)
-    grey_line = "" if whole is not None else " (grey: a human's)"
+    about = "" if whole else " (grey: a human's)"
     draw_sheet(path, [
-        (f"captions of held-out images{grey_line}",
-         [cells[i:i + 8] for i in range(0, len(cells), 8)]),
+        (f"captions of held-out images{about}", [cells[i:i + 8] for i in range(0, len(cells), 8)]),
         ("images found for a text, best first, with ITC similarity (green: right)", found)])

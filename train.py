@@ -91,6 +91,9 @@ class Run:
         """`state` is a checkpoint to continue, or None."""
         self.config, self.device, self.out = config, device, Path(config.out)
         self.train_set, self.held_out, texts = load_data(config, model_config.image_size)
+        if len(self.train_set) < config.batch_size:
+            raise InputError(f"there are {len(self.train_set)} training pairs, fewer than "
+                             f"--batch-size {config.batch_size}; give a smaller one")
         if state:
             self.tokenizer = Tokenizer(state["tokenizer"])
         elif config.vocab:
@@ -103,9 +106,6 @@ class Run:
         self.step, self.seconds, self.seen, self.broken = 0, 0.0, 0, 0
         # dropout and mining differ from rank to rank
         torch.manual_seed(config.seed + distributed.rank())
-        if len(self.train_set) < config.batch_size:
-            raise InputError(f"there are {len(self.train_set)} training pairs, fewer than "
-                             f"--batch-size {config.batch_size}; give a smaller one")
         self.steps_per_epoch = len(self.train_set) // config.batch_size
         self.steps = self.steps_per_epoch * config.epochs
         if state:
@@ -148,17 +148,23 @@ class Run:
         """Keep count of unreadable images; InputError when they are too many."""
         self.seen += len(batch["broken"]) + (0 if batch["image"] is None else len(batch["image"]))
         self.broken += len(batch["broken"])
+        enough = self.seen >= min(100, len(self.train_set))
         if batch["image"] is None or (
-                self.seen >= 100 and self.broken > self.config.max_broken * self.seen):
+                enough and self.broken > self.config.max_broken * self.seen):
             raise InputError(f"{self.broken} of {self.seen} images could not be read, more than "
                              f"--max-broken {self.config.max_broken:g} allows; the last: "
                              f"{batch['broken'][-1:]}; is --image-root right?")
 
 
 def use_bf16(precision: str, device: torch.device) -> bool:
-    """Whether to run under bfloat16 autocast."""
-    return precision == "bf16" or (precision == "auto" and device.type == "cuda"
-                                   and torch.cuda.is_bf16_supported())
+    """Whether to run under bfloat16 autocast: auto says yes where the hardware multiplies it fast,
+    which among CPUs means AMX (without, it measured four times slower than float32)."""
+    if precision != "auto":
+        return precision == "bf16"
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported()
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # not in every torch
+    return device.type == "cpu" and bool(capabilities.get("amx_bf16"))
 
 
 def train(run: Run) -> bool:
@@ -166,8 +172,8 @@ def train(run: Run) -> bool:
     is written."""
     config, model, device = run.config, run.model, run.device
     log, stop = Log(run), []
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: stop.append(True))
+    before = {number: signal.signal(number, lambda *_: stop.append(True))
+              for number in (signal.SIGINT, signal.SIGTERM)}
     net, objectives, weights = None, None, config.weights()
     model.train()
     bar = tqdm(run.batches(), "training", run.steps, initial=run.step,
@@ -206,6 +212,8 @@ def train(run: Run) -> bool:
         if stop:
             break
     bar.close()
+    for number, handler in before.items():
+        signal.signal(number, handler)
     return not stop
 
 
@@ -263,7 +271,7 @@ def evaluate(run: Run) -> dict:
     if run.held_out is not None:
         judge = evaluate_world if isinstance(run.held_out, World) else evaluate_pairs
         numbers |= judge(run.model, run.tokenizer, run.held_out, run.device, run.config.eval_top_k,
-                         run.out / "samples.png")
+                         run.out / "samples.png", run.config.max_tokens)
     (run.out / "metrics.json").write_text(json.dumps(numbers, indent=1) + "\n")
     chance = numbers.get("chance", {})
     for name, value in numbers.items():
@@ -299,13 +307,9 @@ def start(arguments: list[str]) -> Run:
                 | {"out": config.out})
         config = TrainConfig(**{**state["train_config"], **kept})
         model_config = BLIPConfig(**state["model_config"])
-    elif distributed.rank() == 0 and path.exists():
-        aside = next(p for n in range(1, 10000) if not (p := Path(f"{config.out}.old{n}")).exists())
-        Path(config.out).rename(aside)
-        print0(f"{config.out} holds an earlier run: moved to {aside} (--resume would have "
-               "continued it)")
-    Path(config.out).mkdir(parents=True, exist_ok=True)
     run = Run(model_config, config, device, state)
+    if distributed.rank() == 0:
+        prepare_folder(run.out, resume)
     online = sum(p.numel() for p in {id(p): p for g in run.optimizer.param_groups
                                      for p in g["params"]}.values())
     print0(f"model    {asdict(run.model.config)}\ntraining {asdict(config)}")
@@ -315,6 +319,19 @@ def start(arguments: list[str]) -> Run:
     if run.held_out is None:
         print0("no --val given: there will be no evaluation")
     return run
+
+
+def prepare_folder(out: Path, resume: bool) -> None:
+    """Make the run's folder. An earlier run in it is moved aside, not overwritten."""
+    try:
+        if not resume and (out / "checkpoint.pt").exists():
+            aside = next(p for n in range(1, 10000) if not (p := Path(f"{out}.old{n}")).exists())
+            out.rename(aside)
+            print(f"{out} holds an earlier run: moved to {aside} (--resume would have continued "
+                  "it)")
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"the run's folder {out} cannot be made ({error}); give another --out")
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -40,7 +40,7 @@ def test_a_failed_write_leaves_the_previous_checkpoint(tmp_path, monkeypatch):
     def fail(*args, **kwargs):
         raise OSError("disk full")
     monkeypatch.setattr(torch, "save", fail)
-    with pytest.raises(OSError):
+    with pytest.raises(InputError, match="c.pt could not be written .disk full.; the previous one"):
         checkpoints.save(tmp_path / "c.pt", {"step": 2})
     assert torch.load(tmp_path / "c.pt", weights_only=True) == {"step": 1}
 
