@@ -37,8 +37,8 @@ BACKGROUNDS = {"white": (255, 255, 255), "grey": (196, 196, 196), "pink": (255, 
 # The first word names the thing; all of them are used in captions, each about equally often.
 # Chosen by measurement: square beside circle and diamond beside star were mixed up by a tiny model.
 SHAPES = {"circle": ("circle", "disc"), "triangle": ("triangle",), "cross": ("cross", "plus"),
-          "ring": ("ring", "hoop"), "star": ("star",), "heart": ("heart",), "bar": ("bar", "stripe"),
-          "pillar": ("pillar", "pole")}
+          "ring": ("ring", "hoop"), "star": ("star",), "heart": ("heart",),
+          "bar": ("bar", "stripe"), "pillar": ("pillar", "pole")}
 SIZES = {"small": ("small", "little"), "large": ("large", "big")}
 ROWS = {"top": ("top", "upper"), "bottom": ("bottom", "lower")}
 COLUMNS = {"left": ("left",), "right": ("right",)}
@@ -85,7 +85,7 @@ class Scene:
 
 
 def random_scene(rng: random.Random, split: str | None = None) -> Scene:
-    """A random scene, of split "train" or "held-out" if asked for: eleven in twenty have two things."""
+    """A random scene, of split "train" or "held-out" if asked for; 55 % have two things."""
     while True:
         places = rng.sample(PLACES, 2 if rng.random() < 0.55 else 1)
         things = [Thing(place, rng.choice(list(COLOURS)), rng.choice(list(SHAPES)),
