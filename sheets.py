@@ -32,7 +32,8 @@ def draw_sheet(path: str | Path, sections: list[tuple[str, list[list[Cell]]]]) -
         return [(part, colour) for text, colour in cell.lines
                 for part in textwrap.wrap(text, columns) or [""]]
     def row_height(row):
-        return SIDE + 2 * GAP + LINE * max(len(wrap(cell)) for cell in row)
+        return 2 * GAP + max(SIDE * (cell.image is not None) + LINE * len(wrap(cell))
+                             for cell in row)
     width = GAP + max(len(row) for _, rows in sections for row in rows) * (SIDE + GAP)
     height = sum(3 * LINE + sum(map(row_height, rows)) for _, rows in sections)
     sheet = Image.new("RGB", (width, height), "white")
