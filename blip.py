@@ -304,7 +304,11 @@ class BLIP(nn.Module):
 
     @torch.no_grad()
     def update_momentum(self, momentum: float | None = None) -> None:
-        """twin = m * twin + (1 - m) * online, parameter by parameter (ALBEF sec. 3.4)."""
+        """twin = m * twin + (1 - m) * online, parameter by parameter (ALBEF sec. 3.4).
+
+        After a step, where the released code does it before the next one's features: the same, but
+        for the very first step from released weights; call it once before that.
+        """
         m = self.config.momentum if momentum is None else momentum
         for p, p_m in self.twin_parameters:
             p_m.lerp_(p, 1 - m)
