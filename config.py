@@ -79,9 +79,9 @@ PRESETS = {
     "base": {},
     "large": dict(lr=2e-4, batch_size=2400),  # BLIP sec. 4.1
     # Measured, not the paper's: see "The tiny preset" in the README.
-    "tiny": dict(epochs=1, world_size=41600, batch_size=32, lr=1.2e-3, schedule="cosine",
-                 warmup_steps=100, beta2=0.98, grad_clip=1.0, alpha_epochs=0.08,
-                 lm_only_steps=400, vocab_pieces=4000, workers=1),
+    "tiny": dict(epochs=1, world_size=38400, batch_size=32, lr=1.2e-3, schedule="cosine",
+                 warmup_steps=100, beta2=0.98, grad_clip=1.0, alpha_epochs=0.085,
+                 lm_only_steps=200, vocab_pieces=4000, workers=1),
 }
 # What may differ from the checkpoint when a run is resumed: nothing that the result depends on.
 FREE_ON_RESUME = {"out", "device", "workers", "log_every", "save_every"}

@@ -236,18 +236,6 @@ class MED(nn.Module):
         return ImageKV(enc, enc if dec is None or dec is first.cross_attn
                        else keys_values("cross_attn_dec"), mask)
 
-    @torch.no_grad()
-    def start_encoder_from_decoder(self) -> None:
-        """Copy what the decoder has of its own over the encoder's part, as if both started from the
-        same pretrained text model (in the paper, BERT)."""
-        pairs = [(self.embeddings, self.embeddings_dec)]
-        for layer in self.layers:
-            pairs += [(layer.attn_bi, layer.attn_causal), (layer.cross_attn, layer.cross_attn_dec),
-                      (layer.ffn, layer.ffn_dec)]
-        for encoder_part, decoder_part in pairs:
-            if encoder_part is not decoder_part:
-                encoder_part.load_state_dict(decoder_part.state_dict())
-
     def encode_text(self, ids: Tensor, mask: Tensor) -> Tensor:
         """ids (B, L) starting with [CLS], mask (B, L) -> states (B, L, D). The unimodal encoder: it
         sees no image."""

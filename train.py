@@ -185,9 +185,6 @@ def train(run: Run) -> bool:
             objectives = objectives_at(config, run.step)
             model.set_objectives(objectives)
             net = distributed.wrap(model)  # again, because other parameters are trained now
-            if run.step and run.step == config.lm_only_steps:
-                model.med.start_encoder_from_decoder()
-                model.update_momentum(0.0)
         lr = learning_rate(config, run.step, run.steps_per_epoch)
         for group in run.optimizer.param_groups:
             group["lr"] = lr

@@ -35,10 +35,9 @@ COLOURS = {"red": (214, 24, 32), "orange": (245, 130, 0), "brown": (120, 68, 24)
 BACKGROUNDS = {"white": (255, 255, 255), "grey": (196, 196, 196), "pink": (255, 196, 206),
                "cream": (255, 240, 170), "mint": (178, 238, 196), "lavender": (206, 194, 250)}
 # The first word names the thing; all of them are used in captions, each about equally often.
-# Chosen by measurement: square beside circle and diamond beside star were mixed up by a tiny model.
-SHAPES = {"circle": ("circle", "disc"), "triangle": ("triangle",), "cross": ("cross", "plus"),
-          "ring": ("ring", "hoop"), "star": ("star",), "heart": ("heart",),
-          "bar": ("bar", "stripe"), "pillar": ("pillar", "pole")}
+SHAPES = {"circle": ("circle", "disc"), "square": ("square", "box"), "triangle": ("triangle",),
+          "cross": ("cross", "plus"), "ring": ("ring", "hoop"), "star": ("star",),
+          "heart": ("heart",), "diamond": ("diamond", "rhombus")}
 SIZES = {"small": ("small", "little"), "large": ("large", "big")}
 ROWS = {"top": ("top", "upper"), "bottom": ("bottom", "lower")}
 COLUMNS = {"left": ("left",), "right": ("right",)}
@@ -112,10 +111,8 @@ def stencil(shape: str, size: int) -> np.ndarray:
         draw.polygon([(x * s, y * s) for x, y in points], fill=255)
     if shape == "circle":
         draw.ellipse((0, 0, s, s), fill=255)
-    elif shape == "bar":
-        draw.rectangle((0, 0.32 * s, s, 0.68 * s), fill=255)
-    elif shape == "pillar":
-        draw.rectangle((0.32 * s, 0, 0.68 * s, s), fill=255)
+    elif shape == "square":
+        draw.rectangle((0.06 * s, 0.06 * s, 0.94 * s, 0.94 * s), fill=255)
     elif shape == "triangle":
         polygon([(0.5, 0), (1, 0.95), (0, 0.95)])
     elif shape == "cross":
@@ -131,6 +128,8 @@ def stencil(shape: str, size: int) -> np.ndarray:
         draw.ellipse((0, 0.04 * s, 0.54 * s, 0.58 * s), fill=255)
         draw.ellipse((0.46 * s, 0.04 * s, s, 0.58 * s), fill=255)
         polygon([(0.04, 0.42), (0.96, 0.42), (0.5, 0.98)])
+    elif shape == "diamond":
+        polygon([(0.5, 0), (0.9, 0.5), (0.5, 1), (0.1, 0.5)])
     return np.asarray(big.resize((size, size), Image.Resampling.BOX), np.float32) / 255
 
 
