@@ -1,6 +1,7 @@
 """Nucleus sampling and beam search on distributions small enough to enumerate, and against the
 released code."""
 
+import math
 from itertools import product
 
 import pytest
@@ -56,6 +57,17 @@ def test_a_wide_beam_finds_the_best_of_all_sequences(seed):
     ids, score = beam_search(step, torch.tensor([[1]]), EOS, beams=200, max_length=4,
                              min_length=1)[0][0]
     assert ids == best[1] and score == pytest.approx(best[0], abs=1e-5)
+
+
+def test_an_end_counts_only_among_the_first_beams():
+    # After the prompt 1: token 2 with 0.6, the end with 0.4; after 2 anything of 50. With one beam
+    # the end ranks second and is passed over, though its score, log 0.4, would have been better.
+    table = torch.zeros(50, 50)
+    table[1] = -1e9
+    table[1, 2], table[1, EOS] = math.log(0.6), math.log(0.4)
+    ids, score = beam_search(lambda tokens, rows: table[tokens[:, -1]], torch.tensor([[1]]), EOS,
+                             beams=1, max_length=3, min_length=1)[0][0]
+    assert ids[:2] == [1, 2] and score < math.log(0.4)
 
 
 def test_minimum_length_holds_the_end_back():
