@@ -60,14 +60,16 @@ def test_a_wide_beam_finds_the_best_of_all_sequences(seed):
 
 
 def test_an_end_counts_only_among_the_first_beams():
-    # After the prompt 1: token 2 with 0.6, the end with 0.4; after 2 anything of 50. With one beam
-    # the end ranks second and is passed over, though its score, log 0.4, would have been better.
+    # Two beams after the prompt 1: token 2 (0.5) and token 3 (0.45). Then the best continuations
+    # are 2-end (0.25), 2-4 (0.23), 3-end (0.2025): the second end ranks third and is passed over.
     table = torch.zeros(50, 50)
-    table[1] = -1e9
-    table[1, 2], table[1, EOS] = math.log(0.6), math.log(0.4)
-    ids, score = beam_search(lambda tokens, rows: table[tokens[:, -1]], torch.tensor([[1]]), EOS,
-                             beams=1, max_length=3, min_length=1)[0][0]
-    assert ids[:2] == [1, 2] and score < math.log(0.4)
+    table[1, 2:4] = torch.tensor([0.5, 0.45]).log() + 100
+    table[2, [EOS, 4]] = torch.tensor([0.5, 0.46]).log() + 100
+    table[3, [EOS, 5]] = torch.tensor([0.45, 0.55]).log() + 100
+    table[3, 5:15] = math.log(0.055) + 100
+    found = beam_search(lambda tokens, rows: table[tokens[:, -1]], torch.tensor([[1]]), EOS,
+                        beams=2, max_length=4, min_length=1)[0]
+    assert found[0][0] == [1, 2] and found[1][0] != [1, 3]
 
 
 def test_minimum_length_holds_the_end_back():
