@@ -2,7 +2,7 @@
 
     python bench.py flops               operations of one pretraining step at full size, counted,
                                         not timed
-    python bench.py flops --device cpu  the same, actually run (base: about 20 GB and half a minute)
+    python bench.py flops --device cpu  the same, actually computed; add --batch 2 for less memory
 
 Counted as the paper's model was: ViT-B/16 at 224 px, BERT-base, queue 57,600, training mode,
 captions of 12 to 14 ids. The released code needs 306.6 GFLOP a pair: it projects an image's keys
