@@ -270,7 +270,9 @@ class BLIP(nn.Module):
             if image_ids is not None:
                 positives = image_ids[:, None] == torch.cat([image_ids, self.queue_ids])
         # Similarities are divided by a temperature near 0.01: bfloat16 is too coarse for them.
-        with torch.autocast(image.device.type, enabled=False):
+        # (On the meta device, where operations are only counted, there is no autocast to leave.)
+        kind = "cpu" if image.is_meta else image.device.type
+        with torch.autocast(kind, enabled=False):
             loss = L.itc_loss(image_feat, text_feat, image_keys, text_keys, self.temp, alpha,
                               positives)
             with torch.no_grad():
