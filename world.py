@@ -299,17 +299,15 @@ class World(Dataset):
         return (self.scenes[index] if self.scenes
                 else random_scene(self.rng(index, "scene"), self.split))
 
-    def text(self, index: int) -> str:
-        """What is written under item `index` in this epoch."""
-        return self._text(index, self.scene(index))
-
-    def _text(self, index: int, scene: Scene) -> str:
-        return web_text(scene, self.noise, self.rng(index, f"text {self.epoch}"))[0]
+    def text(self, index: int, scene: Scene | None = None) -> str:
+        """What is written under item `index` in this epoch; `scene` spares drawing it again."""
+        rng = self.rng(index, f"text {self.epoch}")
+        return web_text(scene or self.scene(index), self.noise, rng)[0]
 
     def __getitem__(self, index: int) -> dict:
         scene = self.scene(index)
         image = render(scene, self.image_size, self.rng(index, "image"))
-        text = self._text(index, scene)
+        text = self.text(index, scene)
         return {"image": torch.from_numpy(image), "text": text, "texts": (text,),
                 "image_id": index}
 
