@@ -14,7 +14,7 @@ It exists so that training can be watched and judged without downloading anythin
 generated caption can be checked, which no photograph allows. Colours of objects are dark, those of
 backgrounds pale, and no two attributes share a word. Every caption that the world speaks states all
 facts of its scene, so vagueness earns nothing.
-Scenes are split by a hash of what they show: no held-out scene is ever trained on,
+Scenes are split by a hash of what they show: no scene of "val" or "held-out" is ever trained on,
 whatever the seed.
 """
 
@@ -42,6 +42,7 @@ SIZES = {"small": ("small", "little"), "large": ("large", "big")}
 ROWS = {"top": ("top", "upper"), "bottom": ("bottom", "lower")}
 COLUMNS = {"left": ("left",), "right": ("right",)}
 PLACES = [f"{row} {column}" for row in ROWS for column in COLUMNS]
+SPLITS = ("train", "val", "held-out")
 ATTRIBUTES = ("background", "colour", "shape", "size", "place")
 FILLERS = set("a an the at in on of and with background backdrop".split())
 PIXELS = {"small": 18, "large": 28}  # of 64: a quarter is 32 wide, so a large one nearly fills it
@@ -84,7 +85,7 @@ class Scene:
 
 
 def random_scene(rng: random.Random, split: str | None = None) -> Scene:
-    """A random scene, of split "train" or "held-out" if asked for; 55 % have two things."""
+    """A random scene, of one of SPLITS if asked for; 55 % have two things."""
     while True:
         places = rng.sample(PLACES, 2 if rng.random() < 0.55 else 1)
         things = [Thing(place, rng.choice(list(COLOURS)), rng.choice(list(SHAPES)),
@@ -94,9 +95,16 @@ def random_scene(rng: random.Random, split: str | None = None) -> Scene:
             return scene
 
 
+def number_of(scene: Scene) -> int:
+    """A hash of what the scene shows: images of one scene have the same number."""
+    return zlib.crc32(repr(scene).encode())
+
+
 def split_of(scene: Scene) -> str:
-    """One scene in five is held out, by a hash of what it shows."""
-    return "held-out" if zlib.crc32(repr(scene).encode()) % 5 == 0 else "train"
+    """One scene in five is held out for the final judgement, one in 25 is there to choose a
+    checkpoint by."""
+    number = number_of(scene)
+    return "held-out" if number % 5 == 0 else "val" if number % 25 == 1 else "train"
 
 
 # ---- pictures ------------------------------------------------------------------------------------
@@ -266,18 +274,18 @@ class World(Dataset):
     of a train scene is worded anew every epoch. No augmentation: a crop or flip would make "a small
     circle at the left" false.
 
-    Items are those of `data.PairDataset`: image (3, S, S) uint8, text, texts, image_id. Held-out
-    scenes are all different.
+    Items are those of `data.PairDataset`: image (3, S, S) uint8, text, texts, image_id (equal for
+    images of one scene). The scenes of "val" and "held-out" are all different.
     """
 
     def __init__(self, split: str, size: int, image_size: int = 64, seed: int = 0,
                  noise: float = 0.0):
-        if split not in ("train", "held-out"):
-            raise ValueError(f"split is {split!r}; choose train or held-out")
+        if split not in SPLITS:
+            raise ValueError(f"split is {split!r}; choose one of {', '.join(SPLITS)}")
         self.split, self.size, self.image_size, self.seed, self.noise = (
             split, size, image_size, seed, noise)
         self.epoch, self.scenes = 0, None
-        if split == "held-out":
+        if split != "train":
             rng, scenes = random.Random(f"scenes {seed}"), {}
             while len(scenes) < size:
                 scenes[random_scene(rng, split)] = None
@@ -304,12 +312,17 @@ class World(Dataset):
         rng = self.rng(index, f"text {self.epoch}")
         return web_text(scene or self.scene(index), self.noise, rng)[0]
 
+    def references(self, index: int, count: int = 5) -> list[str]:
+        """Item `index` as `count` people would describe it, whatever the noise."""
+        scene = self.scene(index)
+        return [describe(scene, self.rng(index, f"reference {k}")) for k in range(count)]
+
     def __getitem__(self, index: int) -> dict:
         scene = self.scene(index)
         image = render(scene, self.image_size, self.rng(index, "image"))
         text = self.text(index, scene)
         return {"image": torch.from_numpy(image), "text": text, "texts": (text,),
-                "image_id": index}
+                "image_id": number_of(scene)}
 
 
 def all_captions(count: int = 2000) -> list[str]:

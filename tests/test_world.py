@@ -23,7 +23,7 @@ from world import (
     random_scene,
     read,
     render,
-    split_of,
+    number_of, split_of,
     swap,
     web_text,
 )
@@ -96,11 +96,25 @@ def test_vague_captions_are_not_complete():
                            RED_AND_BLUE)
 
 
-def test_train_and_held_out_share_no_scene():
-    train, held_out = World("train", 3000, seed=5), World("held-out", 500, seed=9)
+@pytest.mark.parametrize("split", ["val", "held-out"])
+def test_splits_share_no_scene(split):
+    train, other = World("train", 3000, seed=5), World(split, 300, seed=9)
     assert all(split_of(train.scene(i)) == "train" for i in range(3000))
-    assert all(split_of(scene) == "held-out" for scene in held_out.scenes)
-    assert len(set(held_out.scenes)) == 500
+    assert all(split_of(scene) == split for scene in other.scenes)
+    assert len(set(other.scenes)) == 300
+
+
+def test_images_of_one_scene_share_an_id_and_references_are_true():
+    world = World("train", 2000)
+    by_scene = {}
+    for i in range(2000):
+        by_scene.setdefault(world.scene(i), []).append(i)
+    twice = next(indices for indices in by_scene.values() if len(indices) > 1)
+    assert world[twice[0]]["image_id"] == world[twice[1]]["image_id"]
+    assert len({number_of(scene) for scene in by_scene}) == len(by_scene)
+    noisy = World("train", 20, noise=1.0)
+    assert all(is_true(text, noisy.scene(i)) and is_complete(text, noisy.scene(i))
+               for i in range(20) for text in noisy.references(i))
 
 
 def test_everything_is_a_function_of_the_seed():
