@@ -3,7 +3,7 @@ users bring.
 
     Tokenizer        text <-> ids, trained on captions in a second or read from BERT's vocab.txt
     load_image       file -> (3, S, S) uint8: augmented for training, plainly resized for evaluation
-    read_pairs       BLIP json, Karpathy json -> a list of Pair
+    read_pairs       BLIP, Karpathy or COCO json -> a list of Pair
     PairDataset      Pairs as a torch Dataset; Collate makes batches padded to their longest text
 
 A mistake in a user's data is an InputError: one sentence that names the file, the record
@@ -14,8 +14,9 @@ import json
 import os
 import random
 import re
+import sys
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -215,12 +216,13 @@ def load_image(path: str | Path, size: int, rng: random.Random | None = None,
 
 @dataclass(frozen=True)
 class Pair:
-    """An image and its captions. `image` is relative to the image root; image_id tells which rows
-    share an image."""
+    """An image and its captions as they were written. `image` is relative to the image root."""
 
     image: str
     captions: tuple[str, ...]
-    image_id: int
+    image_id: int  # tells which rows share an image
+    name: str | int = ""  # the file's own id of the image, or its path: for result files
+    domain: str = ""  # NoCaps: in-domain, near-domain or out-domain
 
 
 def read_json(path: str | Path):
@@ -237,61 +239,85 @@ def read_json(path: str | Path):
                          f"{error.doc[max(error.pos - 20, 0):error.pos + 20]!r}); repair it there")
 
 
-def read_pairs(path: str | Path, image_root: str | Path | None = None,
-               split: str = "train") -> list[Pair]:
-    """Read BLIP json (a list of {image, caption: text or texts, image_id?}) or Karpathy json
-    ({images: [...]}, of which the given split is taken; "restval" belongs to train). Rows of one
-    image are told by image_id, or by the path.
-
-    Captions are cleaned (`clean_caption`); empty ones are left out and counted on the screen.
-    Raises InputError.
-    """
-    content, root, pairs, empty = (read_json(path),
-                                   os.path.abspath(image_root or Path(path).parent), [], [])
-    karpathy = isinstance(content, dict) and isinstance(content.get("images"), list)
-    if not karpathy and not isinstance(content, list):
+def records_of(path: str | Path, split: str) -> Iterator[tuple[str, dict]]:
+    """Each record of a BLIP list, a Karpathy file (of its `split`) or COCO annotations as (where it
+    stands, {image, caption, image_id?, domain?}). Raises InputError."""
+    content = read_json(path)
+    by_image, form = {}, "BLIP"
+    if isinstance(content, dict) and isinstance(content.get("images"), list):
+        form = "COCO" if isinstance(content.get("annotations"), list) else "Karpathy"
+        records = content["images"]
+    elif isinstance(content, list):
+        records = content
+    else:
         raise InputError(f"{path} is neither a list of {{image, caption}} records nor a Karpathy "
-                         "file with \"images\"")
-    numbers: dict = {}
-    for number, record in enumerate(content["images"] if karpathy else content):
-        where = f"{path}, record {number}"
-        try:
-            if karpathy:
+                         "or COCO file with \"images\"")
+    needs = {"BLIP": "image and caption", "Karpathy": "filename, split and sentences[].raw",
+             "COCO": "image_id and caption (annotations), id and file_name (images)"}[form]
+    where, record = str(path), None
+    try:
+        for number, record in enumerate(content["annotations"] if form == "COCO" else []):
+            where = f"{path}, annotation {number}"
+            by_image.setdefault(record["image_id"], []).append(record["caption"])
+        for number, record in enumerate(records):
+            where = f"{path}, record {number}"
+            if form == "COCO":
+                record = {**record, "image": record["file_name"], "image_id": record["id"],
+                          "caption": by_image.get(record["id"], [])}
+            elif form == "Karpathy":
                 if split != ("train" if record["split"] == "restval" else record["split"]):
                     continue
                 image = str(Path(record.get("filepath", "")) / record["filename"])
-                captions = [sentence["raw"] for sentence in record["sentences"]]
-            else:
-                image, captions = record["image"], record["caption"]
-        except (KeyError, TypeError, AttributeError) as error:
-            missing = (f"{error} is missing" if isinstance(error, KeyError)
-                       else f"it is {str(record)[:60]!r}")
-            wanted = "filename, split and sentences[].raw" if karpathy else "image and caption"
-            raise InputError(f"{where}: {missing}; a record needs {wanted}")
+                record = {"image": image, "caption": [s["raw"] for s in record["sentences"]],
+                          "image_id": record.get("cocoid", record.get("imgid", image))}
+            elif "img_id" in record:
+                record = {**record, "image_id": record["img_id"]}
+            yield where, {**record, "image": record["image"]}
+    except (KeyError, TypeError, AttributeError) as error:
+        missing = (f"{error} is missing" if isinstance(error, KeyError)
+                   else f"it is {str(record)[:60]!r}")
+        raise InputError(f"{where}: {missing}; a record needs {needs}")
+
+
+def read_pairs(path: str | Path, image_root: str | Path | None = None, split: str = "train",
+               need_captions: bool = True) -> list[Pair]:
+    """Read BLIP json (a list of {image, caption: text or texts, image_id?}), Karpathy json
+    ({images: [...]}, of which the given split is taken; "restval" belongs to train) or COCO
+    annotations. Rows of one image are told by image_id, or by the path.
+
+    Empty captions are left out and counted on the screen. Raises InputError.
+    """
+    root, pairs, empty = os.path.abspath(image_root or Path(path).parent), [], []
+    numbers: dict = {}
+    for where, record in records_of(path, split):
+        image, captions = record["image"], record.get("caption", [] if not need_captions else None)
         captions = [captions] if isinstance(captions, str) else captions
+        if captions is None:
+            raise InputError(f"{where}: 'caption' is missing; a record needs image and caption")
         if not isinstance(image, str) or not isinstance(captions, list) or not all(
                 isinstance(c, str) for c in captions):
             raise InputError(f"{where}: image must be a path and caption a text or a list of texts")
         if not os.path.normpath(os.path.join(root, image)).startswith(os.path.join(root, "")):
             raise InputError(f"{where}: image {image!r} lies outside the image root {root}; "
                              "correct the path or give another --image-root")
-        cleaned = tuple(text for text in map(clean_caption, captions) if text)
-        if len(cleaned) < len(captions) or not captions:
-            empty.append(number)
-        if cleaned:
-            key = record.get("image_id", image)
-            pairs.append(Pair(image, cleaned, numbers.setdefault(key, len(numbers))))
+        written = tuple(text.strip() for text in captions if clean_caption(text))
+        if need_captions and (len(written) < len(captions) or not captions):
+            empty.append(where)
+        if written or not need_captions:
+            name = record.get("image_id", image)
+            pairs.append(Pair(image, written, numbers.setdefault(name, len(numbers)), name,
+                              record.get("domain", "")))
     if empty:
-        print(f"{path}: {len(empty)} records have an empty caption (the first is record "
-              f"{empty[0]}); the empty ones are left out")
+        print(f"{len(empty)} records have an empty caption (the first: {empty[0]}); the empty "
+              "captions are left out", file=sys.stderr)
     if not pairs:
-        raise InputError(f"{path} holds no image with a caption"
-                         + (f" in split {split!r}" if karpathy else ""))
+        raise InputError(f"{path} holds no image with a caption in split {split!r}")
     return pairs
 
 
 class PairDataset(Dataset):
-    """Pairs as items {image (3, S, S) uint8, text, texts, image_id, broken}.
+    """Pairs as items {image (3, S, S) uint8, text (the first caption, cleaned), texts (all, as
+    written), image_id, index, broken}.
 
     Training (`augment=True`): one item per caption, augmented anew each epoch as a function of
     (seed, epoch, index); an image that cannot be read is replaced by the next one that can, so that
@@ -319,29 +345,33 @@ class PairDataset(Dataset):
         for i in range(index, index + (100 if self.augment else 1)):
             pair = self.pairs[i % len(self)]
             rng = random.Random(f"{self.seed} {self.epoch} {index}") if self.augment else None
-            flip = not re.search(r"\b(left|right)\b", pair.captions[0])
+            text = clean_caption(pair.captions[0]) if pair.captions else ""
+            flip = not re.search(r"\b(left|right)\b", text)
             try:
                 image = load_image(self.root / pair.image, self.image_size, rng, self.crop, flip)
                 break
             except OSError as error:
                 broken.append(f"{pair.image} ({error})")
-        return {"image": image, "text": pair.captions[0], "texts": pair.captions,
-                "image_id": pair.image_id, "broken": broken}
+        return {"image": image, "text": text, "texts": pair.captions, "image_id": pair.image_id,
+                "index": index, "broken": broken}
 
 
 class Collate:
-    """Items -> batch {image (B, 3, S, S) uint8, ids and mask (B, L), image_id (B,), texts, broken},
-    padded to the longest text in it. Items whose image is None are left out."""
+    """Items -> batch {image (B, 3, S, S) uint8, ids and mask (B, L), image_id (B,), texts, index,
+    broken}, padded to the longest text in it; each text after `prompt`. Items whose image is None
+    are left out."""
 
-    def __init__(self, tokenizer: Tokenizer, max_tokens: int = 30):
-        self.tokenizer, self.max_tokens = tokenizer, max_tokens
+    def __init__(self, tokenizer: Tokenizer, max_tokens: int = 30, prompt: str = ""):
+        self.tokenizer, self.max_tokens, self.prompt = tokenizer, max_tokens, prompt
 
     def __call__(self, items: list[dict]) -> dict:
         broken = [name for item in items for name in item.get("broken", [])]
         items = [item for item in items if item["image"] is not None]
         if not items:
             return {"image": None, "broken": broken}
-        ids, mask = self.tokenizer.encode([item["text"] for item in items], self.max_tokens)
+        ids, mask = self.tokenizer.encode([f"{self.prompt} {item['text']}" for item in items],
+                                          self.max_tokens)
         return {"image": torch.stack([item["image"] for item in items]), "ids": ids, "mask": mask,
                 "image_id": torch.tensor([item["image_id"] for item in items]),
-                "texts": [list(item["texts"]) for item in items], "broken": broken}
+                "texts": [list(item["texts"]) for item in items],
+                "index": [item["index"] for item in items], "broken": broken}

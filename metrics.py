@@ -1,7 +1,24 @@
-"""Measures, computed from plain numbers and strings."""
+"""Measures, computed from plain numbers and strings.
+
+    ranks, recall, rank_statistics   retrieval: R@K, median and mean rank
+    bleu, rouge_l, cider             captions, from tokenised texts (`tokenise`)
+    caption_scores                   all of them for one set of captions
+
+The caption measures follow the definitions of the COCO caption evaluation, so that their values can
+be compared with published ones. SPICE and METEOR are not here: they need Java and WordNet;
+`python eval.py caption` writes the files that their tools read.
+"""
+
+import math
+import re
+from collections import Counter
+from collections.abc import Sequence
 
 from torch import Tensor
 
+Tokens = list[str]
+
+# ---- retrieval -----------------------------------------------------------------------------------
 
 def ranks(scores: Tensor, positives: Tensor) -> Tensor:
     """scores (R, C), positives (R, C) bool -> (R,) rank of each row's best-placed
@@ -19,6 +36,12 @@ def recall(rank: Tensor, prefix: str, at: tuple[int, ...] = (1, 5, 10)) -> dict[
     return {f"{prefix}_r{k}": (rank < k).float().mean().item() for k in at}
 
 
+def rank_statistics(rank: Tensor, prefix: str) -> dict[str, float]:
+    """rank (R,), 0 = first -> median and mean rank, 1 = first, as they are published."""
+    return {f"{prefix}_median_rank": rank.double().add(1).quantile(0.5).item(),
+            f"{prefix}_mean_rank": rank.double().add(1).mean().item()}
+
+
 def recall_chance(rows: int, columns: int, positives_per_row: int, prefix: str,
                   at=(1, 5, 10)) -> dict[str, float]:
     """Expected recall of a random order: 1 - P(no positive among the first k)."""
@@ -29,3 +52,110 @@ def recall_chance(rows: int, columns: int, positives_per_row: int, prefix: str,
             miss *= max(columns - positives_per_row - i, 0) / (columns - i)
         chance[f"{prefix}_r{k}"] = 1 - miss
     return chance
+
+
+# ---- captions ------------------------------------------------------------------------------------
+
+def tokenise(text: str) -> Tokens:
+    """Lower case; a token is a run of letters and digits, also joined by an inner hyphen or
+    apostrophe; other signs are dropped.
+
+    The Penn Treebank tokeniser of the COCO evaluation differs in little: it splits a clitic off
+    ("dog's" is "dog 's" there, "don't" is "do n't").
+    """
+    return re.findall(r"[^\W_]+(?:['’-][^\W_]+)*", text.lower())
+
+
+def ngrams(tokens: Tokens, n: int) -> Counter:
+    """How often each run of n tokens occurs."""
+    return Counter(zip(*(tokens[i:] for i in range(n))))
+
+
+def bleu(predictions: list[Tokens], references: list[list[Tokens]], order: int = 4) -> list[float]:
+    """-> [BLEU-1, ..., BLEU-order] of the whole set (Papineni et al. 2002): clipped n-gram
+    precisions, and a brevity penalty against the reference closest in length, the shorter one
+    if two are equally close."""
+    right, guessed, length, target = [0] * order, [0] * order, 0, 0
+    for prediction, texts in zip(predictions, references):
+        length += len(prediction)
+        target += min((abs(len(t) - len(prediction)), len(t)) for t in texts)[1]
+        for n in range(1, order + 1):
+            found, allowed = ngrams(prediction, n), Counter()
+            for text in texts:
+                allowed |= ngrams(text, n)  # the largest count in any reference
+            right[n - 1] += (found & allowed).total()
+            guessed[n - 1] += found.total()
+    penalty = math.exp(min(0.0, 1 - target / length)) if length else 0.0
+    scores, log_sum = [], 0.0
+    for n in range(order):
+        log_sum += math.log(right[n] / guessed[n]) if right[n] else float("-inf")
+        scores.append(penalty * math.exp(log_sum / (n + 1)))
+    return scores
+
+
+def longest_common_subsequence(a: Tokens, b: Tokens) -> int:
+    """Length of it; the tokens need not be neighbours."""
+    row = [0] * (len(b) + 1)
+    for x in a:
+        diagonal = 0
+        for j, y in enumerate(b, 1):
+            diagonal, row[j] = row[j], diagonal + 1 if x == y else max(row[j], row[j - 1])
+    return row[-1]
+
+
+def rouge_l(predictions: list[Tokens], references: list[list[Tokens]]) -> list[float]:
+    """-> ROUGE-L of each caption (Lin 2004): F measure of the longest common subsequence, with best
+    precision and best recall over the references, beta 1.2."""
+    scores, beta2 = [], 1.2 ** 2
+    for prediction, texts in zip(predictions, references):
+        common = [longest_common_subsequence(prediction, text) for text in texts]
+        precision = max(common) / max(len(prediction), 1)
+        recalled = max(c / max(len(text), 1) for c, text in zip(common, texts))
+        scores.append((1 + beta2) * precision * recalled / (recalled + beta2 * precision)
+                      if precision and recalled else 0.0)
+    return scores
+
+
+def cider(predictions: list[Tokens], references: list[list[Tokens]]) -> list[float]:
+    """-> CIDEr-D of each caption (Vedantam et al. 2015, sec. 4 and 5); the score of a set is their
+    mean, published times 100.
+
+    Cosine of tf-idf vectors of 1- to 4-grams, averaged over n and over the references, times 10. An
+    n-gram is rare if few images have it in a reference. Against gaming: a prediction's counts are
+    clipped to the reference's, and a difference in length costs exp(-d^2 / 2 sigma^2), sigma 6.
+    """
+    order, sigma = 4, 6.0
+    images_with = Counter()
+    for texts in references:
+        images_with.update({g for t in texts for n in range(1, order + 1) for g in ngrams(t, n)})
+    log_images = math.log(len(references))
+
+    def vectors(tokens):
+        """Per n, the tf-idf weights and their norm."""
+        weights = [{g: count * (log_images - math.log(max(images_with[g], 1)))
+                    for g, count in ngrams(tokens, n).items()} for n in range(1, order + 1)]
+        return [(w, math.sqrt(sum(x * x for x in w.values()))) for w in weights]
+
+    scores = []
+    for prediction, texts in zip(predictions, references):
+        mine, total = vectors(prediction), 0.0
+        for text in texts:
+            penalty = math.exp(-(len(prediction) - len(text)) ** 2 / (2 * sigma ** 2))
+            for (w, norm), (w_ref, norm_ref) in zip(mine, vectors(text)):
+                if norm and norm_ref:
+                    dot = sum(min(x, w_ref[g]) * w_ref[g] for g, x in w.items() if g in w_ref)
+                    total += penalty * dot / (norm * norm_ref)
+        scores.append(10 * total / order / len(texts))
+    return scores
+
+
+def caption_scores(predictions: Sequence[str],
+                   references: Sequence[Sequence[str]]) -> tuple[dict[str, float], list[float]]:
+    """One caption and one or more reference captions per image -> bleu1 to bleu4, rouge_l and cider
+    of the set, and each caption's CIDEr-D."""
+    told = [tokenise(text) for text in predictions]
+    true = [[tokenise(text) for text in texts] for texts in references]
+    each = cider(told, true)
+    numbers = {f"bleu{n}": value for n, value in enumerate(bleu(told, true), 1)}
+    return numbers | {"rouge_l": sum(rouge_l(told, true)) / len(told),
+                      "cider": sum(each) / len(each)}, each

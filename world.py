@@ -322,7 +322,7 @@ class World(Dataset):
         image = render(scene, self.image_size, self.rng(index, "image"))
         text = self.text(index, scene)
         return {"image": torch.from_numpy(image), "text": text, "texts": (text,),
-                "image_id": number_of(scene)}
+                "image_id": number_of(scene), "index": index}
 
 
 def all_captions(count: int = 2000) -> list[str]:

@@ -178,8 +178,25 @@ def test_blip_json(tmp_path):
                       [{"image": "a.jpg", "caption": "A dog.", "image_id": "x"},
                        {"image": "b.jpg", "caption": ["One!", "Two"]},
                        {"image": "a.jpg", "caption": "A cat", "image_id": "x"}])
-    assert read_pairs(path) == [Pair("a.jpg", ("a dog",), 0), Pair("b.jpg", ("one", "two"), 1),
-                                Pair("a.jpg", ("a cat",), 0)]
+    assert read_pairs(path) == [Pair("a.jpg", ("A dog.",), 0, "x"),
+                                Pair("b.jpg", ("One!", "Two"), 1, "b.jpg"),
+                                Pair("a.jpg", ("A cat",), 0, "x")]
+
+
+def test_coco_and_nocaps_annotations(tmp_path):
+    content = {"images": [{"id": 7, "file_name": "a.jpg", "domain": "in-domain"},
+                          {"id": 9, "file_name": "b.jpg", "domain": "out-domain"}],
+               "annotations": [{"image_id": 9, "caption": "A cat."},
+                               {"image_id": 7, "caption": "A dog."},
+                               {"image_id": 9, "caption": "Cats"}]}
+    path = write_json(tmp_path / "coco.json", content)
+    assert read_pairs(path) == [Pair("a.jpg", ("A dog.",), 0, 7, "in-domain"),
+                                Pair("b.jpg", ("A cat.", "Cats"), 1, 9, "out-domain")]
+    path = write_json(tmp_path / "test.json", [{"image": "c.jpg", "img_id": 3}])
+    assert read_pairs(path, need_captions=False) == [Pair("c.jpg", (), 0, 3)]
+    content["annotations"].append({"image_id": 7})
+    with pytest.raises(InputError, match="annotation 3: 'caption' is missing"):
+        read_pairs(write_json(path, content))
 
 
 def test_karpathy_json(tmp_path):
@@ -190,7 +207,8 @@ def test_karpathy_json(tmp_path):
                       {"images": [image("a.jpg", "train"), image("b.jpg", "restval"),
                                   image("c.jpg", "val"), image("d.jpg", "test")]})
     assert [p.image for p in read_pairs(path)] == ["val2014/a.jpg", "val2014/b.jpg"]
-    assert read_pairs(path, split="test") == [Pair("val2014/d.jpg", ("a dog", "dogs"), 0)]
+    assert read_pairs(path, split="test") == [
+        Pair("val2014/d.jpg", ("A dog.", "Dogs"), 0, "val2014/d.jpg")]
 
 
 @pytest.mark.parametrize("content, message", [
@@ -198,7 +216,7 @@ def test_karpathy_json(tmp_path):
     ([{"image": "a.jpg", "caption": "x"}, {"image": "b.jpg"}], "record 1: 'caption' is missing"),
     ([{"image": "a.jpg", "caption": 3}], "record 0: image must be a path and caption a text"),
     (["a.jpg"], "record 0: it is 'a.jpg'"),
-    ({"a": 1}, "neither a list .* nor a Karpathy file"),
+    ({"a": 1}, "neither a list .* nor a Karpathy or COCO file"),
     ([{"image": "../../etc/a.jpg", "caption": "x"}],
      "record 0: image .* lies outside the image root"),
     ([{"image": "/etc/a.jpg", "caption": "x"}], "record 0: image .* lies outside the image root"),
@@ -222,7 +240,7 @@ def test_empty_captions_are_left_out_and_counted(tmp_path, capsys):
                       [{"image": "a.jpg", "caption": "x"}, {"image": "b.jpg", "caption": "!"},
                        {"image": "c.jpg", "caption": ["", "y"]}])
     assert [p.captions for p in read_pairs(path)] == [("x",), ("y",)]
-    assert "2 records have an empty caption (the first is record 1)" in capsys.readouterr().out
+    assert "2 records have an empty caption (the first: " in capsys.readouterr().err
 
 
 def test_unreadable_images_are_replaced_in_training_and_left_out_in_evaluation(tmp_path):

@@ -20,10 +20,11 @@ from world import (
     describe,
     is_complete,
     is_true,
+    number_of,
     random_scene,
     read,
     render,
-    number_of, split_of,
+    split_of,
     swap,
     web_text,
 )
