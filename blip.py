@@ -230,13 +230,15 @@ class BLIP(nn.Module):
     # ---- training --------------------------------------------------------------------------------
 
     def forward(self, image: Tensor, ids: Tensor, mask: Tensor, alpha: float = 0.0,
-                image_ids: Tensor | None = None,
-                prompt_length: int = 0) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+                image_ids: Tensor | None = None, prompt_length: int = 0,
+                all_negatives: bool = False) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """image (B, 3, S, S), ids and mask (B, L) -> losses {"itc", "itm", "lm"} (scalars) and keys
         for the queue.
 
-        alpha in [0, 1] weighs the twins' soft targets; image_ids (B,) tell which texts share an
-        image; prompt_length leading tokens give no LM loss. Nothing in the model changes.
+        alpha in [0, 1] weighs the twins' soft targets. image_ids (B,) tell which texts share an
+        image: retrieval finetuning, where these are no negatives of one another and, with
+        `all_negatives`, ITM's negatives come from all processes. prompt_length leading tokens give
+        no LM loss. Nothing in the model changes.
         """
         tokens, image_feat = self.encode_image(image)
         kv = None
@@ -245,9 +247,10 @@ class BLIP(nn.Module):
             kv = self.med.project(tokens)
         losses, keys, sims = {}, {}, None
         if "itc" in self.objectives:
-            losses["itc"], keys, sims = self._itc(image, image_feat, ids, mask, alpha, image_ids)
+            losses["itc"], keys, sims = self._itc(image, image_feat, ids, mask, alpha, image_ids,
+                                                  all_negatives)
         if "itm" in self.objectives:
-            losses["itm"] = self._itm(kv, ids, mask, sims, image_ids)
+            losses["itm"] = self._itm(tokens, kv, ids, mask, sims, image_ids, all_negatives)
         if "lm" in self.objectives:
             # the last token predicts nothing
             states, _ = self.med.decode(ids[:, :-1], mask[:, :-1], kv)
@@ -255,9 +258,9 @@ class BLIP(nn.Module):
             losses["lm"] = L.lm_loss(self.med.logits(states), targets, self.config.label_smoothing)
         return losses, keys
 
-    def _itc(self, image, image_feat, ids, mask, alpha, image_ids):
+    def _itc(self, image, image_feat, ids, mask, alpha, image_ids, all_negatives):
         """-> the loss, this batch's momentum features for the queue, and (sim_i2t, sim_t2i) (B, B)
-        for mining."""
+        for mining, or (B, world * B) with `all_negatives`."""
         text_feat = self.encode_text(ids, mask)
         with torch.no_grad():
             image_feat_m = unit(self.vision_proj_m(self.vit_m(image)[:, 0]))
@@ -276,27 +279,41 @@ class BLIP(nn.Module):
             loss = L.itc_loss(image_feat, text_feat, image_keys, text_keys, self.temp, alpha,
                               positives)
             with torch.no_grad():
-                sims = (image_feat @ text_feat_m.T / self.temp,
-                        text_feat @ image_feat_m.T / self.temp)
+                image_found, text_found = image_feat_m, text_feat_m
+                if image_ids is not None:  # finetuning: online features (released code)
+                    image_found, text_found = image_feat, text_feat
+                if all_negatives:
+                    image_found, text_found = map(distributed.all_gather, (image_found, text_found))
+                sims = (image_feat @ text_found.T / self.temp,
+                        text_feat @ image_found.T / self.temp)
         keys = {"image": image_feat_m, "text": text_feat_m,
                 "ids": torch.full_like(ids[:, 0], -1) if image_ids is None else image_ids}
         return loss, keys, sims
 
-    def _itm(self, kv, ids, mask, sims, image_ids):
-        """B matched pairs, B (image, hard text), B (hard image, text), from this rank's batch."""
-        B = len(ids)
-        positives = torch.eye(B, dtype=torch.bool, device=ids.device)
+    def _itm(self, tokens, kv, ids, mask, sims, image_ids, all_negatives):
+        """B matched pairs, B (image, hard text), B (hard image, text): from this rank's batch, or
+        with `all_negatives` from all ranks'."""
+        B, floor = len(ids), L.NEGATIVE_FLOOR
+        own = own_ids = torch.arange(B, device=ids.device)
         if image_ids is not None:
-            positives = image_ids[:, None] == image_ids
+            own_ids, floor = image_ids, 0.0  # no floor in finetuning (released code)
+        found_ids, spread = own_ids, all_negatives and distributed.world_size() > 1
+        if spread:
+            ids, mask = distributed.gather_texts(ids, mask)
+            found_ids, own = distributed.all_gather(own_ids), own + distributed.rank() * B
+        positives = own_ids[:, None] == found_ids  # (B, B), or (B, world * B)
         if sims is None:  # ITC is off: nothing tells which negatives are hard
-            sims = (torch.zeros(B, B, device=ids.device),) * 2
-        text_neg, text_valid = L.mine_hard_negatives(sims[0], positives)
-        image_neg, image_valid = L.mine_hard_negatives(sims[1], positives)
+            sims = (torch.zeros(positives.shape, device=ids.device),) * 2
+        text_neg, text_valid = L.mine_hard_negatives(sims[0], positives, floor)
+        image_neg, image_valid = L.mine_hard_negatives(sims[1], positives, floor)
+        if spread:  # an image trains by what any rank's text says of it
+            kv_neg = self.med.project(distributed.all_gather_with_grad(tokens)[image_neg])
+        else:
+            kv_neg = kv.select(image_neg)
         # Each image is read by its own text and by its hard text: two texts in one row of queries.
-        own_and_hard = torch.stack([torch.arange(B, device=ids.device), text_neg],
-                                   1).flatten()  # (2B,)
+        own_and_hard = torch.stack([own, text_neg], 1).flatten()  # (2B,)
         logits = torch.cat([self.match(kv, ids[own_and_hard], mask[own_and_hard]),
-                            self.match(kv.select(image_neg), ids, mask)])
+                            self.match(kv_neg, ids[own], mask[own])])
         yes, no = torch.ones_like(text_neg), torch.zeros_like(text_neg)
         matched = torch.cat([torch.stack([yes, no], 1).flatten(), no])
         valid = torch.cat([torch.stack([yes.bool(), text_valid], 1).flatten(), image_valid])

@@ -3,12 +3,15 @@
     save(path, state)      a run's whole state
     load(path)             that state, checked
     load_model(path)       -> (model, tokenizer): a checkpoint is enough to rebuild both
+    open_model(path, ...)  the same for a purpose, which the checkpoint's task must fit
+    initialise(new, old)   start a finetuning from another model's weights
     load_released(path)    -> (model, report) from a state dict with the released code's key names
 """
 
 import os
 import pickle
 import re
+import sys
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
@@ -63,11 +66,50 @@ def load(path: str | Path) -> dict:
 
 def load_model(path: str | Path, device: str | torch.device = "cpu") -> tuple[BLIP, Tokenizer]:
     """-> the model, in eval mode, and its tokenizer."""
-    state = load(path)
+    model, tokenizer, _ = open_model(path, device=device)
+    return model, tokenizer
+
+
+def open_model(path: str | Path, needs: tuple[str, ...] = (), vocab: str = "",
+               device: str | torch.device = "cpu") -> tuple[BLIP, Tokenizer, dict]:
+    """A checkpoint of this project or released weights (these need BERT's vocab.txt as `vocab`) ->
+    the model, in eval mode, its tokenizer, and the settings that it was trained with.
+
+    `needs` names the objectives that must have been trained: a model finetuned for captions can no
+    longer match. Raises InputError.
+    """
+    state = read(path)
+    if not isinstance(state, dict) or "model_config" not in state:
+        if not vocab:
+            raise InputError(f"{path} is not a checkpoint of this project; if it holds released "
+                             "weights, give --vocab with the vocab.txt of bert-base-uncased")
+        tokenizer = Tokenizer.from_file(vocab)
+        model, report = load_released(path, tokenizer=tokenizer)
+        print(report, file=sys.stderr)
+        return model.to(device), tokenizer, {}
+    settings = state.get("train_config", {})
+    untrained = [name for name in needs if not settings.get(f"{name}_weight", 1.0)]
+    if untrained:
+        raise InputError(f"{path} is a checkpoint of another task ({settings.get('task')}): it was "
+                         f"trained without {' and '.join(map(str.upper, untrained))}, which this needs; "
+                         "give one of pretraining, or one finetuned for this")
     known = {f.name for f in fields(BLIPConfig)}
     model = BLIP(BLIPConfig(**{k: v for k, v in state["model_config"].items() if k in known}))
     model.load_state_dict(state["model"])
-    return model.to(device).eval(), Tokenizer(state["tokenizer"])
+    return model.to(device).eval(), Tokenizer(state["tokenizer"]), settings
+
+
+def initialise(model: BLIP, source: BLIP) -> None:
+    """Copy the weights of `source`, positions resized to the model's grid; the queues too unless
+    their length differs, which then start anew."""
+    ours = model.state_dict()  # aliases the parameters
+    for name, value in source.state_dict().items():
+        if name.endswith("pos_embed"):
+            value = resize_positions(value, ours[name].shape[1])
+        if ours[name].shape == value.shape:
+            ours[name].copy_(value)
+    if model.config.queue_size != source.config.queue_size:
+        model.queue_ptr.zero_()
 
 
 # ---- released weights ----------------------------------------------------------------------------

@@ -1,8 +1,9 @@
-"""The recipe: every setting of a run, the presets, the schedules, and the command line
-made from them.
+"""The recipe: every setting of a run, tasks and presets, the schedules, and the command line made
+from them.
 
-Every field of BLIPConfig and TrainConfig is a flag of train.py; the comment behind a field is
-its help text.
+Every field of BLIPConfig and TrainConfig is a flag of train.py; the comment behind a field is its
+help text. Settings are the field's default, then the task's (TASKS), then the preset's (PRESETS),
+then what the command line gives.
 """
 
 import argparse
@@ -16,15 +17,16 @@ from blip import OBJECTIVES, SIZES, BLIPConfig
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """The recipe. The defaults are the paper's for ViT-B (BLIP sec. 4.1); PRESETS override
-    what differs."""
+    """The recipe. The defaults are the paper's for pretraining ViT-B (BLIP sec. 4.1)."""
 
+    task: str = "pretrain"  # pretrain, retrieval or caption: the first word of the command
+    init: str = ""  # checkpoint whose model and tokenizer a finetuning starts from
     preset: str = "tiny"  # tiny, base or large: sizes and recipe
     data: str = ""  # json of training pairs, BLIP or Karpathy format; none: the built-in world
     val: str = ""  # json of held-out pairs; a Karpathy file given as --data holds its own
     val_split: str = "val"  # which split of a Karpathy file is held out: val or test
     image_root: str = ""  # folder that image paths start from; none: the folder of the json
-    vocab: str = ""  # BERT's vocab.txt; none: train a WordPiece vocabulary on the captions
+    vocab: str = ""  # BERT's vocab.txt; none: train a WordPiece vocabulary, or take --init's
     vocab_pieces: int = 30524  # at most so many pieces when the vocabulary is trained
     out: str = "runs/pretrain"  # folder of the run
     seed: int = 0  # of weights, data order, augmentation and dropout
@@ -32,7 +34,7 @@ class TrainConfig:
     batch_size: int = 2880  # pairs a step, over all processes
     lr: float = 3e-4  # peak learning rate
     min_lr: float = 1e-6  # where the decay ends
-    schedule: str = "step"  # step: x lr_decay each epoch (pretraining); cosine: to min_lr each step
+    schedule: str = "step"  # step: x lr_decay an epoch; cosine; epoch_cosine: constant in an epoch
     lr_decay: float = 0.85  # per epoch, for schedule step (paper; the released yaml has 0.9)
     warmup_steps: int = 3000  # linear warm-up
     warmup_lr: float = 1e-6  # where the warm-up starts
@@ -44,6 +46,8 @@ class TrainConfig:
     itc_weight: float = 1.0  # of the loss; 0 switches it off
     itm_weight: float = 1.0  # of the loss; 0 switches it off
     lm_weight: float = 1.0  # of the loss; 0 switches it off
+    all_negatives: bool = False  # ITM's negatives from all processes in finetuning (paper: COCO)
+    prompt: str = ""  # words before each caption, which give no loss
     lm_only_steps: int = 0  # steps of LM alone first (warm start for tiny models; not in the paper)
     augment: bool = True  # random crop, flip, RandAugment on photographs; the world has none
     crop_min: float = 0.2  # smallest share of the area in a random crop
@@ -58,9 +62,12 @@ class TrainConfig:
     save_every: int = 500  # steps
     eval_size: int = 1000  # held-out items
     eval_top_k: int = 16  # candidates that ITM re-ranks; 0 does not re-rank
+    min_length: int = 5  # tokens of a caption that evaluation generates, [DEC] and prompt included
+    max_length: int = 20  # tokens of a caption that evaluation generates, [DEC] and prompt included
 
     def __post_init__(self):
-        for name, allowed in (("preset", tuple(PRESETS)), ("schedule", ("step", "cosine")),
+        for name, allowed in (("task", tuple(TASKS)), ("preset", tuple(SIZES)),
+                              ("schedule", ("step", "cosine", "epoch_cosine")),
                               ("precision", ("auto", "bf16", "fp32")),
                               ("val_split", ("val", "test"))):
             if getattr(self, name) not in allowed:
@@ -75,14 +82,32 @@ class TrainConfig:
         return {name: getattr(self, f"{name}_weight") for name in OBJECTIVES}
 
 
-PRESETS = {
-    "base": {},
-    "large": dict(lr=2e-4, batch_size=2400),  # BLIP sec. 4.1
-    # Measured, not the paper's: see "The tiny preset" in the README.
-    "tiny": dict(epochs=1, world_size=38400, batch_size=32, lr=1.2e-3, schedule="cosine",
-                 warmup_steps=100, beta2=0.98, grad_clip=1.0, alpha_epochs=0.085,
-                 lm_only_steps=200, vocab_pieces=4000, workers=1),
+# BLIP sec. 5 and the released configurations: no warm-up, cosine to 0 per epoch, milder crops.
+FINETUNE = dict(schedule="epoch_cosine", warmup_steps=0, min_lr=0.0, crop_min=0.5, batch_size=256)
+TASKS = {
+    "pretrain": {},
+    "retrieval": dict(FINETUNE, out="runs/retrieval", lr=1e-5, epochs=6, max_tokens=35,
+                      alpha_epochs=1.0, lm_weight=0.0, eval_top_k=128),  # k: Flickr; COCO 256
+    "caption": dict(FINETUNE, out="runs/caption", lr=1e-5, epochs=5, max_tokens=40,
+                    itc_weight=0.0, itm_weight=0.0, prompt="a picture of"),
 }
+# The tiny ones are measured, not the paper's: see "The tiny preset" in the README.
+TINY = dict(batch_size=32, schedule="cosine", warmup_steps=100, beta2=0.98, grad_clip=1.0,
+            workers=1, eval_top_k=16, min_length=5, max_length=30)
+PRESETS = {
+    ("pretrain", "large"): dict(lr=2e-4, batch_size=2400),  # BLIP sec. 4.1
+    ("pretrain", "tiny"): dict(TINY, epochs=1, world_size=38400, lr=1.2e-3, alpha_epochs=0.085,
+                               lm_only_steps=200, vocab_pieces=4000),
+    ("retrieval", "large"): dict(lr=5e-6),
+    ("retrieval", "tiny"): dict(TINY, epochs=2, world_size=6400, lr=5e-4),
+    ("caption", "large"): dict(lr=2e-6),
+    ("caption", "tiny"): dict(TINY, epochs=2, world_size=12800, lr=5e-4, prompt=""),
+}
+# Finetuning takes the model from the checkpoint and changes only this much of it on its own; the
+# rest of what may be changed is not visible in the weights.
+FINETUNE_IMAGE_SIZE = {"base": 384, "large": 384}
+FREE_IN_FINETUNING = {"image_size", "drop_path", "grad_checkpoint", "dropout", "queue_size",
+                      "momentum", "temp_min", "temp_max", "label_smoothing"}
 # What may differ from the checkpoint when a run is resumed: nothing that the result depends on.
 FREE_ON_RESUME = {"out", "device", "workers", "log_every", "save_every"}
 
@@ -101,33 +126,63 @@ def truth(text: str) -> bool:
     return text.lower() == "true"
 
 
-def parse(arguments: list[str], description: str) -> tuple[BLIPConfig, TrainConfig, bool, set[str]]:
-    """`description` heads the help -> model and training configuration, whether to resume, and the
-    names of the flags that were given."""
+def parse(arguments: list[str], description: str) -> tuple[dict, bool]:
+    """`description` heads the help -> what was given, by field name, and whether to resume."""
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False,
+                                     usage=f"%(prog)s [{' | '.join(TASKS)}] [flags]",
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
+    task = {}
+    if arguments and not arguments[0].startswith("-"):  # argparse takes a wrong flag's value for it
+        task, arguments = {"task": arguments[0]}, arguments[1:]
+        if task["task"] not in TASKS:
+            parser.error(f"{task['task']!r} is no task; choose one of {', '.join(TASKS)}")
     parser.add_argument("--resume", action="store_true",
                         help="continue from checkpoint.pt in --out")
     for title, config_class in (("training", TrainConfig), ("model", BLIPConfig)):
-        group, help_of = parser.add_argument_group(title), field_help(config_class)
-        for f in fields(config_class):
-            if not help_of[f.name].startswith("set from the tokenizer"):
-                tiny = (PRESETS if config_class is TrainConfig
-                        else SIZES)["tiny"].get(f.name, f.default)
-                shown = f"default {f.default!r}" + (f", tiny {tiny!r}" if tiny != f.default else "")
-                group.add_argument("--" + f.name.replace("_", "-"),
-                                   type=truth if f.type is bool else f.type,
-                                   default=argparse.SUPPRESS,
-                                   help=f"{help_of[f.name]} ({shown})".replace("%", "%%"))
-    given = vars(parser.parse_args(arguments))
-    resume, preset = given.pop("resume"), given.get("preset", TrainConfig.preset)
-    def build(config_class, presets):
-        own = {k: v for k, v in given.items() if k in {f.name for f in fields(config_class)}}
-        return config_class(**{**presets.get(preset, {}), **own})
-    try:
-        return build(BLIPConfig, SIZES), build(TrainConfig, PRESETS), resume, set(given)
-    except ValueError as error:
-        parser.error(str(error))
+        add_flags(parser.add_argument_group(title), config_class,
+                  SIZES["tiny"] if config_class is BLIPConfig else PRESETS["pretrain", "tiny"])
+    given = task | vars(parser.parse_args(arguments))
+    return given, given.pop("resume")
+
+
+def add_flags(parser, config_class: type, tiny: dict) -> None:
+    """A flag for each field, without a default, so that only what is given is there; `tiny` has the
+    defaults that differ in that preset."""
+    help_of = field_help(config_class)
+    for f in fields(config_class):
+        if f.name != "task" and not help_of[f.name].startswith("set from the tokenizer"):
+            other = tiny.get(f.name, f.default)
+            shown = f"default {f.default!r}" + (f", tiny {other!r}" if other != f.default else "")
+            parser.add_argument("--" + f.name.replace("_", "-"),
+                                type=truth if f.type is bool else f.type,
+                                default=argparse.SUPPRESS,
+                                help=f"{help_of[f.name]} ({shown})".replace("%", "%%"))
+
+
+def resolve(given: dict, start: dict | None = None) -> tuple[BLIPConfig, TrainConfig]:
+    """What was given, and the {model_config, train_config} of a checkpoint to start from -> model
+    and training configuration. Raises ValueError."""
+    task, start = given.get("task", TrainConfig.task), start or {}
+    trained = start.get("train_config", {})
+    preset = given.get("preset", trained.get("preset", "base" if start else TrainConfig.preset))
+    def own(config_class):
+        return {f.name: given[f.name] for f in fields(config_class) if f.name in given}
+    recipe = TrainConfig(**{**TASKS[task], **PRESETS.get((task, preset), {}), "preset": preset,
+                            **own(TrainConfig)})
+    if not start:
+        if task != "pretrain":
+            raise ValueError(f"finetuning ({task}) starts from a pretrained model: give --init "
+                             "CHECKPOINT (python train.py writes runs/pretrain/checkpoint.pt)")
+        return BLIPConfig(**{**SIZES[preset], **own(BLIPConfig)}), recipe
+    model = start["model_config"]
+    fixed = [name for name, value in own(BLIPConfig).items()
+             if name not in FREE_IN_FINETUNING and value != model[name]]
+    if fixed:
+        raise ValueError(f"--{fixed[0].replace('_', '-')} is {model[fixed[0]]} in the weights of "
+                         f"--init and cannot be {given[fixed[0]]}; leave it out")
+    if task != "pretrain" and preset in FINETUNE_IMAGE_SIZE:
+        model = {**model, "image_size": FINETUNE_IMAGE_SIZE[preset]}
+    return BLIPConfig(**{**model, **own(BLIPConfig)}), recipe
 
 
 # ---- schedules -----------------------------------------------------------------------------------
@@ -138,6 +193,8 @@ def learning_rate(config: TrainConfig, step: int, steps_per_epoch: int) -> float
         return config.warmup_lr + (config.lr - config.warmup_lr) * step / config.warmup_steps
     if config.schedule == "step":
         return max(config.min_lr, config.lr * config.lr_decay ** (step // steps_per_epoch))
+    if config.schedule == "epoch_cosine":
+        step = step // steps_per_epoch * steps_per_epoch
     progress = step / (config.epochs * steps_per_epoch)
     return config.min_lr + (config.lr - config.min_lr) * (1 + math.cos(math.pi * progress)) / 2
 
@@ -147,6 +204,12 @@ def alpha_at(config: TrainConfig, step: int, steps_per_epoch: int) -> float:
     with ITC."""
     ramp = config.alpha_epochs * steps_per_epoch
     return config.alpha * min(1.0, max(0, step - config.lm_only_steps) / ramp if ramp else 1.0)
+
+
+def objectives_of(task: str) -> tuple[str, ...]:
+    """The losses that a task trains, and that a checkpoint must have been trained with to start it
+    or to be judged by it."""
+    return tuple(name for name in OBJECTIVES if TASKS[task].get(f"{name}_weight", 1.0))
 
 
 def objectives_at(config: TrainConfig, step: int) -> tuple[str, ...]:

@@ -17,7 +17,7 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -313,6 +313,15 @@ def read_pairs(path: str | Path, image_root: str | Path | None = None, split: st
     if not pairs:
         raise InputError(f"{path} holds no image with a caption in split {split!r}")
     return pairs
+
+
+def merge_captions(pairs: list[Pair]) -> list[Pair]:
+    """One Pair for each image, with the captions of all its rows: what evaluation wants."""
+    by_image: dict[int, list[Pair]] = {}
+    for pair in pairs:
+        by_image.setdefault(pair.image_id, []).append(pair)
+    return [replace(rows[0], captions=tuple(text for row in rows for text in row.captions))
+            for rows in by_image.values()]
 
 
 class PairDataset(Dataset):

@@ -9,6 +9,7 @@ import os
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -57,6 +58,35 @@ def all_gather(x: Tensor) -> Tensor:
     parts = [torch.empty_like(x) for _ in range(world_size())]
     dist.all_gather(parts, x.contiguous())
     return torch.cat(parts)
+
+
+class GatherWithGrad(torch.autograd.Function):
+    """all_gather whose backward hands each rank the sum of all ranks' gradients of its rows."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        return all_gather(x)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> Tensor:
+        gradient = gradient.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(gradient)
+        return gradient.chunk(world_size())[rank()]
+
+
+def all_gather_with_grad(x: Tensor) -> Tensor:
+    """x (B, ...) of this rank -> (world * B, ...). With DistributedDataParallel's mean over ranks,
+    the gradient is that of the mean of the ranks' losses."""
+    return x if world_size() == 1 else GatherWithGrad.apply(x)
+
+
+def gather_texts(ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """ids and mask (B, L), where L may differ between ranks -> (world * B, longest L)."""
+    longest = torch.tensor(ids.shape[1], device=ids.device)
+    if world_size() > 1:
+        dist.all_reduce(longest, dist.ReduceOp.MAX)
+    padding = (0, int(longest) - ids.shape[1])  # with 0; the mask hides it
+    return all_gather(F.pad(ids, padding)), all_gather(F.pad(mask, padding))
 
 
 def wrap(model: torch.nn.Module) -> torch.nn.Module:

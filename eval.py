@@ -1,18 +1,27 @@
-"""Evaluation: what a model can do, with the level of chance beside each number.
+"""Evaluation: what a model can do, with the level of chance or a trivial answer beside each number.
 
-    encode            features of a data set's images and texts
-    retrieval         recall by ITC, and after ITM has re-ranked the top k
-    caption           beam-search captions
-    evaluate_world    all of it on held-out scenes of the built-in world, where every fact can be
-                      checked
-    evaluate_pairs    the same on photographs, without the truth
+    python eval.py retrieval --checkpoint C              recall by ITC and after ITM's re-ranking
+    python eval.py caption --checkpoint C                BLEU, ROUGE-L, CIDEr
+    python eval.py nocaps --checkpoint C --data N.json   the same in, near and out of domain
+    python eval.py score --predictions P --references R  the same for captions from anywhere
+    python eval.py describe PICTURE... --checkpoint C    captions, and samples with likelihoods
+    python eval.py search TEXT --images DIR ...          a sheet of the best matches in a folder
+    python eval.py match PICTURE TEXT ...                ITC similarity and ITM probability
+    python eval.py attend PICTURE TEXT ...               where cross-attention looks, word by word
 
-Each `evaluate_` function returns the numbers and writes a sheet of examples.
+Without --data, the first two run on held-out scenes of the built-in world, where every statement
+can be checked. With it: a BLIP, Karpathy or COCO json. Each writes its numbers beside all settings
+(metrics.json) and a sheet of best, worst and random examples (sheet.png) into --out. SPICE and
+METEOR need Java and WordNet: `caption` writes captions.json and references.json for their tools.
 """
 
+import argparse
+import json
 import random
-from collections.abc import Callable
-from dataclasses import dataclass
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, fields
 from pathlib import Path
 
 import torch
@@ -20,143 +29,167 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+import checkpoints
+import demo
+import distributed
 from blip import BLIP
-from data import Collate, InputError, Tokenizer, normalise
-from metrics import ranks, recall, recall_chance
+from captioning import BATCH, Decoding, caption_all, read_scored, write_results
+from config import add_flags
+from data import (
+    Collate,
+    InputError,
+    Pair,
+    PairDataset,
+    Tokenizer,
+    merge_captions,
+    normalise,
+    read_pairs,
+)
+from metrics import caption_scores
+from retrieval import Gallery, encode, retrieval, retrieval_chance
 from sheets import BLACK, GREEN, GREY, RED, Cell, draw_sheet
-from world import ATTRIBUTES, World, describe, is_complete, is_true, swap
+from world import ATTRIBUTES, World, all_captions, describe, is_complete, is_true, swap
 
-BATCH = 64  # images at a time: the tokens of so many are held, never those of all
-BEHIND = 1e4  # puts what the re-ranking did not look at behind what it did
-
-
-@dataclass
-class Gallery:
-    """A data set, encoded: I images, T texts. `image_of[t]` is the image that text t belongs to."""
-
-    images: Tensor  # (I, 3, S, S) uint8, for encoding again and for the sheets
-    texts: list[str]
-    image_of: Tensor  # (T,)
-    ids: Tensor  # (T, L)
-    mask: Tensor  # (T, L)
-    image_feat: Tensor  # (I, E)
-    text_feat: Tensor  # (T, E)
-    broken: list[str]
-
-    def positives(self) -> Tensor:
-        """(T, I): which image each text belongs to."""
-        return self.image_of[:, None] == torch.arange(len(self.images))
+Sections = list[tuple[str, list[list[Cell]]]]  # what sheets.draw_sheet draws
 
 
-@torch.no_grad()
-def encode(model: BLIP, tokenizer: Tokenizer, dataset: Dataset, device: torch.device,
-           max_tokens: int = 30) -> Gallery:
-    """Image and text features of all items, each item's `texts` as texts. Unreadable images are
-    left out."""
-    model.eval()
-    images, texts, image_of, image_feat, broken = [], [], [], [], []
-    for batch in tqdm(DataLoader(dataset, BATCH, collate_fn=Collate(tokenizer, max_tokens)),
-                      "images", leave=False):
-        broken += batch["broken"]
-        if batch["image"] is None:
-            continue
-        for number, captions in enumerate(batch["texts"], sum(map(len, images))):
-            texts += captions
-            image_of += [number] * len(captions)
-        images.append(batch["image"])
-        image_feat.append(model.encode_image(normalise(batch["image"].to(device)))[1].float().cpu())
-    if not images:
-        raise InputError(f"none of the {len(dataset)} images could be read; the first: {broken[0]}")
-    ids, mask = tokenizer.encode(texts, max_tokens)
-    text_feat = []
-    for i in range(0, len(texts), BATCH):
-        rows = crop_padding(ids[i:i + BATCH], mask[i:i + BATCH])
-        text_feat.append(model.encode_text(*(x.to(device) for x in rows)).float().cpu())
-    return Gallery(torch.cat(images), texts, torch.tensor(image_of), ids, mask,
-                   torch.cat(image_feat), torch.cat(text_feat), broken)
+# ---- retrieval -----------------------------------------------------------------------------------
 
+def evaluate_retrieval(model: BLIP, tokenizer: Tokenizer, dataset: Dataset, device: torch.device,
+                       top_k: int = 16, max_tokens: int = 30) -> tuple[dict, Sections]:
+    """-> numbers and a sheet's sections: t2i_r1 i2t_r1 ... as fractions, median and mean rank,
+    each by ITC and with suffix _rerank; "chance" holds what a random order would give.
 
-def crop_padding(ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """(T, L) -> (T, longest), without the columns in which every text is padding."""
-    longest = int(mask.sum(1).max())
-    return ids[:, :longest], mask[:, :longest]
-
-
-@torch.no_grad()
-def rerank(model: BLIP, gallery: Gallery, top_k: int,
-           device: torch.device) -> tuple[Tensor, Tensor]:
-    """-> t2i scores (T, I) and i2t scores (I, T): ITC similarity plus, for the top k of each row,
-    ITM's matched logit.
-
-    Grouped by image: each is encoded and projected once, for all texts that are to be compared with
-    it in either direction (released code's score; BLIP sec. 5.1).
+    In the world also t2i_true1 and i2t_true1: the item found first is true, whoever it was
+    written for.
     """
-    model.eval()
-    sim = gallery.text_feat @ gallery.image_feat.T  # (T, I)
-    wanted_t2i, wanted_i2t = (torch.zeros_like(sim, dtype=torch.bool) for _ in range(2))
-    wanted_t2i.scatter_(1, sim.topk(min(top_k, sim.shape[1]), dim=1).indices, True)
-    wanted_i2t.scatter_(0, sim.topk(min(top_k, sim.shape[0]), dim=0).indices, True)
-    matched = torch.zeros_like(sim)
-    with tqdm(total=len(gallery.images), desc="re-ranking", leave=False) as bar:
-        for start in range(0, len(gallery.images), BATCH):
-            tokens = model.vit(normalise(gallery.images[start:start + BATCH].to(device)))
-            for i in range(start, start + len(tokens)):
-                texts = (wanted_t2i[:, i] | wanted_i2t[:, i]).nonzero().flatten()
-                if len(texts):
-                    ids, mask = crop_padding(gallery.ids[texts], gallery.mask[texts])
-                    kv = model.med.project(tokens[i - start:i - start + 1])
-                    matched[texts, i] = model.match(kv, ids.to(device),
-                                                    mask.to(device))[:, 1].float().cpu()
-                bar.update()
-    return (torch.where(wanted_t2i, sim + matched, sim - BEHIND),
-            torch.where(wanted_i2t, sim + matched, sim - BEHIND).T)
+    gallery = encode(model, tokenizer, dataset, device, max_tokens)
+    numbers, scores = retrieval(model, gallery, top_k, device)
+    chance = retrieval_chance(gallery)
+    def holds(t: int, i: int) -> bool:
+        return bool(gallery.image_of[t] == i)
+    if isinstance(dataset, World):
+        scenes = [dataset.scene(i) for i in range(len(dataset))]
+        def holds(t: int, i: int) -> bool:
+            return is_true(gallery.texts[t], scenes[i])
+        for suffix, (t2i, i2t) in scores.items():
+            numbers |= {f"t2i_true1{suffix}": mean(map(holds, range(len(t2i)), t2i.argmax(1))),
+                        f"i2t_true1{suffix}": mean(map(holds, i2t.argmax(1), range(len(i2t))))}
+        chance |= dict.fromkeys(("t2i_true1", "i2t_true1"), chance_of_truth(dataset))
+    numbers |= {"chance": chance, "images": len(gallery.images), "texts": len(gallery.texts),
+                "top_k": top_k, "broken": len(gallery.broken)}
+    return numbers, retrieval_sections(gallery, *scores["_rerank" if top_k else ""], holds)
 
+
+def chance_of_truth(world: World) -> float:
+    """How often a text of the world holds of another scene than its own."""
+    scenes = [world.scene(i) for i in range(len(world))]
+    return mean(is_true(world.text(i), scenes[i - shift])
+                for shift in range(1, min(20, len(scenes))) for i in range(shift, len(scenes)))
+
+
+def retrieval_sections(gallery: Gallery, t2i: Tensor, i2t: Tensor,
+                       holds: Callable[[int, int], bool]) -> Sections:
+    """For the texts that are found best and worst, and for random ones, the five best images; for
+    random images the three best texts. holds(text, image) tells what is right."""
+    positives = gallery.positives()
+    margin = (t2i.masked_fill(~positives, float("-inf")).amax(1)
+              - t2i.masked_fill(positives, float("-inf")).amax(1))
+    sections = []
+    for title, chosen in examples(margin.tolist(), 4):
+        rows = []
+        for t in chosen:
+            best = t2i[t].topk(min(5, t2i.shape[1]))
+            rows.append([Cell(None, [(gallery.texts[t], BLACK)])] + [
+                Cell(gallery.images[i], [(f"{score:.2f}", GREY)], GREEN if holds(t, i) else RED)
+                for i, score in zip(best.indices.tolist(), best.values.tolist())])
+        sections.append((f"images found for a text, {title} (score below; green: right)", rows))
+    cells = [Cell(gallery.images[i], [(gallery.texts[t], GREEN if holds(t, i) else RED)
+                                      for t in i2t[i].topk(min(3, i2t.shape[1])).indices.tolist()])
+             for i in dict(examples([0.0] * len(i2t), 8))["random"]]
+    return sections + [("texts found for an image, random", [cells])]
+
+
+# ---- captions ------------------------------------------------------------------------------------
+
+def evaluate_captions(model: BLIP, tokenizer: Tokenizer, dataset: Dataset, device: torch.device,
+                      how: Decoding, texts: list[str] | None = None
+                      ) -> tuple[dict, Sections, list[dict]]:
+    """-> numbers (bleu1-4, rouge_l, cider; in the world caption_true: every fact right, none left
+    out), a sheet's sections, and the records {index, caption, references, cider}.
+
+    "constant" holds what one and the same caption for every image would score: the one that is the
+    most frequent in `texts` (those of a training set), or else in the references.
+    """
+    records, broken = caption_all(model, tokenizer, dataset, device, how)
+    if not any(record["references"] for record in records):  # a test set: nothing to compare with
+        shown = [records[i] for i in dict(examples([0.0] * len(records), 8))["random"]]
+        return ({"images": len(records), "broken": len(broken)},
+                [("captions, random", [caption_cells(dataset, shown)])], records)
+    world = dataset if isinstance(dataset, World) else None
+    for record in records if world else []:
+        scene = world.scene(record["index"])
+        record["references"] = world.references(record["index"])
+        record["facts_hold"] = is_true(record["caption"], scene)
+        record["true"] = record["facts_hold"] and is_complete(record["caption"], scene)
+    references = [record["references"] for record in records]
+    numbers, each = caption_scores([record["caption"] for record in records], references)
+    for record, value in zip(records, each):
+        record["cider"] = round(value, 4)
+    texts = texts or (all_captions() if world else [t for known in references for t in known])
+    constant = Counter(map(str.lower, texts)).most_common(1)[0][0]
+    trivial = caption_scores([constant] * len(records), references)[0]
+    if world:
+        numbers |= {"caption_true": mean(record["true"] for record in records),
+                    "caption_facts_hold": mean(record["facts_hold"] for record in records)}
+        trivial |= {"caption_true": mean(is_true(constant, world.scene(record["index"]))
+                                         for record in records)}
+    numbers |= {"constant": trivial | {"caption": constant}, "images": len(records),
+                "broken": len(broken)}
+    return numbers, [(f"captions, {title} by CIDEr (grey: a reference)",
+                      [caption_cells(dataset, [records[i] for i in chosen])])
+                     for title, chosen in examples(each, 8)], records
+
+
+def caption_cells(dataset: Dataset, records: list[dict]) -> list[Cell]:
+    """Images with their captions, in green or red where the world knows, over a reference."""
+    cells = []
+    for record in records:
+        verdict, colour = {None: ("", BLACK), True: ("true: ", GREEN), False: ("FALSE: ", RED)}[
+            record.get("true")]
+        lines = [(verdict + record["caption"], colour)]
+        if record["references"]:
+            lines.append((f"CIDEr {record['cider']:.2f}: {record['references'][0]}", GREY))
+        cells.append(Cell(dataset[record["index"]]["image"], lines))
+    return cells
+
+
+def by_domain(records: list[dict], pairs: list[Pair]) -> dict[str, float]:
+    """NoCaps: CIDEr and the other measures of each domain by itself (its own images make the
+    document frequencies)."""
+    numbers = {}
+    for domain in sorted({pairs[record["index"]].domain for record in records} - {""}):
+        some = [record for record in records if pairs[record["index"]].domain == domain]
+        found, _ = caption_scores([record["caption"] for record in some],
+                                  [record["references"] for record in some])
+        numbers |= {f"{domain}_{name}": value for name, value in found.items()}
+    return numbers
+
+
+# ---- all of it, after pretraining ----------------------------------------------------------------
 
 @torch.no_grad()
-def caption(model: BLIP, tokenizer: Tokenizer, images: Tensor, device: torch.device,
-            **options) -> list[str]:
-    """images (I, 3, S, S) uint8 -> one caption each; options as for `BLIP.generate`."""
-    model.eval()
-    texts = []
-    for start in tqdm(range(0, len(images), BATCH), "captions", leave=False):
-        found = model.generate(normalise(images[start:start + BATCH].to(device)), **options)
-        texts += [tokenizer.decode(hypotheses[0][0]) for hypotheses in found]
-    return texts
-
-
-def retrieval(model: BLIP, gallery: Gallery, top_k: int,
-              device: torch.device) -> tuple[dict[str, float], dict[str, tuple[Tensor, Tensor]]]:
-    """-> R@1, 5, 10 both ways as fractions under t2i_r1, i2t_r1, ..., and the scores (T, I), (I, T)
-    that they come from under "" (ITC) and, unless top_k is 0, "_rerank", which is also the suffix
-    of the names."""
-    sim = gallery.text_feat @ gallery.image_feat.T
-    scores, positives, numbers = {"": (sim, sim.T)}, gallery.positives(), {}
-    if top_k:
-        scores["_rerank"] = rerank(model, gallery, top_k, device)
-    for suffix, (t2i, i2t) in scores.items():
-        found = recall(ranks(t2i, positives), "t2i") | recall(ranks(i2t, positives.T), "i2t")
-        numbers |= {name + suffix: value for name, value in found.items()}
-    return numbers, scores
-
-
-def retrieval_chance(gallery: Gallery) -> dict[str, float]:
-    """What random orders would score."""
-    images, texts = len(gallery.images), len(gallery.texts)
-    return (recall_chance(texts, images, 1, "t2i")
-            | recall_chance(images, texts, round(texts / images), "i2t"))
-
-
-@torch.no_grad()
-def swap_preference(model: BLIP, tokenizer: Tokenizer, world: World, images: Tensor,
-                    device) -> dict[str, float]:
-    """For each attribute, how often ITM finds the true caption of a held-out scene likelier than
-    the same caption with that one attribute swapped. Chance is one half."""
+def swap_preference(model: BLIP, tokenizer: Tokenizer, world: World,
+                    device: torch.device) -> dict[str, float]:
+    """For each attribute, how often ITM finds the true caption of a scene likelier than the same
+    caption with that one attribute swapped. Chance is one half."""
     model.eval()
     wins = torch.zeros(len(ATTRIBUTES))
-    for start in tqdm(range(0, len(images), BATCH), "swaps", leave=False):
-        kv = model.med.project(model.vit(normalise(images[start:start + BATCH].to(device))))
+    for batch in tqdm(DataLoader(world, BATCH, collate_fn=Collate(tokenizer)), "swaps",
+                      leave=False):
+        kv = model.med.project(model.vit(normalise(batch["image"].to(device))))
         texts = []
-        for i in range(start, min(start + BATCH, len(images))):
+        for i in batch["index"]:
             scene = world.scene(i)
             versions = [scene] + [swap(scene, attribute, world.rng(i, attribute))
                                   for attribute in ATTRIBUTES]
@@ -164,91 +197,232 @@ def swap_preference(model: BLIP, tokenizer: Tokenizer, world: World, images: Ten
         logits = model.match(kv, *(x.to(device) for x in tokenizer.encode(texts))).float().cpu()
         margin = (logits[:, 1] - logits[:, 0]).view(-1, len(ATTRIBUTES) + 1)
         wins += (margin[:, :1] > margin[:, 1:]).sum(0)
-    return dict(zip(ATTRIBUTES, (wins / len(images)).tolist()))
+    return dict(zip(ATTRIBUTES, (wins / len(world)).tolist()))
 
 
-def evaluate_world(model: BLIP, tokenizer: Tokenizer, world: World, device: torch.device,
-                   top_k: int = 16, sheet: Path | None = None, max_tokens: int = 30) -> dict:
-    """Held-out scenes -> fractions: t2i_r1 i2t_r1 t2i_true1 i2t_true1 (and _rerank), itm_swap
-    itm_swap_by, caption_true; "chance" holds what guessing would give under the same names.
-
-    A retrieved item is true when the text holds of the scene, whoever it was written for. A caption
-    counts as true when every fact that it states holds and it leaves none out.
-    """
-    gallery = encode(model, tokenizer, world, device, max_tokens)
-    scenes = [world.scene(i) for i in range(len(world))]
-    numbers, scores = retrieval(model, gallery, top_k, device)
-    for suffix, (t2i, i2t) in scores.items():
-        numbers["t2i_true1" + suffix] = mean(is_true(gallery.texts[t], scenes[i])
-                                             for t, i in enumerate(t2i.argmax(1).tolist()))
-        numbers["i2t_true1" + suffix] = mean(is_true(gallery.texts[t], scenes[i])
-                                             for i, t in enumerate(i2t.argmax(1).tolist()))
-    numbers["itm_swap_by"] = swap_preference(model, tokenizer, world, gallery.images, device)
-    numbers["itm_swap"] = mean(numbers["itm_swap_by"].values())
-    captions = caption(model, tokenizer, gallery.images, device, max_length=30)
-    facts_hold = [is_true(text, scene) for text, scene in zip(captions, scenes)]
-    whole = [holds and is_complete(text, scene)
-             for holds, text, scene in zip(facts_hold, captions, scenes)]
-    numbers |= {"caption_true": mean(whole), "caption_facts_hold": mean(facts_hold)}
-    by_chance = mean(is_true(text, scene) for shift in range(1, min(20, len(scenes)))
-                     for text, scene in zip(gallery.texts[shift:], scenes))
-    chance = retrieval_chance(gallery) | {"itm_swap": 0.5}
-    chance |= {name: by_chance for name in ("t2i_true1", "i2t_true1", "caption_true")}
-    if sheet:
-        write_sheet(sheet, gallery, captions, scores[""][0],
-                    lambda t, i: is_true(gallery.texts[t], scenes[i]), whole)
-    return numbers | {"chance": chance, "images": len(gallery.images), "top_k": top_k}
+def evaluate_pretraining(model: BLIP, tokenizer: Tokenizer, dataset: Dataset, device: torch.device,
+                         top_k: int, max_tokens: int, how: Decoding,
+                         texts: list[str] | None = None) -> tuple[dict, Sections]:
+    """Retrieval, captions and, in the world, swaps (itm_swap, itm_swap_by)."""
+    numbers, sections = evaluate_retrieval(model, tokenizer, dataset, device, top_k, max_tokens)
+    captions, more, _ = evaluate_captions(model, tokenizer, dataset, device, how, texts)
+    numbers = captions | numbers
+    if isinstance(dataset, World):
+        swaps = swap_preference(model, tokenizer, dataset, device)
+        numbers |= {"itm_swap_by": swaps, "itm_swap": mean(swaps.values())}
+        numbers["chance"]["itm_swap"] = 0.5
+    return numbers, more + sections
 
 
-def evaluate_pairs(model: BLIP, tokenizer: Tokenizer, dataset: Dataset, device: torch.device,
-                   top_k: int = 16, sheet: Path | None = None, max_tokens: int = 30) -> dict:
-    """Photographs with captions -> recall both ways by ITC and after re-ranking, as fractions;
-    "chance" beside them."""
-    gallery = encode(model, tokenizer, dataset, device, max_tokens)
-    numbers, scores = retrieval(model, gallery, top_k, device)
-    if sheet:
-        shown = spread(len(gallery.images))
-        captions = dict(zip(shown, caption(model, tokenizer, gallery.images[shown], device)))
-        write_sheet(sheet, gallery, captions, scores[""][0],
-                    lambda t, i: gallery.image_of[t].item() == i)
-    return numbers | {"chance": retrieval_chance(gallery), "images": len(gallery.images),
-                      "texts": len(gallery.texts), "top_k": top_k, "broken": len(gallery.broken)}
-
+# ---- small helpers -------------------------------------------------------------------------------
 
 def mean(values) -> float:
     """Of numbers or truth values; 0 for none."""
-    values = list(values)
+    values = list(map(float, values))
     return sum(values) / max(len(values), 1)
 
 
-def spread(count: int, shown: int = 16) -> list[int]:
-    """Indices of up to `shown` random examples, the same ones every time."""
-    return random.Random("examples").sample(range(count), min(shown, count))
+def examples(values: list[float], count: int) -> Iterator[tuple[str, list[int]]]:
+    """("best", indices), ("worst", indices), ("random", indices): at most `count` each, the same
+    random ones every time."""
+    order = sorted(range(len(values)), key=values.__getitem__)
+    yield "best", order[::-1][:count]
+    yield "worst", order[:count]
+    yield "random", random.Random("examples").sample(range(len(values)), min(count, len(values)))
 
 
-def write_sheet(path: Path, gallery: Gallery, captions: list[str] | dict[int, str], t2i: Tensor,
-                holds: Callable[[int, int], bool], whole: list[bool] | None = None) -> None:
-    """Random images with the captions written for them, and for a few texts the five best
-    images by ITC.
+def print_numbers(numbers: dict) -> None:
+    """One line for each measure, with chance, or what the constant caption scores, beside it."""
+    trivial = numbers.get("chance", {}) | {k: v for k, v in numbers.get("constant", {}).items()
+                                           if k != "caption"}
+    for name, value in numbers.items():
+        if isinstance(value, float):
+            level = trivial.get(name.removesuffix("_rerank"))
+            known = "constant caption" if name in numbers.get("constant", {}) else "chance"
+            is_rank = "_rank" in name.removesuffix("_rerank")
+            shown = f"{value:8.2f}" if is_rank else f"{100 * value:8.1f}"
+            print(f"{name:24}{shown}" + (f"   ({known} {100 * level:.1f})"
+                                         if level is not None else ""))
+        elif name == "itm_swap_by":
+            print(f"{name:24}   " + ", ".join(f"{k} {100 * v:.1f}" for k, v in value.items()))
 
-    holds(text, image) tells whether a retrieved image is right; `whole[i]` whether caption i is
-    true, where that can be known (else a human caption stands under it).
-    """
-    cells, found = [], []
-    for i in spread(len(gallery.images)):
-        if whole is None:
-            human = gallery.texts[(gallery.image_of == i).nonzero()[0].item()]
-            lines = [(captions[i], BLACK), (human, GREY)]
-        else:
-            verdict, colour = ("true", GREEN) if whole[i] else ("FALSE", RED)
-            lines = [(f"{verdict}: {captions[i]}", colour)]
-        cells.append(Cell(gallery.images[i], lines))
-    for t in spread(len(gallery.texts), 6):
-        best = t2i[t].topk(min(5, t2i.shape[1]))
-        row = [Cell(gallery.images[i], [(f"{score:.2f}", GREY)], GREEN if holds(t, i) else RED)
-               for i, score in zip(best.indices.tolist(), best.values.tolist())]
-        found.append([Cell(None, [(gallery.texts[t], BLACK)])] + row)
-    about = "" if whole else " (grey: a human's)"
-    draw_sheet(path, [
-        (f"captions of held-out images{about}", [cells[i:i + 8] for i in range(0, len(cells), 8)]),
-        ("images found for a text, best first, with ITC similarity (green: right)", found)])
+
+def write_numbers(path: Path, numbers: dict, settings: dict) -> None:
+    """metrics.json: the numbers, and everything that they depend on."""
+    path.write_text(json.dumps(numbers | {"settings": settings}, indent=1) + "\n")
+
+
+# ---- command line --------------------------------------------------------------------------------
+def command_line() -> argparse.ArgumentParser:
+    """The commands of the module docstring and their flags."""
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    def command(name, about, model=True, data=False):
+        p = commands.add_parser(name, help=about, description=about, allow_abbrev=False)
+        p.add_argument("--out", default=f"runs/eval/{name}",
+                       help=f"folder for what it writes (default runs/eval/{name})")
+        if model:
+            p.add_argument("--checkpoint", required=True, help="of train.py, or released weights")
+            p.add_argument("--vocab", default="", help="vocab.txt, for released weights")
+            p.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
+        if data:
+            p.add_argument("--data", default="", help="json of images and captions (default: "
+                                                      "held-out scenes of the built-in world)")
+            p.add_argument("--image-root", default="", help="default: the folder of the json")
+            p.add_argument("--split", default="test", help="of a Karpathy file (default test)")
+            p.add_argument("--size", type=int, default=0,
+                           help="only the first so many images (default all; world 1000)")
+        return p
+    p = command("retrieval", "recall by ITC and after ITM's re-ranking", data=True)
+    p.add_argument("--top-k", type=int, default=None, help="candidates that ITM re-ranks; 0 does "
+                   "not (default: the checkpoint's eval_top_k; the paper: COCO 256, Flickr 128)")
+    p = command("caption", "BLEU, ROUGE-L and CIDEr of generated captions", data=True)
+    p.add_argument("--constant-from", default="", help="json of training captions: the commonest "
+                   "is the constant answer to compare with (default: the references' own)")
+    add_flags(p, Decoding, {})
+    p = command("nocaps", "the same in, near and out of domain; repetition penalty 1.1 unless "
+                "given", data=True)
+    add_flags(p, Decoding, {})
+    p = command("score", "score captions from anywhere; prints one json object", model=False)
+    p.add_argument("--predictions", required=True, help="list of {image or image_id, caption}")
+    p.add_argument("--references", required=True, help="list of {image or image_id, caption: []}")
+    p.add_argument("--subset", action="store_true",
+                   help="allow references without a prediction: leave them out")
+    p = command("describe", "captions, and samples with their log-likelihoods")
+    p.add_argument("picture", nargs="+", help="picture or folder")
+    p.add_argument("--captions", type=int, default=1, help="by beam search (default 1)")
+    p.add_argument("--samples", type=int, default=3, help="by nucleus sampling (default 3)")
+    add_flags(p, Decoding, {})
+    p = command("search", "the pictures that fit a text best")
+    p.add_argument("text")
+    p.add_argument("--images", nargs="+", required=True, help="folders or pictures")
+    p.add_argument("--top-k", type=int, default=10, help="how many are shown (default 10)")
+    for name, about in (("match", "ITC similarity and ITM probability"),
+                        ("attend", "where cross-attention looks, word by word")):
+        p = command(name, about)
+        p.add_argument("picture")
+        p.add_argument("text")
+    p.add_argument("--layer", type=int, default=0, help="from 1 (default: two thirds of the depth)")
+    return parser
+
+
+# What a checkpoint must have been trained with.
+NEEDS = {"retrieval": ("itc", "itm"), "caption": ("lm",), "nocaps": ("lm",), "describe": ("lm",),
+         "search": ("itc", "itm"), "match": ("itc", "itm"), "attend": ("itm",)}
+
+
+def run_benchmark(o: argparse.Namespace, model: BLIP, tokenizer: Tokenizer, trained: dict,
+                  device: torch.device) -> None:
+    """retrieval, caption, nocaps: print, and write into --out."""
+    dataset, pairs = open_data(o, model.config.image_size)
+    out, settings = Path(o.out), vars(o) | {"model": asdict(model.config), "trained": trained,
+                                            "torch": torch.__version__, "device": str(device)}
+    if o.command == "retrieval":
+        top_k = trained.get("eval_top_k", 128) if o.top_k is None else o.top_k
+        if top_k > len(dataset):
+            raise InputError(f"--top-k {top_k} is larger than the gallery of {len(dataset)} "
+                             "images; give a smaller one (0 does not re-rank)")
+        max_tokens = trained.get("max_tokens", 35)
+        numbers, sections = evaluate_retrieval(model, tokenizer, dataset, device, top_k, max_tokens)
+        settings |= {"top_k": top_k, "max_tokens": max_tokens}
+    else:
+        how = decoding(o, trained)
+        settings |= asdict(how)
+        texts = None
+        if o.command == "caption" and o.constant_from:
+            texts = [text for p in read_pairs(o.constant_from, "/") for text in p.captions]
+        how.check(model, tokenizer)
+        numbers, sections, records = evaluate_captions(model, tokenizer, dataset, device, how,
+                                                       texts)
+        if o.command == "nocaps":
+            numbers |= by_domain(records, pairs)
+    out.mkdir(parents=True, exist_ok=True)
+    print_numbers(numbers)
+    write_numbers(out / "metrics.json", numbers, settings)
+    draw_sheet(out / "sheet.png", sections)
+    if o.command != "retrieval":
+        write_results(out, records, pairs)
+    print(f"wrote {out}/" + ", ".join(sorted(p.name for p in out.iterdir())))
+
+
+def run(o: argparse.Namespace) -> None:
+    """Do what the command line asks."""
+    if o.command == "score":
+        told, true = read_scored(o.predictions, o.references, o.subset)
+        print(json.dumps({name: round(value, 6) for name, value
+                          in caption_scores(told, true)[0].items()} | {"images": len(told)}))
+        return
+    device = distributed.init(o.device)
+    model, tokenizer, trained = checkpoints.open_model(o.checkpoint, NEEDS[o.command], o.vocab,
+                                                       device)
+    out, size = Path(o.out), model.config.image_size
+    if o.command in ("retrieval", "caption", "nocaps"):
+        run_benchmark(o, model, tokenizer, trained, device)
+    elif o.command == "describe":
+        records = demo.describe(model, tokenizer, demo.pictures_in(o.picture), device,
+                                decoding(o, trained), o.captions, o.samples)
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "captions.json").write_text(json.dumps(records, indent=1) + "\n")
+        print(f"wrote {out}/captions.json (beam: mean log-probability of a token; sample: "
+              "log-likelihood)")
+    elif o.command == "search":
+        for hit in demo.search(model, tokenizer, o.text, demo.pictures_in(o.images), device,
+                               Path(o.checkpoint), out, o.top_k):
+            print(f"ITC {hit['itc']:6.3f}  ITM {hit['itm']:5.3f}  {hit['image']}")
+        print(f"wrote {out}/search.png")
+    else:
+        image = demo.open_picture(o.picture, size)
+        if o.command == "match":
+            itc, itm = demo.match(model, tokenizer, image, o.text, device)
+            print(f"ITC similarity {itc:.4f} (-1 to 1), ITM probability {itm:.4f}")
+            return
+        words, heat, itm = demo.attention(model, tokenizer, image, o.text, device, o.layer)
+        out.mkdir(parents=True, exist_ok=True)
+        demo.draw_attention(out / "attention.png", image, words, heat,
+                            f"{o.text} (ITM probability {itm:.3f})")
+        print(f"ITM probability {itm:.4f}; wrote {out}/attention.png")
+
+
+def open_data(o: argparse.Namespace, image_size: int) -> tuple[Dataset, list[Pair] | None]:
+    """The data set that --data names, and its pairs; or the world, and None."""
+    if not o.data:
+        if o.command == "nocaps":
+            raise InputError("nocaps needs --data: NoCaps' annotations, or a list of {image, "
+                             "img_id}")
+        return World("held-out", o.size or 1000, image_size), None
+    pairs = read_pairs(o.data, o.image_root or None, o.split, need_captions=o.command != "nocaps")
+    pairs = merge_captions(pairs)[:o.size or None]
+    return PairDataset(pairs, o.image_root or Path(o.data).parent, image_size), pairs
+
+
+def decoding(o: argparse.Namespace, trained: dict) -> Decoding:
+    """How to generate: as asked, else as the checkpoint was finetuned, else as the paper."""
+    own = {f.name for f in fields(Decoding)}
+    learned = {name: trained[name] for name in ("prompt", "min_length", "max_length")
+               if name in trained}
+    paper = {"repetition_penalty": 1.1} if o.command == "nocaps" else {}
+    given = {name: value for name, value in vars(o).items() if name in own}
+    try:
+        return Decoding(**(learned | paper | given))
+    except ValueError as error:
+        raise InputError(str(error))
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """-> exit status."""
+    try:
+        run(command_line().parse_args(arguments))
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    finally:
+        distributed.finish()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

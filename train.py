@@ -1,35 +1,64 @@
-"""Train BLIP: one loop.
+"""Train BLIP: one loop for pretraining and every finetuning.
 
     python train.py                     the tiny model on the built-in world, 5 minutes on a laptop
     python train.py --data train.json --val val.json --image-root DIR --preset base    real pairs
+    python train.py retrieval --init runs/pretrain/checkpoint.pt     finetune for retrieval
+    python train.py caption --init runs/pretrain/checkpoint.pt       finetune for captions
     python train.py --resume            continue the run in --out
     python train.py --itc-weight 0      an ablation: switch a loss off
 Every field of BLIPConfig and TrainConfig is a flag; `--help` lists them. In the run's folder:
-log.jsonl (one line per logged step), checkpoint.pt (everything), metrics.json and samples.png (at
-the end).
+log.jsonl (one line per logged step), checkpoint.pt (everything), best.pt (finetuning: the model
+after the epoch that did best on the validation split), metrics.json and samples.png (at the end).
 """
 
-import json
 import math
 import signal
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm import tqdm
 
 import checkpoints
 import distributed
 from blip import BLIP, BLIPConfig
-from config import FREE_ON_RESUME, TrainConfig, alpha_at, learning_rate, objectives_at, parse
-from data import Collate, InputError, PairDataset, Tokenizer, normalise, read_pairs
+from captioning import Decoding
+from config import (
+    FREE_ON_RESUME,
+    TASKS,
+    TrainConfig,
+    alpha_at,
+    learning_rate,
+    objectives_at,
+    objectives_of,
+    parse,
+    resolve,
+)
+from data import (
+    Collate,
+    InputError,
+    PairDataset,
+    Tokenizer,
+    merge_captions,
+    normalise,
+    read_json,
+    read_pairs,
+)
 from distributed import print0
-from eval import evaluate_pairs, evaluate_world
+from eval import (
+    evaluate_captions,
+    evaluate_pretraining,
+    evaluate_retrieval,
+    mean,
+    print_numbers,
+    write_numbers,
+)
+from logbook import Log
+from sheets import draw_sheet
 from world import World, all_captions
 
 
@@ -55,21 +84,37 @@ class EpochBatches(Sampler):
 
 # ---- the run -------------------------------------------------------------------------------------
 
-def load_data(config: TrainConfig, image_size: int) -> tuple[Dataset, Dataset | None, list[str]]:
-    """-> training set, held-out set if there is one, and the texts that a vocabulary can be
-    trained on."""
+@dataclass
+class Sets:
+    """Training set; what checkpoints are chosen by (None: the last one is kept); what is judged at
+    the end (None: nothing is); the training texts."""
+
+    train: Dataset
+    val: Dataset | None
+    final: Dataset | None
+    texts: list[str]
+
+
+def load_data(config: TrainConfig, image_size: int) -> Sets:
+    """The data sets of a run: the world without --data. One --val serves both purposes."""
     if not config.data:
-        train = World("train", config.world_size, image_size, config.seed, config.noise)
-        return train, World("held-out", config.eval_size, image_size), all_captions()
+        return Sets(World("train", config.world_size, image_size, config.seed, config.noise),
+                    World("val", min(300, config.eval_size), image_size),
+                    World("held-out", config.eval_size, image_size), all_captions())
     root = config.image_root or None
     pairs = read_pairs(config.data, root)
     train = PairDataset(pairs, root or Path(config.data).parent, image_size, config.augment,
                         (config.crop_min, 1.0), config.seed)
-    held_out = None
-    if config.val:
-        held_out = PairDataset(read_pairs(config.val, root, config.val_split)[:config.eval_size],
-                               root or Path(config.val).parent, image_size)
-    return train, held_out, [caption for pair in pairs for caption in pair.captions]
+    val, held_out = config.val, None
+    if not val and isinstance(read_json(config.data), dict):  # a Karpathy file holds all splits
+        val = config.data
+    if val:
+        known = merge_captions(read_pairs(val, root, config.val_split))[:config.eval_size]
+        held_out = PairDataset(known, root or Path(val).parent, image_size)
+        if config.eval_top_k > len(held_out):
+            raise InputError(f"--eval-top-k {config.eval_top_k} is larger than the gallery of "
+                             f"{len(held_out)} images in {val}; give a smaller one")
+    return Sets(train, held_out, held_out, [text for pair in pairs for text in pair.captions])
 
 
 def make_optimizer(model: BLIP, config: TrainConfig) -> torch.optim.AdamW:
@@ -87,23 +132,31 @@ class Run:
     """What a run consists of, and how it gets into a checkpoint and out of it."""
 
     def __init__(self, model_config: BLIPConfig, config: TrainConfig, device: torch.device,
-                 state: dict | None):
-        """`state` is a checkpoint to continue, or None."""
+                 state: dict | None = None, source: tuple[BLIP, Tokenizer] | None = None):
+        """`state` is a checkpoint to continue; `source` a model to start from, and its
+        tokenizer."""
         self.config, self.device, self.out = config, device, Path(config.out)
-        self.train_set, self.held_out, texts = load_data(config, model_config.image_size)
+        self.sets = load_data(config, model_config.image_size)
+        self.train_set = self.sets.train
         if len(self.train_set) < config.batch_size:
             raise InputError(f"there are {len(self.train_set)} training pairs, fewer than "
                              f"--batch-size {config.batch_size}; give a smaller one")
         if state:
             self.tokenizer = Tokenizer(state["tokenizer"])
+        elif source:
+            self.tokenizer = source[1]
         elif config.vocab:
             self.tokenizer = Tokenizer.from_file(config.vocab)
         else:
-            self.tokenizer = Tokenizer.train(texts, config.vocab_pieces)
+            self.tokenizer = Tokenizer.train(self.sets.texts, config.vocab_pieces)
         torch.manual_seed(config.seed)  # the same on all ranks: weights and queues start equal
         self.model = BLIP(replace(model_config, **self.tokenizer.config())).to(device)
         self.optimizer = make_optimizer(self.model, config)
-        self.step, self.seconds, self.seen, self.broken = 0, 0.0, 0, 0
+        if source:
+            checkpoints.initialise(self.model, source[0])
+        # What stands before each text: [DEC] and the prompt. It gives no loss.
+        self.prompt_length = 1 + len(self.tokenizer.pieces_of(config.prompt))
+        self.step, self.seconds, self.seen, self.broken, self.best = 0, 0.0, 0, 0, -math.inf
         # dropout and mining differ from rank to rank
         torch.manual_seed(config.seed + distributed.rank())
         self.steps_per_epoch = len(self.train_set) // config.batch_size
@@ -113,6 +166,7 @@ class Run:
             self.optimizer.load_state_dict(state["optimizer"])
             self.step, self.seconds = state["step"], state["seconds"]
             self.seen, self.broken = state["seen"], state["broken"]
+            self.best = state.get("best", self.best)
             torch.set_rng_state(state["rng"])
             if device.type == "cuda" and state["rng_cuda"] is not None:
                 torch.cuda.set_rng_state(state["rng_cuda"])
@@ -122,12 +176,31 @@ class Run:
         needed to go on."""
         if distributed.rank() == 0:
             cuda = torch.cuda.get_rng_state() if self.device.type == "cuda" else None
-            checkpoints.save(self.out / "checkpoint.pt", {
-                "model": self.model.state_dict(), "model_config": asdict(self.model.config),
-                "tokenizer": self.tokenizer.state(), "optimizer": self.optimizer.state_dict(),
-                "train_config": asdict(self.config), "step": self.step, "seconds": self.seconds,
-                "seen": self.seen, "broken": self.broken, "rng": torch.get_rng_state(),
-                "rng_cuda": cuda})
+            checkpoints.save(self.out / "checkpoint.pt", self.weights() | {
+                "optimizer": self.optimizer.state_dict(), "step": self.step,
+                "seconds": self.seconds, "seen": self.seen, "broken": self.broken,
+                "best": self.best, "rng": torch.get_rng_state(), "rng_cuda": cuda})
+
+    def weights(self) -> dict:
+        """What rebuilds the model and its tokenizer, and says how they were trained."""
+        return {"model": self.model.state_dict(), "model_config": asdict(self.model.config),
+                "tokenizer": self.tokenizer.state(), "train_config": asdict(self.config)}
+
+    def chooses(self) -> bool:
+        """Whether the epoch that just ended is to be compared with the earlier ones."""
+        return (self.config.task != "pretrain" and self.sets.val is not None
+                and self.step % self.steps_per_epoch == 0)
+
+    def choose(self) -> dict:
+        """Judge the epoch on the validation split; keep its model in best.pt if it is the best so
+        far -> what goes into the log."""
+        numbers, _ = judge(self, self.sets.val)
+        score = selection_score(self.config.task, numbers)
+        if score > self.best:
+            self.best = score
+            checkpoints.save(self.out / "best.pt", self.weights() | {"step": self.step})
+        self.model.train()
+        return {"step": self.step, "val_score": round(score, 5), "best": round(self.best, 5)}
 
     def batches(self) -> Iterator[dict]:
         """Batches from the current step to the end of the last epoch."""
@@ -136,7 +209,8 @@ class Run:
             epoch, first = divmod(self.step, self.steps_per_epoch)
             self.train_set.set_epoch(epoch)
             yield from DataLoader(
-                self.train_set, collate_fn=Collate(self.tokenizer, self.config.max_tokens),
+                self.train_set,
+                collate_fn=Collate(self.tokenizer, self.config.max_tokens, self.config.prompt),
                 batch_sampler=EpochBatches(len(self.train_set), self.config.batch_size,
                                            self.config.seed, epoch, first),
                 num_workers=self.config.workers if pictures else 0,
@@ -171,7 +245,7 @@ def train(run: Run) -> bool:
     """Train to the end -> True, or until a signal asks to stop -> False; either way the checkpoint
     is written."""
     config, model, device = run.config, run.model, run.device
-    log, stop = Log(run), []
+    log, stop = Log(run.out, run.step, config.log_every), []
     before = {number: signal.signal(number, lambda *_: stop.append(True))
               for number in (signal.SIGINT, signal.SIGTERM)}
     net, objectives, weights = None, None, config.weights()
@@ -189,12 +263,15 @@ def train(run: Run) -> bool:
         for group in run.optimizer.param_groups:
             group["lr"] = lr
         alpha = alpha_at(config, run.step, run.steps_per_epoch)
-        image, ids, mask = (batch[k].to(device, non_blocking=True)
-                            for k in ("image", "ids", "mask"))
+        image, ids, mask, image_ids = (batch[k].to(device, non_blocking=True)
+                                       for k in ("image", "ids", "mask", "image_id"))
+        if config.task != "retrieval":  # pretraining does not know which texts share an image
+            image_ids = None
 
         with torch.autocast(device.type, torch.bfloat16,
                             enabled=use_bf16(config.precision, device)):
-            losses, keys = net(normalise(image), ids, mask, alpha)
+            losses, keys = net(normalise(image), ids, mask, alpha, image_ids, run.prompt_length,
+                               config.all_negatives)
         sum(weights[name] * loss for name, loss in losses.items()).backward()
         if config.grad_clip:
             torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
@@ -206,8 +283,12 @@ def train(run: Run) -> bool:
 
         run.step += 1
         run.seconds = time.perf_counter() - start
-        log.add(losses, bar, lr=lr, alpha=alpha)
-        if run.step % config.save_every == 0 or stop or run.step == run.steps:
+        log.add(losses, bar, run.step, run.step == run.steps, config.batch_size, lr=lr, alpha=alpha,
+                temp=model.temp.detach(), minutes=round(run.seconds / 60, 3))
+        chooses = run.chooses()
+        if chooses and distributed.rank() == 0:
+            log.write(run.choose())
+        if run.step % config.save_every == 0 or chooses or stop or run.step == run.steps:
             run.save()
         if stop:
             break
@@ -217,97 +298,81 @@ def train(run: Run) -> bool:
     return not stop
 
 
-class Log:
-    """log.jsonl, the progress bar's losses, and TensorBoard where it is installed. Rank
-    0 writes."""
+def judge(run: Run, dataset: Dataset) -> tuple[dict, list]:
+    """What the run's task is judged by -> the numbers, and the sections of a sheet."""
+    c = run.config
+    shared = (run.model, run.tokenizer, dataset, run.device)
+    how = Decoding(prompt=c.prompt, min_length=c.min_length, max_length=c.max_length)
+    if c.task == "retrieval":
+        return evaluate_retrieval(*shared, c.eval_top_k, c.max_tokens)
+    if c.task == "caption":
+        return evaluate_captions(*shared, how, run.sets.texts)[:2]
+    return evaluate_pretraining(*shared, c.eval_top_k, c.max_tokens, how, run.sets.texts)
 
-    def __init__(self, run: Run):
-        self.run, self.sums, self.count, self.since = run, {}, 0, time.perf_counter()
-        self.file = self.board = None
-        if distributed.rank():
-            return
-        path, kept = run.out / "log.jsonl", []
-        # resumed: what was logged after the checkpoint happens again
-        if run.step and path.exists():
-            kept = [line for line in path.read_text().splitlines()
-                    if json.loads(line)["step"] <= run.step]
-        self.file = open(path, "w", buffering=1)
-        self.file.writelines(line + "\n" for line in kept)
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-            self.board = SummaryWriter(run.out / "tensorboard")
-        except ImportError:
-            pass
 
-    def add(self, losses: dict[str, Tensor], bar: tqdm, **values: float) -> None:
-        """Called after every step; the losses stay on the device until a line is due."""
-        for name, loss in losses.items():
-            self.sums[name] = self.sums.get(name, 0) + loss.detach()
-        self.count += 1
-        run, every = self.run, self.run.config.log_every
-        if run.step % every and run.step != run.steps:
-            return
-        means = {name: round(total.item() / self.count, 4) for name, total in self.sums.items()}
-        if not all(map(math.isfinite, means.values())):
-            raise InputError(f"the loss is no longer finite at step {run.step} ({means}); try a "
-                             "smaller --lr or --grad-clip 1, or --precision fp32")
-        rate = self.count * run.config.batch_size / (time.perf_counter() - self.since)
-        self.sums, self.count, self.since = {}, 0, time.perf_counter()
-        bar.set_postfix(means | {"pairs/s": round(rate)})
-        if self.file:
-            line = {"step": run.step, **means, **values, "temp": run.model.temp.item(),
-                    "pairs_per_s": round(rate, 1), "minutes": round(run.seconds / 60, 3)}
-            self.file.write(json.dumps(line) + "\n")
-            for name, value in line.items() if self.board else ():
-                self.board.add_scalar(name, value, run.step)
+def selection_score(task: str, numbers: dict) -> float:
+    """By what the best epoch is chosen: CIDEr, or the mean of the six recalls that count."""
+    if task == "caption":
+        return numbers["cider"]
+    suffix = "_rerank" if numbers["top_k"] else ""
+    return mean(numbers[f"{way}_r{k}{suffix}"] for way in ("t2i", "i2t") for k in (1, 5, 10))
 
 
 def evaluate(run: Run) -> dict:
-    """Held-out evaluation on rank 0 -> the numbers, written to metrics.json beside samples.png
-    and printed."""
-    broken = {"train_broken": run.broken, "train_seen": run.seen}
-    numbers = ({"train_minutes": round(run.seconds / 60, 2), "steps": run.step}
-               | (broken if run.broken else {}))
-    if run.held_out is not None:
-        judge = evaluate_world if isinstance(run.held_out, World) else evaluate_pairs
-        numbers |= judge(run.model, run.tokenizer, run.held_out, run.device, run.config.eval_top_k,
-                         run.out / "samples.png", run.config.max_tokens)
-    (run.out / "metrics.json").write_text(json.dumps(numbers, indent=1) + "\n")
-    chance = numbers.get("chance", {})
-    for name, value in numbers.items():
-        if isinstance(value, float) and name != "train_minutes":
-            level = chance.get(name.removesuffix("_rerank"))
-            print(f"{name:22} {value:6.1%}"
-                  + (f"   (chance {level:.1%})" if level is not None else ""))
-        elif name == "itm_swap_by":
-            print(f"{name:22} " + ", ".join(f"{k} {v:.1%}" for k, v in value.items()))
+    """The final judgement, on rank 0, of the best model -> the numbers, written to metrics.json
+    beside samples.png and printed."""
+    numbers = {"train_minutes": round(run.seconds / 60, 2), "steps": run.step}
+    if run.broken:
+        numbers |= {"train_broken": run.broken, "train_seen": run.seen}
+    best = run.out / "best.pt"
+    if best.exists():
+        state = checkpoints.load(best)
+        run.model.load_state_dict(state["model"])
+        numbers["best_step"] = state["step"]
+        print(f"the model that did best in validation is that of step {state['step']}")
+    if run.sets.final is not None:
+        found, sections = judge(run, run.sets.final)
+        draw_sheet(run.out / "samples.png", sections)
+        print_numbers(found)
+        numbers |= found
+    write_numbers(run.out / "metrics.json", numbers, run.weights()["train_config"])
     return numbers
 
 
 def start(arguments: list[str]) -> Run:
     """Parse, set up the run's folder, build or resume the run."""
-    model_config, config, resume, given = parse(arguments, __doc__)
-    device = distributed.init(config.device)
-    path, state = Path(config.out) / "checkpoint.pt", None
-    if config.batch_size % distributed.world_size():
-        raise InputError(f"--batch-size {config.batch_size} is not a multiple of "
-                         f"{distributed.world_size()} processes")
+    given, resume = parse(arguments, __doc__)
+    task_out = TASKS[given.get("task", TrainConfig.task)].get("out", TrainConfig.out)
+    path = Path(given.get("out", task_out)) / "checkpoint.pt"
+    state = source = init = None
     if resume:
         state = checkpoints.load(path)
         if "optimizer" not in state:
             raise InputError(f"{path} holds a model but no run to continue")
-        asked = asdict(config) | asdict(model_config)
-        saved = state["train_config"] | state["model_config"]
-        changed = [f"--{name.replace('_', '-')}" for name in given - FREE_ON_RESUME
-                   if asked[name] != saved[name]]
+        saved = asdict(TrainConfig(**state["train_config"])) | state["model_config"]
+        changed = [f"--{name.replace('_', '-')}" for name in given.keys() - FREE_ON_RESUME
+                   if given[name] != saved[name]]
         if changed:
             raise InputError(f"{', '.join(changed)} cannot change when a run is resumed; leave it "
                              "out, or start a new run")
-        kept = ({name: getattr(config, name) for name in given & FREE_ON_RESUME}
-                | {"out": config.out})
-        config = TrainConfig(**{**state["train_config"], **kept})
+        kept = {name: given[name] for name in given.keys() & FREE_ON_RESUME}
+        config = TrainConfig(**{**state["train_config"], **kept, "out": str(path.parent)})
         model_config = BLIPConfig(**state["model_config"])
-    run = Run(model_config, config, device, state)
+    else:
+        if given.get("init"):
+            *source, settings = checkpoints.open_model(
+                given["init"], objectives_of(given.get("task", TrainConfig.task)),
+                given.get("vocab", ""))
+            init = {"model_config": asdict(source[0].config), "train_config": settings}
+        try:
+            model_config, config = resolve(given, init)
+        except ValueError as error:
+            raise InputError(str(error))
+    device = distributed.init(config.device)
+    if config.batch_size % distributed.world_size():
+        raise InputError(f"--batch-size {config.batch_size} is not a multiple of "
+                         f"{distributed.world_size()} processes")
+    run = Run(model_config, config, device, state, source)
     if distributed.rank() == 0:
         prepare_folder(run.out, resume)
     online = sum(p.numel() for p in {id(p): p for g in run.optimizer.param_groups
@@ -316,7 +381,7 @@ def start(arguments: list[str]) -> Run:
     print0(f"{online / 1e6:.2f}M parameters without twins, {len(run.train_set)} pairs, {run.steps} "
            f"steps, on {device} ({'bf16' if use_bf16(config.precision, device) else 'fp32'}), "
            f"writing to {config.out}")
-    if run.held_out is None:
+    if run.sets.final is None:
         print0("no --val given: there will be no evaluation")
     return run
 

@@ -1,15 +1,24 @@
-"""What several tests need: a toy model, a toy batch, the reference tensors where they are there."""
+"""What several tests need: a toy model, a toy batch, photographs, a pretrained checkpoint, the
+reference tensors where they are there."""
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
+import train
 from blip import BLIP, BLIPConfig
+from world import World, render
 
 TOY = dict(image_size=32, vit_width=32, vit_depth=2, vit_heads=2, text_width=48, text_depth=2,
            text_heads=4, text_ffn=96, max_positions=32, dropout=0.0, embed_dim=16, queue_size=10,
            vocab_size=40, cls_id=2, sep_id=3, dec_id=38, enc_id=39)
+# A model that trains in seconds on anything.
+SMALL = ("--image-size 32 --vit-width 16 --vit-depth 1 --vit-heads 2 --text-width 16 --text-depth "
+         "1 --text-heads 2 --text-ffn 32 --embed-dim 8 --queue-size 20 --batch-size 8 --eval-size "
+         "12 --eval-top-k 3 --log-every 2 --warmup-steps 2 --lm-only-steps 2 --workers 0").split()
 REFERENCE = Path(__file__).parents[2] / "shared" / "reference"
 
 
@@ -40,3 +49,29 @@ def reference(name: str) -> dict:
 @pytest.fixture(autouse=True)
 def two_threads():
     torch.set_num_threads(2)
+
+
+def run(out, *flags) -> int:
+    return train.main([*SMALL, "--out", str(out), *map(str, flags)])
+
+
+def photographs(folder: Path, count: int = 40) -> Path:
+    """World scenes saved as photographs with a BLIP json: rows of one caption to train, lists to
+    evaluate."""
+    folder.mkdir(exist_ok=True)
+    world, rows = World("train", count), []
+    for i in range(count):
+        Image.fromarray(render(world.scene(i), 48).transpose(1, 2, 0)).save(folder / f"{i}.jpg")
+        rows += [{"image": f"{i}.jpg", "caption": world.text(i), "image_id": i}]
+    (folder / "train.json").write_text(json.dumps(rows))
+    (folder / "val.json").write_text(json.dumps(
+        [{"image": r["image"], "caption": [r["caption"], "a " + r["caption"]]} for r in rows[:10]]))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def pretrained(tmp_path_factory) -> Path:
+    """The checkpoint of a run of a few steps."""
+    out = tmp_path_factory.mktemp("pretrained") / "run"
+    assert run(out, "--world-size", 48, "--max-positions", 64) == 0
+    return out / "checkpoint.pt"

@@ -1,73 +1,254 @@
-"""Ranks, recall, chance, and re-ranking against the sum done pair by pair."""
+"""The commands of eval.py, as a user would type them, and what they refuse."""
 
-import math
+import json
 
 import pytest
 import torch
-from conftest import toy_model
+from conftest import photographs, toy_model
+from PIL import Image
 
-from data import Tokenizer, normalise
-from eval import BEHIND, encode, evaluate_world, rerank, retrieval, retrieval_chance
-from metrics import ranks, recall, recall_chance
+import checkpoints
+import demo
+import eval
+from captioning import Decoding
+from data import Tokenizer
 from world import ATTRIBUTES, World, all_captions
 
-
-def test_ranks_by_hand_with_ties_against_the_positive():
-    scores = torch.tensor([[0.9, 0.5, 0.1], [0.2, 0.2, 0.2], [0.1, 0.5, 0.9]])
-    positives = torch.tensor([[True, False, False], [False, True, False], [True, True, False]])
-    assert ranks(scores, positives).tolist() == [0, 2, 1]  # the best of several positives counts
-    assert recall(torch.tensor([0, 2, 1, 7]), "t2i") == pytest.approx(
-        {"t2i_r1": 0.25, "t2i_r5": 0.75, "t2i_r10": 1.0})
+CPU = torch.device("cpu")
 
 
-def test_chance_by_hand():
-    assert recall_chance(10, 10, 1, "a")["a_r5"] == pytest.approx(0.5)
-    assert recall_chance(2, 4, 2, "a") == pytest.approx({"a_r1": 0.5, "a_r5": 1.0, "a_r10": 1.0})
-    # 5 captions of 5,000 belong to an image, 10 are drawn.
-    assert recall_chance(1000, 5000, 5, "a")["a_r10"] == pytest.approx(
-        1 - math.comb(4995, 10) / math.comb(5000, 10))
+def write(path, content):
+    path.write_text(json.dumps(content))
+    return path
 
 
-def small_gallery():
-    tokenizer, world = Tokenizer.train(all_captions(300), 400), World("held-out", 6, 32)
-    model = toy_model(**tokenizer.config()).eval()
-    return model, tokenizer, world, encode(model, tokenizer, world, torch.device("cpu"))
+def metrics(folder) -> dict:
+    return json.loads((folder / "metrics.json").read_text())
 
 
-def test_rerank_equals_every_pair_by_itself():
-    model, _, _, gallery = small_gallery()
-    t2i, i2t = rerank(model, gallery, 6, torch.device("cpu"))
-    for i in range(6):
-        tokens, feat = model.encode_image(normalise(gallery.images[i:i + 1]))
-        for t in range(6):
-            ids, mask = gallery.ids[t:t + 1], gallery.mask[t:t + 1]
-            matched = model.match(model.med.project(tokens), ids, mask)[0, 1]
-            expected = (matched + (model.encode_text(ids, mask) @ feat.T)[0, 0]).item()
-            assert t2i[t, i].item() == pytest.approx(expected, abs=1e-4)
-            assert i2t[i, t].item() == pytest.approx(expected, abs=1e-4)
-
-
-def test_rerank_keeps_the_rest_behind():
-    model, _, _, gallery = small_gallery()
-    sim = gallery.text_feat @ gallery.image_feat.T
-    t2i, i2t = rerank(model, gallery, 2, torch.device("cpu"))
-    for scores, by_itc in ((t2i, sim), (i2t, sim.T)):
-        assert ((scores > -BEHIND / 2).sum(1) == 2).all()
-        chosen = scores.topk(2, dim=1).indices.sort(1).values
-        assert chosen.equal(by_itc.topk(2, dim=1).indices.sort(1).values)
-
-
-def test_perfect_features_score_one_and_chance_is_beside():
-    model, tokenizer, world, gallery = small_gallery()
-    gallery.image_feat = gallery.text_feat = torch.eye(6, 16)
-    numbers, _ = retrieval(model, gallery, 0, torch.device("cpu"))
-    assert all(value == 1.0 for value in numbers.values())
-    assert retrieval_chance(gallery)["t2i_r1"] == pytest.approx(1 / 6)
-
+# ---- benchmarks ----
 
 def test_a_model_that_ignores_the_image_earns_chance_on_swaps(monkeypatch):
-    model, tokenizer, world, _ = small_gallery()
+    tokenizer, world = Tokenizer.train(all_captions(300), 400), World("held-out", 6, 32)
+    model = toy_model(**tokenizer.config()).eval()
     monkeypatch.setattr(type(model), "match", lambda self, kv, ids, mask: torch.zeros(len(ids), 2))
-    numbers = evaluate_world(model, tokenizer, world, torch.device("cpu"), top_k=0)
+    numbers, _ = eval.evaluate_pretraining(model, tokenizer, world, CPU, 0, 30, Decoding())
     assert numbers["itm_swap"] == 0.0 and set(numbers["itm_swap_by"]) == set(ATTRIBUTES)
     assert numbers["chance"]["itm_swap"] == 0.5 and "t2i_r1_rerank" not in numbers
+
+
+def test_perfect_and_constant_captions_in_the_world(monkeypatch):
+    world, tokenizer = World("held-out", 20, 32), Tokenizer.train(all_captions(300), 400)
+    model = toy_model(**tokenizer.config()).eval()
+    def answers(texts):
+        monkeypatch.setattr(eval, "caption_all", lambda *args: (
+            [{"index": i, "caption": texts[i], "references": []} | {"references": ["x"]}
+             for i in range(20)], []))
+        return eval.evaluate_captions(model, tokenizer, world, CPU, Decoding())
+    numbers, sections, records = answers([world.references(i)[2] for i in range(20)])
+    assert numbers["caption_true"] == 1.0 and numbers["cider"] > 3 and numbers["bleu4"] > 0.99
+    assert [title.split(",")[1].split()[0] for title, _ in sections] == ["best", "worst", "random"]
+    constant = numbers["constant"]["caption"]
+    same, *_ = answers([constant] * 20)
+    assert same["cider"] == pytest.approx(numbers["constant"]["cider"])
+    # A caption whose facts hold but that leaves one out is not wholly true.
+    vague, *_ = answers([f"on a {world.scene(i).background} background" for i in range(20)])
+    assert vague["caption_true"] == 0.0 and vague["caption_facts_hold"] == 1.0
+
+
+def test_retrieval_and_caption_in_the_world(tmp_path, pretrained, capsys):
+    out = tmp_path / "r"
+    assert eval.main(["retrieval", "--checkpoint", str(pretrained), "--size", "12", "--top-k", "4",
+                      "--out", str(out)]) == 0
+    found = metrics(out)
+    assert found["images"] == 12 and 0 <= found["t2i_r5_rerank"] <= 1
+    assert found["settings"]["top_k"] == 4 and found["settings"]["model"]["vit_width"] == 16
+    assert Image.open(out / "sheet.png").size[0] > 500 and "chance" in capsys.readouterr().out
+    out = tmp_path / "c"
+    assert eval.main(["caption", "--checkpoint", str(pretrained), "--size", "12", "--prompt", "a",
+                      "--max-length", "12", "--out", str(out)]) == 0
+    found = metrics(out)
+    assert (found["settings"]["max_length"], found["settings"]["prompt"]) == (12, "a")
+    assert {"bleu4", "rouge_l", "cider", "caption_true"} <= set(found["constant"]) & set(found)
+    assert [r["image_id"] for r in json.loads((out / "captions.json").read_text())] == [*range(12)]
+
+
+def test_captions_of_photographs_and_the_files_for_other_tools(tmp_path, pretrained, capsys):
+    folder, out = photographs(tmp_path), tmp_path / "c"
+    rows = json.loads((folder / "val.json").read_text())
+    write(folder / "val.json", [{**row, "image_id": 100 + i} for i, row in enumerate(rows)])
+    (folder / "3.jpg").write_bytes(b"broken")
+    assert eval.main(["caption", "--checkpoint", str(pretrained), "--data",
+                      str(folder / "val.json"), "--constant-from", str(folder / "train.json"),
+                      "--out", str(out)]) == 0
+    found = metrics(out)
+    assert (found["images"], found["broken"]) == (9, 1) and "caption_true" not in found
+    results = json.loads((out / "captions.json").read_text())
+    assert [r["image_id"] for r in results] == [100, 101, 102, *range(104, 110)]
+    coco = json.loads((out / "references.json").read_text())
+    assert [image["id"] for image in coco["images"]] == [r["image_id"] for r in results]
+    assert [n["id"] for n in coco["annotations"]] == [*range(18)]
+    assert coco["annotations"][0] == {"image_id": 100, "id": 0, "caption": rows[0]["caption"][0]}
+    # What it wrote can be scored again, with the same result.
+    capsys.readouterr()
+    told = write(tmp_path / "p.json", results)
+    true = write(tmp_path / "t.json", [{"image_id": 100 + i, "caption": row["caption"]}
+                                       for i, row in enumerate(rows) if i != 3])
+    assert eval.main(["score", "--predictions", str(told), "--references", str(true)]) == 0
+    assert json.loads(capsys.readouterr().out)["cider"] == pytest.approx(found["cider"], abs=1e-6)
+
+
+def test_nocaps_by_domain(tmp_path, pretrained):
+    folder, out = photographs(tmp_path), tmp_path / "n"
+    content = {"images": [{"id": i, "file_name": f"{i}.jpg", "domain": ("in", "near", "out")[i % 3]}
+                          for i in range(9)],
+               "annotations": [{"image_id": i, "caption": World("train", 9).text(i)}
+                               for i in range(9)]}
+    data = write(folder / "nocaps.json", content)
+    assert eval.main(["nocaps", "--checkpoint", str(pretrained), "--data", str(data), "--out",
+                      str(out)]) == 0
+    found = metrics(out)
+    assert {"in_cider", "near_cider", "out_cider", "cider"} <= set(found)
+    assert found["settings"]["repetition_penalty"] == 1.1
+    # The test set has no captions: only the result file is written.
+    data = write(folder / "test.json", [{"image": "0.jpg", "img_id": 5}])
+    assert eval.main(["nocaps", "--checkpoint", str(pretrained), "--data", str(data), "--out",
+                      str(tmp_path / "t")]) == 0
+    assert json.loads((tmp_path / "t/captions.json").read_text())[0]["image_id"] == 5
+
+
+# ---- score ----
+
+P = [{"image": "a", "caption": "a dog"}, {"image": "b", "caption": "a cat"}]
+R = [{"image": "b", "caption": ["a cat", "cats"]}, {"image": "a", "caption": ["a dog", "dogs"]}]
+
+
+@pytest.mark.parametrize("told, true, message", [
+    (P, R[:1], "1 predictions have no reference in {R} (the first: image a)"),
+    (P + P[:1], R, "{P}, record 2: image a occurs a second time"),
+    (P, R + R[:1], "{R}, record 2: image b occurs a second time"),
+    (P, [{"image": "b", "caption": []}, R[1]], "{R}, record 0: the reference of image b is empty"),
+    (P, [R[0], {"image": "a", "caption": ["a", "."]}], "{R}, record 1: the reference of image a"),
+    (P[:1], R, "{R}: 1 references have no prediction in {P} (the first: image b)"),
+    (P, [{"image_id": 1, "caption": "x"}], "must name the images of all records in the same way"),
+    ([{"image": "a", "caption": 3}], R, "{P}, record 0: caption must be a text"),
+    ([], R, "{P} must be a list of"),
+    ({"a": "a dog"}, R, "{P} must be a list of")])
+def test_what_cannot_be_scored_is_one_sentence(tmp_path, capsys, told, true, message):
+    told, true = write(tmp_path / "p.json", told), write(tmp_path / "r.json", true)
+    assert eval.main(["score", "--predictions", str(told), "--references", str(true)]) == 2
+    captured = capsys.readouterr()
+    assert message.format(P=told, R=true) in captured.err
+    assert captured.err.count("\n") == 1 and not captured.out
+
+
+def test_a_subset_is_scored_when_asked_and_ids_win_over_paths(tmp_path, capsys):
+    told = write(tmp_path / "p.json", [{"image_id": "7", "image": "other", "caption": "a dog"}])
+    true = write(tmp_path / "r.json", [{"image_id": 7, "image": "a", "caption": ["A dog."]},
+                                       {"image_id": 8, "image": "b", "caption": ["a cat"]}])
+    assert eval.main(["score", "--predictions", str(told), "--references", str(true),
+                      "--subset"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["bleu2"] == 1.0 and found["images"] == 1
+
+
+# ---- for a person ----
+
+def test_describe_prints_and_writes_captions_of_a_folder(tmp_path, pretrained, capsys):
+    folder = photographs(tmp_path, 3)
+    (folder / "broken.jpg").write_bytes(b"no image")
+    asked = ["describe", str(folder), "--checkpoint", str(pretrained), "--captions", "2",
+             "--samples", "2", "--out", str(tmp_path / "o")]
+    assert eval.main(asked) == 0
+    out = capsys.readouterr().out
+    records = json.loads((tmp_path / "o/captions.json").read_text())
+    assert [r["image"] for r in records] == [str(folder / f"{i}.jpg") for i in range(3)]
+    assert "left out" in out and all(text in out for r in records for text, _ in r["captions"])
+    assert all(len(r["captions"]) == len(r["samples"]) == 2 for r in records)
+    assert all(r["captions"][0][1] >= r["captions"][1][1] for r in records)
+    assert eval.main(asked) == 0  # the same seed, the same samples
+    assert json.loads((tmp_path / "o/captions.json").read_text()) == records
+
+
+def test_search_orders_by_both_heads_and_keeps_features(tmp_path, pretrained, monkeypatch, capsys):
+    folder, out = photographs(tmp_path / "p", 8), tmp_path / "s"
+    asked = ["search", "a red circle", "--images", str(folder), "--checkpoint", str(pretrained),
+             "--top-k", "3", "--out", str(out)]
+    assert eval.main(asked) == 0
+    first = capsys.readouterr().out
+    assert first.count(".jpg") == 3 and Image.open(out / "search.png").size[0] > 300
+    encoded, batches = [], demo.batches
+    def watch(paths, *args):
+        encoded.append([path.name for path in paths])
+        return batches(paths, *args)
+    monkeypatch.setattr(demo, "batches", watch)
+    assert eval.main(asked) == 0 and capsys.readouterr().out == first
+    Image.new("RGB", (40, 40), "red").save(folder / "4.jpg")  # another picture: encoded again
+    assert eval.main(asked) == 0
+    assert encoded == [[], ["4.jpg"]]
+    model, tokenizer = checkpoints.load_model(pretrained)
+    paths = demo.pictures_in([folder])
+    hits = demo.search(model, tokenizer, "a red circle", paths, CPU, pretrained, out, len(paths))
+    expected = [demo.match(model, tokenizer, demo.open_picture(h["image"], 32), "a red circle", CPU)
+                for h in hits]
+    assert [(h["itc"], h["itm"]) for h in hits] == [
+        pytest.approx(pair, abs=1e-4) for pair in expected]
+
+
+def test_attention_maps_are_gradient_weighted_cross_attention():
+    tokenizer = Tokenizer.train(all_captions(300), 400)
+    model = toy_model(**tokenizer.config()).eval()
+    image = torch.randint(0, 256, (3, 32, 32), dtype=torch.uint8)
+    words, heat, _ = demo.attention(model, tokenizer, image, "A red circle.", CPU, layer=1)
+    assert words == ["a", "red", "circle"] and heat.shape == (3, 32, 32)
+    assert heat.amax((1, 2)).tolist() == pytest.approx([1, 1, 1]) and heat.min() >= 0
+    _, other, _ = demo.attention(model, tokenizer, image, "A red circle.", CPU, layer=2)
+    assert not torch.allclose(heat, other)
+    # A patch that the text cannot see (its value vector is that of every other one) keeps its
+    # attention but loses its gradient: without the weighting the map would not be 0.
+    with torch.no_grad():
+        for layer in model.med.layers:
+            layer.cross_attn.attn.kv.weight[48:] = 0
+    assert demo.attention(model, tokenizer, image, "red", CPU, layer=1)[1].max() < 1e-3
+    with pytest.raises(ValueError, match="--layer 3 does not exist; the model has layers 1 to 2"):
+        demo.attention(model, tokenizer, image, "red", CPU, layer=3)
+
+
+def test_match_and_attend(tmp_path, pretrained, capsys):
+    folder = photographs(tmp_path, 1)
+    asked = [str(folder / "0.jpg"), "a red circle", "--checkpoint", str(pretrained)]
+    assert eval.main(["match", *asked]) == 0
+    assert "ITC similarity" in capsys.readouterr().out
+    assert eval.main(["attend", *asked, "--layer", "1", "--out", str(tmp_path / "a")]) == 0
+    assert Image.open(tmp_path / "a/attention.png").size[0] > 300
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["caption", "--checkpoint", "RETRIEVAL"], "is a checkpoint of another task (retrieval): it "
+                                               "was trained without LM"),
+    (["retrieval", "--checkpoint", "CAPTION"], "trained without ITC and ITM"),
+    (["retrieval", "--checkpoint", "C", "--size", "5", "--top-k", "6"],
+     "--top-k 6 is larger than the gallery of 5 images"),
+    (["search", "x", "--images", "FOLDER", "--checkpoint", "C", "--top-k", "4"],
+     "--top-k 4 is larger than the gallery of 3 pictures"),
+    (["describe", "FOLDER", "--checkpoint", "C", "--prompt", "a " * 30, "--max-length", "20"],
+     "has 30 tokens, which leaves no room in --max-length 20"),
+    (["describe", "FOLDER", "--checkpoint", "C", "--max-length", "999"],
+     "--max-length 999 is more than the model's 64 positions"),
+    (["describe", "FOLDER", "--checkpoint", "C", "--method", "greedy"], "choose beam or nucleus"),
+    (["describe", "nowhere", "--checkpoint", "C"], "nowhere does not exist"),
+    (["match", "nowhere.jpg", "x", "--checkpoint", "C"], "picture nowhere.jpg cannot be read"),
+    (["match", "x.jpg", "x", "--checkpoint", "nothing.pt"], "nothing.pt does not exist"),
+    (["nocaps", "--checkpoint", "C"], "nocaps needs --data")])
+def test_what_cannot_be_evaluated_is_one_sentence(tmp_path, pretrained, capsys, arguments, message):
+    state = checkpoints.load(pretrained)
+    weights = state["train_config"]
+    places = {"FOLDER": str(photographs(tmp_path, 3)), "C": str(pretrained)}
+    for name, off in (("RETRIEVAL", ("lm",)), ("CAPTION", ("itc", "itm"))):
+        state["train_config"] = weights | {"task": name.lower()} | {f"{o}_weight": 0.0 for o in off}
+        places[name] = str(tmp_path / f"{name}.pt")
+        checkpoints.save(places[name], state)
+    capsys.readouterr()
+    assert eval.main([places.get(a, a) for a in arguments]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert message in error and error.startswith("error: ")

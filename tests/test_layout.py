@@ -10,14 +10,17 @@ import bench
 
 ROOT = Path(__file__).parents[1]
 CORE = {"blip", "vit", "med", "attention", "decoding", "losses", "distributed", "data", "world",
-        "metrics", "sheets", "checkpoints", "config"}
+        "metrics", "sheets", "checkpoints", "config", "retrieval", "captioning", "logbook"}
 MAY_IMPORT = {
     "attention": set(), "decoding": set(), "losses": set(), "distributed": set(), "data": set(),
     "world": set(), "metrics": set(), "sheets": set(),
     "vit": {"attention"}, "med": {"attention"},
     "blip": {"vit", "med", "decoding", "losses", "distributed"},
     "config": {"blip"}, "checkpoints": {"blip", "data", "vit"},
-    "eval": CORE, "train": CORE | {"eval"}, "bench": CORE | {"eval", "train"},
+    "retrieval": {"blip", "data", "metrics"}, "captioning": {"blip", "data", "metrics"},
+    "logbook": {"data", "distributed"},
+    "demo": {"blip", "captioning", "checkpoints", "data", "retrieval", "sheets"},
+    "eval": CORE | {"demo"}, "train": CORE | {"eval"}, "bench": CORE | {"eval", "train"},
 }
 
 

@@ -1,6 +1,8 @@
 """The command line, the schedules, and whole runs small enough for a test."""
 
+import dataclasses
 import json
+import math
 import os
 import subprocess
 import sys
@@ -9,53 +11,39 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import SMALL, photographs, run
 from PIL import Image
 
 import checkpoints
 import config
 import train
 from blip import BLIPConfig
-from config import TrainConfig, alpha_at, field_help, learning_rate, objectives_at
+from config import TrainConfig, alpha_at, field_help, learning_rate, objectives_at, resolve
 from train import EpochBatches
-from world import World, render
-
-# A model that trains in seconds on anything.
-SMALL = ("--image-size 32 --vit-width 16 --vit-depth 1 --vit-heads 2 --text-width 16 --text-depth "
-         "1 --text-heads 2 --text-ffn 32 --embed-dim 8 --queue-size 20 --batch-size 8 --eval-size "
-         "12 --eval-top-k 3 --log-every 2 --warmup-steps 2 --lm-only-steps 2 --workers 0").split()
-
-
-def run(out, *flags) -> int:
-    return train.main([*SMALL, "--out", str(out), *map(str, flags)])
-
-
-def photographs(folder: Path, count: int = 40) -> Path:
-    """World scenes saved as photographs with a BLIP json: rows of one caption to train, lists to
-    evaluate."""
-    world, rows = World("train", count), []
-    for i in range(count):
-        Image.fromarray(render(world.scene(i), 48).transpose(1, 2, 0)).save(folder / f"{i}.jpg")
-        rows += [{"image": f"{i}.jpg", "caption": world.text(i), "image_id": i}]
-    (folder / "train.json").write_text(json.dumps(rows))
-    (folder / "val.json").write_text(json.dumps(
-        [{"image": r["image"], "caption": [r["caption"], "a " + r["caption"]]} for r in rows[:10]]))
-    return folder
-
 
 # ---- command line ----
 
 @pytest.mark.parametrize("flags, message", [
     (["--nonsense", "1"], "unrecognized arguments: --nonsense"),
     (["--batch", "8"], "unrecognized arguments"),  # no abbreviations
-    (["--schedule", "linear"], "schedule is 'linear'; choose one of step, cosine"),
-    (["--preset", "huge"], "choose one of base, large, tiny"),
-    (["--vit-heads", "7"], "not a multiple of vit_heads"),
     (["--augment", "maybe"], "neither true nor false"),
-    (["--itc-weight", "0", "--itm-weight", "0", "--lm-weight", "0"], "above 0")])
+    (["captions"], "'captions' is no task; choose one of pretrain, retrieval, caption")])
 def test_a_wrong_flag_is_an_error(flags, message, capsys):
     with pytest.raises(SystemExit) as stopped:
         config.parse(flags, "")
     assert stopped.value.code == 2 and message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--schedule", "linear"], "schedule is 'linear'; choose one of step, cosine"),
+    (["--preset", "huge"], "choose one of base, large, tiny"),
+    (["--vit-heads", "7"], "not a multiple of vit_heads"),
+    (["--itc-weight", "0", "--itm-weight", "0", "--lm-weight", "0"], "above 0"),
+    (["caption"], "finetuning (caption) starts from a pretrained model: give --init")])
+def test_a_setting_that_cannot_be_is_one_sentence(flags, message, capsys):
+    assert train.main(flags) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.startswith("error: ") and error.count("\n") == 1
 
 
 def test_help_lists_every_field_with_its_meaning(capsys):
@@ -66,17 +54,37 @@ def test_help_lists_every_field_with_its_meaning(capsys):
         explained = field_help(cls)
         for f in fields(cls):
             assert f.name in explained
-            if not f.name.endswith("_id") and f.name != "vocab_size":
+            if f.name != "task" and not f.name.endswith("_id") and f.name != "vocab_size":
                 assert "--" + f.name.replace("_", "-") in text
 
 
 def test_presets_are_the_papers_and_flags_override_them():
-    model, recipe, *_ = config.parse(["--preset", "base"], "")
+    model, recipe = resolve(config.parse(["--preset", "base"], "")[0])
     assert (model == BLIPConfig()
             and (recipe.lr, recipe.batch_size, recipe.epochs) == (3e-4, 2880, 20))
-    model, recipe, *_ = config.parse(["--preset", "large", "--lr", "1e-4"], "")
+    model, recipe = resolve(config.parse(["--preset", "large", "--lr", "1e-4"], "")[0])
     assert (model.vit_width, model.drop_path, recipe.lr, recipe.batch_size) == (
         1024, 0.1, 1e-4, 2400)
+
+
+def test_finetuning_takes_the_papers_recipe_and_the_checkpoints_model():
+    start = {"model_config": dataclasses.asdict(BLIPConfig(vit_depth=3)),
+             "train_config": {"preset": "base"}}
+    model, recipe = resolve({"task": "retrieval"}, start)
+    assert (model.vit_depth, model.image_size) == (3, 384) and recipe.weights()["lm"] == 0
+    assert (recipe.lr, recipe.batch_size, recipe.epochs, recipe.max_tokens, recipe.schedule,
+            recipe.warmup_steps, recipe.crop_min, recipe.min_lr) == (
+                1e-5, 256, 6, 35, "epoch_cosine", 0, 0.5, 0.0)
+    model, recipe = resolve({"task": "caption", "image_size": 224}, start)
+    assert model.image_size == 224 and (recipe.prompt, recipe.epochs, recipe.max_tokens) == (
+        "a picture of", 5, 40)
+    assert [learning_rate(recipe, step, 10) for step in (0, 9, 10, 49)] == pytest.approx(
+        [1e-5, 1e-5, 1e-5 * (1 + math.cos(math.pi / 5)) / 2,
+         1e-5 * (1 + math.cos(math.pi * 4 / 5)) / 2])
+    start["train_config"]["preset"] = "large"
+    assert resolve({"task": "caption"}, start)[1].lr == 2e-6
+    with pytest.raises(ValueError, match="--vit-depth is 3 in the weights of --init"):
+        resolve({"task": "caption", "vit_depth": 4}, start)
 
 
 # ---- schedules ----
@@ -129,7 +137,8 @@ def test_a_run_on_the_world_writes_what_it_says(tmp_path, capsys):
             and {"itc", "itm", "lm", "temp", "alpha"} <= set(log[-1]))
     metrics = json.loads((tmp_path / "a/metrics.json").read_text())
     for name in "t2i_r1 i2t_r1 t2i_true1 i2t_true1 itm_swap caption_true t2i_r1_rerank".split():
-        assert 0 <= metrics[name] <= 1 and name.removesuffix("_rerank") in metrics["chance"]
+        level = metrics["constant" if name == "caption_true" else "chance"]
+        assert 0 <= metrics[name] <= 1 and name.removesuffix("_rerank") in level
     assert set(metrics["itm_swap_by"]) == {"background", "colour", "shape", "size", "place"}
     assert Image.open(tmp_path / "a/samples.png").size[0] > 500
     model, tokenizer = checkpoints.load_model(tmp_path / "a/checkpoint.pt")
@@ -182,7 +191,7 @@ def test_an_interrupt_writes_a_checkpoint_and_says_how_to_go_on(tmp_path, monkey
     add = train.Log.add
     def press(self, *args, **kwargs):
         add(self, *args, **kwargs)
-        if self.run.step == 3:
+        if args[2] == 3:
             os.kill(os.getpid(), train.signal.SIGINT)
     monkeypatch.setattr(train.Log, "add", press)
     assert run(tmp_path / "a", "--world-size", 80) == 130
@@ -211,6 +220,83 @@ def test_bad_input_is_one_sentence(tmp_path, flags, message):
                            *flags], text=True, capture_output=True, cwd=Path(__file__).parents[1])
     assert done.returncode == 2 and message in done.stderr
     assert done.stderr.strip().count("\n") == 0 and "Traceback" not in done.stderr
+
+
+def finetune(task, init, out, *flags) -> int:
+    return train.main([task, "--init", str(init), "--out", str(out), "--batch-size", "8",
+                       "--world-size", "32", "--eval-size", "12", "--eval-top-k", "3",
+                       "--log-every", "1", "--workers", "0", *map(str, flags)])
+
+
+@pytest.mark.parametrize("task, own, other", [("caption", {"lm"}, {"itc", "itm"}),
+                                              ("retrieval", {"itc", "itm"}, {"lm"})])
+def test_finetuning_in_the_world_keeps_the_best_epoch(tmp_path, pretrained, monkeypatch, task, own,
+                                                      other):
+    scores, out = iter([0.5, 0.9, 0.7]), tmp_path / "a"
+    monkeypatch.setattr(train, "selection_score", lambda task, numbers: next(scores))
+    assert finetune(task, pretrained, out, "--epochs", 3) == 0
+    log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    assert [line["val_score"] for line in log if "val_score" in line] == [0.5, 0.9, 0.7]
+    assert own <= set(log[0]) and not other & set(log[0])
+    best, last = (checkpoints.load(out / f"{name}.pt") for name in ("best", "checkpoint"))
+    assert best["step"] == 8 and "optimizer" not in best and last["best"] == 0.9
+    assert not all(map(torch.equal, best["model"].values(), last["model"].values()))
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert metrics["best_step"] == 8 and metrics["settings"]["task"] == task
+    assert Image.open(out / "samples.png").size[0] > 500
+
+
+def test_the_prompt_stands_before_each_caption_and_gives_no_loss(tmp_path, pretrained, monkeypatch):
+    seen, forward = [], train.BLIP.forward
+    def watch(self, image, ids, mask, alpha, image_ids, prompt_length, all_negatives):
+        seen.append((ids, prompt_length))
+        return forward(self, image, ids, mask, alpha, image_ids, prompt_length, all_negatives)
+    monkeypatch.setattr(train.BLIP, "forward", watch)
+    assert finetune("caption", pretrained, tmp_path / "a", "--epochs", 1, "--prompt", "a red") == 0
+    _, tokenizer = checkpoints.load_model(tmp_path / "a/best.pt")
+    prompt = tokenizer.pieces_of("a red")
+    for ids, prompt_length in seen:
+        assert prompt_length == 1 + len(prompt)
+        assert all(row[1:1 + len(prompt)].tolist() == prompt for row in ids)
+
+
+def test_a_resumed_finetuning_remembers_the_best_score(tmp_path, pretrained):
+    assert finetune("retrieval", pretrained, tmp_path / "a", "--epochs", 2) == 0
+    best = checkpoints.load(tmp_path / "a/checkpoint.pt")["best"]
+    assert train.main(["retrieval", "--resume", "--out", str(tmp_path / "a")]) == 0
+    assert checkpoints.load(tmp_path / "a/checkpoint.pt")["best"] == best > 0
+    assert train.main(["caption", "--resume", "--out", str(tmp_path / "a")]) == 2
+
+
+def test_images_of_another_size_and_ids_that_are_all_the_same(tmp_path, pretrained):
+    """Positions are resized; a batch whose captions all belong to one image is no crash."""
+    folder = photographs(tmp_path)
+    rows = json.loads((folder / "train.json").read_text())
+    (folder / "one.json").write_text(json.dumps([{**row, "image_id": "x"} for row in rows]))
+    assert finetune("retrieval", pretrained, tmp_path / "a", "--data", folder / "one.json",
+                    "--val", folder / "val.json", "--image-size", 48, "--epochs", 1) == 0
+    model, _ = checkpoints.load_model(tmp_path / "a/best.pt")
+    assert model.config.image_size == 48 and model.vit.pos_embed.shape[1] == 10
+
+
+@pytest.mark.parametrize("task, flags, message", [
+    ("caption", ["--vit-width", 32], "--vit-width is 16 in the weights of --init"),
+    ("retrieval", ["--init", "LM"], "is a checkpoint of another task (pretrain): it was trained "
+                                    "without ITC and ITM"),
+    ("caption", ["--init", "nothing.pt"], "nothing.pt does not exist"),
+    ("retrieval", ["--data", "train.json", "--val", "val.json", "--eval-top-k", 99],
+     "--eval-top-k 99 is larger than the gallery of 10 images")])
+def test_a_finetuning_that_cannot_start_says_why(tmp_path, pretrained, capsys, task, flags,
+                                                 message):
+    folder = photographs(tmp_path)
+    state = checkpoints.load(pretrained)
+    state["train_config"] |= {"itc_weight": 0.0, "itm_weight": 0.0}
+    checkpoints.save(tmp_path / "lm.pt", state)
+    flags = [str(tmp_path / "lm.pt") if f == "LM" else
+             str(folder / f) if str(f).endswith(".json") else f for f in flags]
+    assert finetune(task, pretrained, tmp_path / "a", *flags) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1 and not (tmp_path / "a").exists()
 
 
 def test_too_many_unreadable_images_stop_the_run(tmp_path, capsys):
