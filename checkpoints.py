@@ -90,9 +90,10 @@ def open_model(path: str | Path, needs: tuple[str, ...] = (), vocab: str = "",
     settings = state.get("train_config", {})
     untrained = [name for name in needs if not settings.get(f"{name}_weight", 1.0)]
     if untrained:
+        losses = " and ".join(map(str.upper, untrained))
         raise InputError(f"{path} is a checkpoint of another task ({settings.get('task')}): it was "
-                         f"trained without {' and '.join(map(str.upper, untrained))}, which this needs; "
-                         "give one of pretraining, or one finetuned for this")
+                         f"trained without {losses}, which this needs; give one of pretraining, "
+                         "or one finetuned for this")
     known = {f.name for f in fields(BLIPConfig)}
     model = BLIP(BLIPConfig(**{k: v for k, v in state["model_config"].items() if k in known}))
     model.load_state_dict(state["model"])

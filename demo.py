@@ -163,12 +163,16 @@ def attention(model: BLIP, tokenizer: Tokenizer, image: Tensor, text: str, devic
     The cross-attention map of a layer (1 is the first; 0 chooses two thirds of the depth, ALBEF's 8
     of 12), each entry times the positive part of its gradient of the matched logit, averaged over
     heads (Grad-CAM; ALBEF sec. 6.5): where the model looks AND what argues for a match. Pieces of a
-    word are averaged; each word's map is stretched to its own largest value.
+    word are averaged; each word's map is stretched to its own largest value. The last layer has no
+    such maps: ITM reads [ENC] alone, which no word reaches any more after it.
     """
     depth, words = model.config.text_depth, clean_caption(text).split()
-    if not 0 <= layer <= depth:
-        raise InputError(f"--layer {layer} does not exist; the model has layers 1 to {depth}")
-    layer = layer or -(-2 * depth // 3)
+    layer = layer or min(-(-2 * depth // 3), depth - 1)
+    if not 1 <= layer < depth:
+        raise InputError(f"--layer {layer} cannot be shown; of the model's {depth} layers 1 to "
+                         f"{depth - 1} can (in the last one, ITM reads no word)")
+    if not words:
+        raise InputError(f"the text {text!r} has no words")
     ids, mask = tokenizer.encode([" ".join(words)], model.config.max_positions)
     with torch.no_grad():
         kv = model.med.project(model.vit(normalise(image[None].to(device))))

@@ -303,7 +303,8 @@ def command_line() -> argparse.ArgumentParser:
         p = command(name, about)
         p.add_argument("picture")
         p.add_argument("text")
-    p.add_argument("--layer", type=int, default=0, help="from 1 (default: two thirds of the depth)")
+    p.add_argument("--layer", type=int, default=0, help="from 1; the last one cannot be "
+                   "shown (default: two thirds of the depth)")
     return parser
 
 

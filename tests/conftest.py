@@ -73,5 +73,5 @@ def photographs(folder: Path, count: int = 40) -> Path:
 def pretrained(tmp_path_factory) -> Path:
     """The checkpoint of a run of a few steps."""
     out = tmp_path_factory.mktemp("pretrained") / "run"
-    assert run(out, "--world-size", 48, "--max-positions", 64) == 0
+    assert run(out, "--world-size", 48, "--max-positions", 64, "--text-depth", 2) == 0
     return out / "checkpoint.pt"

@@ -4,6 +4,7 @@ import pytest
 import torch
 from conftest import TOY, reference, toy_batch, toy_model
 
+import blip
 from attention import attend
 from blip import BLIP, BLIPConfig, CaptionStep
 from med import MED
@@ -265,6 +266,31 @@ def test_one_pair_or_one_shared_id_is_no_crash():
     for batch, image_ids in ((toy_batch(1), None), (toy_batch(3), torch.tensor([7, 7, 7]))):
         losses, _ = model(**batch, alpha=0.4, image_ids=image_ids)
         assert all(torch.isfinite(loss) for loss in losses.values())
+
+
+def test_finetuning_mines_with_online_features_and_without_a_floor(monkeypatch):
+    """Pretraining: online x momentum, floor 1e-4. Finetuning: online x online, no floor, and equal
+    ids are positives."""
+    model, batch, seen = toy_model().eval(), toy_batch(3), []
+    with torch.no_grad():
+        model.vision_proj_m.weight.normal_()  # the twins now think otherwise
+        model.text_proj_m.weight.normal_()
+        image_feat = model.encode_image(batch["image"])[1]
+        text_feat = model.encode_text(batch["ids"], batch["mask"])
+    mine = blip.L.mine_hard_negatives
+    def watch(*arguments):
+        seen.append(arguments)
+        return mine(*arguments)
+    monkeypatch.setattr(blip.L, "mine_hard_negatives", watch)
+    model(**batch)
+    model(**batch, image_ids=torch.tensor([4, 9, 4]))
+    online = image_feat @ text_feat.T / model.temp
+    shared = torch.tensor([[1, 0, 1], [0, 1, 0], [1, 0, 1]]).bool()
+    for (sim, positives, floor), expected, is_online, lowest in (
+            (seen[0], torch.eye(3).bool(), False, 1e-4), (seen[2], shared, True, 0.0)):
+        assert torch.allclose(sim, online, atol=1e-4) == is_online
+        assert positives.equal(expected) and floor == lowest
+    assert torch.allclose(seen[3][0], online.T, atol=1e-4)
 
 
 def test_initialisation_keeps_the_scale_at_every_width():
