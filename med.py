@@ -30,7 +30,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from attention import CrossAttention, KeysValues, SelfAttention
+from attention import CrossAttention, KeysValues, Linear, SelfAttention, linear
 
 SHARE = ("all_but_sa", "all", "all_but_ca", "none")  # Table 3; the first one is the paper's choice
 MODES = ("text", "grounded", "decode")
@@ -86,8 +86,8 @@ class FeedForward(nn.Module):
 
     def __init__(self, width: int, hidden: int, dropout: float):
         super().__init__()
-        self.fc1 = nn.Linear(width, hidden)
-        self.fc2 = nn.Linear(hidden, width)
+        self.fc1 = Linear(width, hidden)
+        self.fc2 = Linear(hidden, width)
         self.add = Residual(width, dropout)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -120,13 +120,13 @@ class LMHead(nn.Module):
 
     def __init__(self, vocab_size: int, width: int):
         super().__init__()
-        self.dense = nn.Linear(width, width)
+        self.dense = Linear(width, width)
         self.norm = nn.LayerNorm(width, eps=NORM_EPS)
         self.bias = nn.Parameter(torch.zeros(vocab_size))
 
     def forward(self, x: Tensor, word: Tensor) -> Tensor:
         """x (..., D), word embeddings (V, D) -> logits (..., V)."""
-        return F.linear(self.norm(F.gelu(self.dense(x))), word, self.bias)
+        return linear(self.norm(F.gelu(self.dense(x))), word, self.bias)
 
 
 @dataclass

@@ -293,6 +293,17 @@ def test_finetuning_mines_with_online_features_and_without_a_floor(monkeypatch):
     assert torch.allclose(seen[3][0], online.T, atol=1e-4)
 
 
+@pytest.mark.parametrize("shape", [(1, 48), (4, 1, 48), (3, 4, 48), (60, 48)])
+def test_few_rows_come_out_as_many_do(shape):
+    """Generation takes another road through a linear layer than training does."""
+    x, layer = torch.randn(shape), Linear(48, 20)
+    expected = x @ layer.weight.T + layer.bias
+    with torch.no_grad():
+        assert torch.allclose(layer(x), expected, atol=1e-5)
+        assert torch.allclose(linear(x, layer.weight, None), expected - layer.bias, atol=1e-5)
+    assert layer(x).requires_grad and torch.allclose(layer(x), expected, atol=1e-5)
+
+
 def test_initialisation_keeps_the_scale_at_every_width():
     for width in (64, 768):
         torch.manual_seed(0)
