@@ -5,7 +5,7 @@ import torch
 from conftest import TOY, reference, toy_batch, toy_model
 
 import blip
-from attention import attend
+from attention import Linear, attend, linear
 from blip import BLIP, BLIPConfig, CaptionStep
 from med import MED
 from vit import ViT, resize_positions
