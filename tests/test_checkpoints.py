@@ -7,7 +7,9 @@ import torch
 from conftest import reference, toy_batch, toy_model
 
 import checkpoints
+from checkpoints import initialise
 from data import InputError
+from vit import resize_positions
 
 
 class Evil:
@@ -113,3 +115,21 @@ def test_round_trip(tmp_path):
     ids = batch["ids"].clamp(max=tokenizer.config()["vocab_size"] - 1)
     assert torch.equal(model.encode_text(ids, batch["mask"]), again.encode_text(ids, batch["mask"]))
     assert vocabulary.vocab == tokenizer.vocab and not again.training
+
+
+def test_a_finetuning_starts_from_all_of_the_weights():
+    source = toy_model()
+    with torch.no_grad():
+        for p in source.parameters():
+            p.normal_()
+        source.queue_ptr.fill_(3)
+    larger = toy_model(image_size=64)
+    initialise(larger, source)
+    for name, value in source.state_dict().items():
+        if name.endswith("pos_embed"):
+            value = resize_positions(value, 17)
+        assert torch.equal(larger.state_dict()[name], value), name
+    other_queue = toy_model(queue_size=4)
+    initialise(other_queue, source)
+    assert other_queue.queue_ptr == 0 and torch.equal(other_queue.vit.norm.weight,
+                                                      source.vit.norm.weight)

@@ -1,6 +1,7 @@
 """The commands of eval.py, as a user would type them, and what they refuse."""
 
 import json
+import os
 
 import pytest
 import torch
@@ -11,7 +12,8 @@ import checkpoints
 import demo
 import eval
 from captioning import Decoding
-from data import Tokenizer
+from data import Tokenizer, normalise
+from metrics import caption_scores
 from world import ATTRIBUTES, World, all_captions
 
 CPU = torch.device("cpu")
@@ -110,6 +112,10 @@ def test_nocaps_by_domain(tmp_path, pretrained):
     found = metrics(out)
     assert {"in_cider", "near_cider", "out_cider", "cider"} <= set(found)
     assert found["settings"]["repetition_penalty"] == 1.1
+    told = {r["image_id"]: r["caption"] for r in json.loads((out / "captions.json").read_text())}
+    alone, _ = caption_scores([told[i] for i in (0, 3, 6)],
+                              [[content["annotations"][i]["caption"]] for i in (0, 3, 6)])
+    assert {f"in_{name}": value for name, value in alone.items()}.items() <= found.items()
     # The test set has no captions: only the result file is written.
     data = write(folder / "test.json", [{"image": "0.jpg", "img_id": 5}])
     assert eval.main(["nocaps", "--checkpoint", str(pretrained), "--data", str(data), "--out",
@@ -185,7 +191,9 @@ def test_search_orders_by_both_heads_and_keeps_features(tmp_path, pretrained, mo
     assert eval.main(asked) == 0 and capsys.readouterr().out == first
     Image.new("RGB", (40, 40), "red").save(folder / "4.jpg")  # another picture: encoded again
     assert eval.main(asked) == 0
-    assert encoded == [[], ["4.jpg"]]
+    os.utime(folder / "5.jpg", (1, 1))
+    assert eval.main(asked) == 0
+    assert encoded == [[], ["4.jpg"], ["5.jpg"]]
     model, tokenizer = checkpoints.load_model(pretrained)
     paths = demo.pictures_in([folder])
     hits = demo.search(model, tokenizer, "a red circle", paths, CPU, pretrained, out, len(paths))
@@ -193,6 +201,13 @@ def test_search_orders_by_both_heads_and_keeps_features(tmp_path, pretrained, mo
                 for h in hits]
     assert [(h["itc"], h["itm"]) for h in hits] == [
         pytest.approx(pair, abs=1e-4) for pair in expected]
+    scores = []
+    for hit in hits:  # best first by ITC similarity + matched logit
+        tokens, feat = model.encode_image(normalise(demo.open_picture(hit["image"], 32)[None]))
+        text = tokenizer.encode(["a red circle"])
+        logits = model.match(model.med.project(tokens), *text)
+        scores.append((logits[0, 1] + (model.encode_text(*text) @ feat.T)[0, 0]).item())
+    assert scores == sorted(scores, reverse=True) and len(set(scores)) > 1
 
 
 def test_attention_maps_are_gradient_weighted_cross_attention():

@@ -38,6 +38,7 @@ def test_bleu_by_hand():
     # shorter one counts.
     scores = bleu(words("a b", "c d e f"), [words("a b"), words("c x x", "c x x x x")])
     assert scores[0] == pytest.approx(3 / 6)
+    assert bleu(words("a b c d"), [words("a b", "a b c d e")])[0] == pytest.approx(math.exp(-1 / 4))
     assert bleu([[]], [words("a b")]) == [0, 0, 0, 0]
 
 

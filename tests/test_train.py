@@ -20,6 +20,7 @@ import train
 from blip import BLIPConfig
 from config import TrainConfig, alpha_at, field_help, learning_rate, objectives_at, resolve
 from train import EpochBatches
+from world import World
 
 # ---- command line ----
 
@@ -250,6 +251,7 @@ def test_the_prompt_stands_before_each_caption_and_gives_no_loss(tmp_path, pretr
     seen, forward = [], train.BLIP.forward
     def watch(self, image, ids, mask, alpha, image_ids, prompt_length, all_negatives):
         seen.append((ids, prompt_length))
+        assert image_ids is None
         return forward(self, image, ids, mask, alpha, image_ids, prompt_length, all_negatives)
     monkeypatch.setattr(train.BLIP, "forward", watch)
     assert finetune("caption", pretrained, tmp_path / "a", "--epochs", 1, "--prompt", "a red") == 0
@@ -258,6 +260,19 @@ def test_the_prompt_stands_before_each_caption_and_gives_no_loss(tmp_path, pretr
     for ids, prompt_length in seen:
         assert prompt_length == 1 + len(prompt)
         assert all(row[1:1 + len(prompt)].tolist() == prompt for row in ids)
+
+
+def test_retrieval_knows_which_texts_share_an_image(tmp_path, pretrained, monkeypatch):
+    seen, forward = [], train.BLIP.forward
+    def watch(self, image, ids, mask, alpha, image_ids, prompt_length, all_negatives):
+        seen.append((image_ids, all_negatives, prompt_length))
+        return forward(self, image, ids, mask, alpha, image_ids, prompt_length, all_negatives)
+    monkeypatch.setattr(train.BLIP, "forward", watch)
+    assert finetune("retrieval", pretrained, tmp_path / "a", "--epochs", 1, "--all-negatives",
+                    "true") == 0
+    known = {World("train", 32)[i]["image_id"] for i in range(32)}
+    assert {i for ids, *_ in seen for i in ids.tolist()} == known
+    assert all(rest == [True, 1] for _, *rest in seen)
 
 
 def test_a_resumed_finetuning_remembers_the_best_score(tmp_path, pretrained):
