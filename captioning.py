@@ -28,11 +28,11 @@ class Decoding:
     """How captions are generated. The defaults are the paper's for COCO; lengths count [DEC] and
     the prompt."""
 
-    prompt: str = ""  # words that every caption starts with, "a picture of" say
+    prompt: str = ""  # words that captions start with; eval.py: the checkpoint's unless given
     method: str = "beam"  # beam or nucleus
     beams: int = 3  # of beam search
-    min_length: int = 5  # tokens
-    max_length: int = 20  # tokens
+    min_length: int = 5  # tokens; eval.py: the checkpoint's unless given
+    max_length: int = 20  # tokens; eval.py: the checkpoint's unless given
     repetition_penalty: float = 1.0  # 1 is none; NoCaps 1.1
     top_p: float = 0.9  # of nucleus sampling
     temperature: float = 1.0  # of nucleus sampling

@@ -10,6 +10,7 @@ import argparse
 import inspect
 import math
 import re
+import textwrap
 from dataclasses import dataclass, fields
 
 from blip import OBJECTIVES, SIZES, BLIPConfig
@@ -129,7 +130,7 @@ def truth(text: str) -> bool:
 def parse(arguments: list[str], description: str) -> tuple[dict, bool]:
     """`description` heads the help -> what was given, by field name, and whether to resume."""
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False,
-                                     usage=f"%(prog)s [{' | '.join(TASKS)}] [flags]",
+                                     epilog=recipes(), usage=f"%(prog)s [{' | '.join(TASKS)}] [flags]",
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     task = {}
     if arguments and not arguments[0].startswith("-"):  # argparse takes a wrong flag's value for it
@@ -145,12 +146,23 @@ def parse(arguments: list[str], description: str) -> tuple[dict, bool]:
     return given, given.pop("resume")
 
 
+def recipes() -> str:
+    """What tasks and presets change, for the help."""
+    lines = ["what tasks and presets set, unless a flag does:"]
+    for name, changes in [*TASKS.items(), *((" ".join(k), v) for k, v in PRESETS.items())]:
+        text = ", ".join(f"{field} {value!r}" for field, value in changes.items())
+        if text:
+            lines += textwrap.wrap(f"{name}: {text}", 96, initial_indent="  ",
+                                   subsequent_indent="      ")
+    return "\n".join(lines)
+
+
 def add_flags(parser, config_class: type, tiny: dict) -> None:
     """A flag for each field, without a default, so that only what is given is there; `tiny` has the
     defaults that differ in that preset."""
     help_of = field_help(config_class)
     for f in fields(config_class):
-        if f.name != "task" and not help_of[f.name].startswith("set from the tokenizer"):
+        if f.name != "task" and "set from the tokenizer" not in help_of[f.name]:
             other = tiny.get(f.name, f.default)
             shown = f"default {f.default!r}" + (f", tiny {other!r}" if other != f.default else "")
             parser.add_argument("--" + f.name.replace("_", "-"),

@@ -320,7 +320,8 @@ def run_benchmark(o: argparse.Namespace, model: BLIP, tokenizer: Tokenizer, trai
     out, settings = Path(o.out), vars(o) | {"model": asdict(model.config), "trained": trained,
                                             "torch": torch.__version__, "device": str(device)}
     if o.command == "retrieval":
-        top_k = trained.get("eval_top_k", 128) if o.top_k is None else o.top_k
+        top_k = (min(trained.get("eval_top_k", 128), len(dataset)) if o.top_k is None
+                 else o.top_k)
         if top_k > len(dataset):
             raise InputError(f"--top-k {top_k} is larger than the gallery of {len(dataset)} "
                              "images; give a smaller one (0 does not re-rank)")
