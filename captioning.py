@@ -14,13 +14,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
 
+import distributed
 from blip import BLIP
 from data import Collate, InputError, Pair, Tokenizer, normalise, read_json
 from metrics import tokenise
-
-BATCH = 64  # images at a time
+from retrieval import shared_batches
 
 
 @dataclass(frozen=True)
@@ -84,18 +83,18 @@ def caption_all(model: BLIP, tokenizer: Tokenizer, dataset: Dataset, device: tor
     others."""
     model.eval()
     records, broken = [], []
-    with tqdm(total=len(dataset), desc="captions", unit="image", leave=False) as bar:
-        for batch in DataLoader(dataset, BATCH, collate_fn=Collate(tokenizer)):
-            broken += batch["broken"]
-            if batch["image"] is not None:
-                found = captions_of(model, tokenizer, batch["image"], device, how)
-                records += [{"index": index, "caption": captions[0][0], "references": texts}
-                            for index, captions, texts in zip(batch["index"], found,
-                                                              batch["texts"])]
-            bar.update(min(BATCH, len(dataset) - bar.n))
+    loader = DataLoader(dataset, collate_fn=Collate(tokenizer),
+                        batch_sampler=shared_batches(len(dataset)))
+    for batch in distributed.progress(loader, "captions", unit="batch"):
+        broken += batch["broken"]
+        if batch["image"] is not None:
+            found = captions_of(model, tokenizer, batch["image"], device, how)
+            records += [{"index": index, "caption": captions[0][0], "references": texts}
+                        for index, captions, texts in zip(batch["index"], found, batch["texts"])]
+    records, broken = distributed.gather(records), distributed.gather(broken)
     if not records:
         raise InputError(f"none of the {len(dataset)} images could be read; the first: {broken[0]}")
-    return records, broken
+    return sorted(records, key=lambda record: record["index"]), broken
 
 
 # ---- files of captions ---------------------------------------------------------------------------

@@ -23,15 +23,22 @@ from data import InputError, Tokenizer
 from vit import resize_positions
 
 
-def save(path: str | Path, state: dict) -> None:
+def save(path: str | Path, state: dict, keep: int = 1) -> None:
     """Write `state` to path + ".tmp", flush it to the disk, then rename: the old file is whole
-    until the new one is."""
-    temporary = Path(f"{path}.tmp")
+    until the new one is. With keep > 1 the last so many stay, as checkpoint-STEP.pt beside
+    checkpoint.pt, which is the newest."""
+    path, temporary = Path(path), Path(f"{path}.tmp")
     try:
         with open(temporary, "wb") as file:
             torch.save(state, file)
             file.flush()
             os.fsync(file.fileno())
+        if keep > 1:
+            numbered = path.with_name(f"{path.stem}-{state['step']:08d}{path.suffix}")
+            numbered.unlink(missing_ok=True)
+            os.link(temporary, numbered)  # the same file under a second name
+            for old in sorted(path.parent.glob(f"{path.stem}-*{path.suffix}"))[:-keep]:
+                old.unlink()
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
         temporary.unlink(missing_ok=True)

@@ -32,7 +32,8 @@ class TrainConfig:
     out: str = "runs/pretrain"  # folder of the run
     seed: int = 0  # of weights, data order, augmentation and dropout
     epochs: int = 20  # passes over the data
-    batch_size: int = 2880  # pairs a step, over all processes
+    batch_size: int = 2880  # pairs a step, over all processes and micro-batches
+    accumulate: int = 1  # micro-batches that a process adds up in a step: less memory
     lr: float = 3e-4  # peak learning rate
     min_lr: float = 1e-6  # where the decay ends
     schedule: str = "step"  # step: x lr_decay an epoch; cosine; epoch_cosine: constant in an epoch
@@ -60,7 +61,9 @@ class TrainConfig:
     device: str = "auto"  # auto, cuda, mps or cpu
     precision: str = "auto"  # auto, bf16 or fp32; auto is bf16 on CUDA and on a CPU with AMX
     log_every: int = 20  # steps
-    save_every: int = 500  # steps
+    save_every: int = 500  # steps between checkpoints
+    save_minutes: float = 10.0  # a checkpoint at least so often, at a logged step
+    keep: int = 1  # the newest checkpoints that are kept
     eval_size: int = 1000  # held-out items
     eval_top_k: int = 16  # candidates that ITM re-ranks; 0 does not re-rank
     min_length: int = 5  # tokens of a caption that evaluation generates, [DEC] and prompt included
@@ -74,9 +77,10 @@ class TrainConfig:
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; choose one of "
                                  f"{', '.join(allowed)}")
-        if self.batch_size < 1 or self.epochs < 1 or not any(self.weights().values()):
-            raise ValueError("batch_size and epochs must be at least 1, and one of the loss "
-                             "weights above 0")
+        if (min(self.batch_size, self.epochs, self.accumulate) < 1
+                or not any(self.weights().values())):
+            raise ValueError("batch_size, epochs and accumulate must be at least 1, and one of "
+                             "the loss weights above 0")
 
     def weights(self) -> dict[str, float]:
         """Objective -> weight of its loss; the paper's are 1."""
@@ -110,7 +114,8 @@ FINETUNE_IMAGE_SIZE = {"base": 384, "large": 384}
 FREE_IN_FINETUNING = {"image_size", "drop_path", "grad_checkpoint", "dropout", "queue_size",
                       "momentum", "temp_min", "temp_max", "label_smoothing"}
 # What may differ from the checkpoint when a run is resumed: nothing that the result depends on.
-FREE_ON_RESUME = {"out", "device", "workers", "log_every", "save_every"}
+FREE_ON_RESUME = {"out", "device", "workers", "log_every", "save_every", "save_minutes", "keep",
+                  "accumulate"}
 
 
 # ---- command line --------------------------------------------------------------------------------
@@ -130,7 +135,8 @@ def truth(text: str) -> bool:
 def parse(arguments: list[str], description: str) -> tuple[dict, bool]:
     """`description` heads the help -> what was given, by field name, and whether to resume."""
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False,
-                                     epilog=recipes(), usage=f"%(prog)s [{' | '.join(TASKS)}] [flags]",
+                                     usage=f"%(prog)s [{' | '.join(TASKS)}] [flags]",
+                                     epilog=recipes(),
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     task = {}
     if arguments and not arguments[0].startswith("-"):  # argparse takes a wrong flag's value for it

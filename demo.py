@@ -22,8 +22,9 @@ from tqdm import tqdm
 
 import checkpoints
 from blip import BLIP
-from captioning import BATCH, Decoding, captions_of
+from captioning import Decoding, captions_of
 from data import InputError, Tokenizer, clean_caption, load_image, normalise
+from retrieval import BATCH
 from sheets import BLACK, GREY, Cell, draw_sheet
 
 

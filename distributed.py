@@ -5,12 +5,14 @@ Without a process group each collective returns its input.
 `torchrun --nproc_per_node=8 train.py ...` makes a group: NCCL on CUDA, gloo on CPU.
 """
 
+import contextlib
 import os
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
+from tqdm import tqdm
 
 
 def init(device: str = "auto") -> torch.device:
@@ -87,6 +89,44 @@ def gather_texts(ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         dist.all_reduce(longest, dist.ReduceOp.MAX)
     padding = (0, int(longest) - ids.shape[1])  # with 0; the mask hides it
     return all_gather(F.pad(ids, padding)), all_gather(F.pad(mask, padding))
+
+
+def share(items: list) -> list:
+    """Every world-size-th item, from this rank's number on: this rank's part of independent
+    work."""
+    return items[rank()::world_size()]
+
+
+def gather(items: list) -> list:
+    """Lists of anything that can be pickled -> one list, the ranks' items in rank order."""
+    if world_size() == 1:
+        return items
+    parts = [None] * world_size()
+    dist.all_gather_object(parts, items)
+    return [item for part in parts for item in part]
+
+
+def any_rank(flag: bool) -> bool:
+    """Whether the flag is up on any rank; the same answer on all of them."""
+    return any(gather([flag]))
+
+
+def barrier() -> None:
+    """Wait for all ranks."""
+    if world_size() > 1:
+        dist.barrier()
+
+
+def progress(iterable=None, about: str = "", **options) -> tqdm:
+    """A tqdm bar that leaves no trace, on rank 0 only."""
+    return tqdm(iterable, about, leave=False, disable=rank() > 0, **options)
+
+
+def no_sync(net: torch.nn.Module, skip: bool):
+    """A context in which, if `skip`, gradients are added up on this rank alone: the mean over ranks
+    is taken once a step."""
+    wrapped = isinstance(net, torch.nn.parallel.DistributedDataParallel)
+    return net.no_sync() if skip and wrapped else contextlib.nullcontext()
 
 
 def wrap(model: torch.nn.Module) -> torch.nn.Module:

@@ -27,13 +27,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
 
 import checkpoints
 import demo
 import distributed
 from blip import BLIP
-from captioning import BATCH, Decoding, caption_all, read_scored, write_results
+from captioning import Decoding, caption_all, read_scored, write_results
 from config import add_flags
 from data import (
     Collate,
@@ -46,7 +45,7 @@ from data import (
     read_pairs,
 )
 from metrics import caption_scores
-from retrieval import Gallery, encode, retrieval, retrieval_chance
+from retrieval import Gallery, encode, retrieval, retrieval_chance, shared_batches
 from sheets import BLACK, GREEN, GREY, RED, Cell, draw_sheet
 from world import ATTRIBUTES, World, all_captions, describe, is_complete, is_true, swap
 
@@ -76,7 +75,7 @@ def evaluate_retrieval(model: BLIP, tokenizer: Tokenizer, dataset: Dataset, devi
             numbers |= {f"t2i_true1{suffix}": mean(map(holds, range(len(t2i)), t2i.argmax(1))),
                         f"i2t_true1{suffix}": mean(map(holds, i2t.argmax(1), range(len(i2t))))}
         chance |= dict.fromkeys(("t2i_true1", "i2t_true1"), chance_of_truth(dataset))
-    numbers |= {"chance": chance, "images": len(gallery.images), "texts": len(gallery.texts),
+    numbers |= {"chance": chance, "images": len(gallery.index), "texts": len(gallery.texts),
                 "top_k": top_k, "broken": len(gallery.broken)}
     return numbers, retrieval_sections(gallery, *scores["_rerank" if top_k else ""], holds)
 
@@ -101,10 +100,11 @@ def retrieval_sections(gallery: Gallery, t2i: Tensor, i2t: Tensor,
         for t in chosen:
             best = t2i[t].topk(min(5, t2i.shape[1]))
             rows.append([Cell(None, [(gallery.texts[t], BLACK)])] + [
-                Cell(gallery.images[i], [(f"{score:.2f}", GREY)], GREEN if holds(t, i) else RED)
+                Cell(gallery.images([i])[0], [(f"{score:.2f}", GREY)],
+                     GREEN if holds(t, i) else RED)
                 for i, score in zip(best.indices.tolist(), best.values.tolist())])
         sections.append((f"images found for a text, {title} (score below; green: right)", rows))
-    cells = [Cell(gallery.images[i], [(gallery.texts[t], GREEN if holds(t, i) else RED)
+    cells = [Cell(gallery.images([i])[0], [(gallery.texts[t], GREEN if holds(t, i) else RED)
                                       for t in i2t[i].topk(min(3, i2t.shape[1])).indices.tolist()])
              for i in dict(examples([0.0] * len(i2t), 8))["random"]]
     return sections + [("texts found for an image, random", [cells])]
@@ -184,9 +184,10 @@ def swap_preference(model: BLIP, tokenizer: Tokenizer, world: World,
     """For each attribute, how often ITM finds the true caption of a scene likelier than the same
     caption with that one attribute swapped. Chance is one half."""
     model.eval()
-    wins = torch.zeros(len(ATTRIBUTES))
-    for batch in tqdm(DataLoader(world, BATCH, collate_fn=Collate(tokenizer)), "swaps",
-                      leave=False):
+    wins = []
+    loader = DataLoader(world, collate_fn=Collate(tokenizer),
+                        batch_sampler=shared_batches(len(world)))
+    for batch in distributed.progress(loader, "swaps"):
         kv = model.med.project(model.vit(normalise(batch["image"].to(device))))
         texts = []
         for i in batch["index"]:
@@ -196,8 +197,9 @@ def swap_preference(model: BLIP, tokenizer: Tokenizer, world: World,
             texts += [describe(version, world.rng(i, "swap")) for version in versions]
         logits = model.match(kv, *(x.to(device) for x in tokenizer.encode(texts))).float().cpu()
         margin = (logits[:, 1] - logits[:, 0]).view(-1, len(ATTRIBUTES) + 1)
-        wins += (margin[:, :1] > margin[:, 1:]).sum(0)
-    return dict(zip(ATTRIBUTES, (wins / len(world)).tolist()))
+        wins += (margin[:, :1] > margin[:, 1:]).tolist()
+    return {attribute: mean(row) for attribute, row in zip(ATTRIBUTES,
+                                                           zip(*distributed.gather(wins)))}
 
 
 def evaluate_pretraining(model: BLIP, tokenizer: Tokenizer, dataset: Dataset, device: torch.device,
@@ -339,6 +341,8 @@ def run_benchmark(o: argparse.Namespace, model: BLIP, tokenizer: Tokenizer, trai
                                                        texts)
         if o.command == "nocaps":
             numbers |= by_domain(records, pairs)
+    if distributed.rank():
+        return
     out.mkdir(parents=True, exist_ok=True)
     print_numbers(numbers)
     write_numbers(out / "metrics.json", numbers, settings)

@@ -51,12 +51,13 @@ class Log:
         rate = self.count * batch_size / (time.perf_counter() - self.since)
         self.sums, self.count, self.since = {}, 0, time.perf_counter()
         bar.set_postfix(means | {"pairs/s": round(rate)})
-        if self.file:
-            self.write({"step": step, **means, **{k: float(v) for k, v in values.items()},
-                        "pairs_per_s": round(rate, 1)})
+        self.write({"step": step, **means, **{k: float(v) for k, v in values.items()},
+                    "pairs_per_s": round(rate, 1)})
 
     def write(self, line: dict) -> None:
-        """One line of log.jsonl, {step, ...}."""
+        """One line of log.jsonl, {step, ...}; nothing on other ranks than 0."""
+        if not self.file:
+            return
         self.file.write(json.dumps(line) + "\n")
         for name, value in line.items() if self.board else ():
             self.board.add_scalar(name, value, line["step"])

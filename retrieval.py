@@ -5,11 +5,14 @@ sec. 5.1).
     rerank     ITC similarity + ITM's matched logit for the top k, in blocks
     retrieval  R@1, 5, 10, median and mean rank, both ways, by ITC and re-ranked
 
+The work is split over processes in the same batches and blocks as in one, so the numbers are the
+same.
+
 What is held does not grow with images x tokens. 5,000 images x 25,000 texts at base size and 384
-px: the pictures as bytes 2.2 GB, similarities, matched logits and the two results 4 x 0.5 GB with
-as much again for a moment in between, the weights 1.8 GB: 8 GB of host memory. On the device 16
-images' keys and values in 12 layers (16 x 43 MB in float32) and 512 short texts' activations (0.5
-GB): with the weights under 4 GB.
+px: similarities, matched logits and the two results 4 x 0.5 GB with as much again for a moment in
+between, the weights 1.8 GB: 6 GB of host memory. On the device 16 images' keys and values in 12
+layers (16 x 43 MB in float32) and 512 short texts' activations (0.5 GB): with the weights under 4
+GB.
 """
 
 from dataclasses import dataclass
@@ -17,10 +20,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
 
+import distributed
 from blip import BLIP
-from data import Collate, InputError, Tokenizer, normalise
+from data import Collate, InputError, Tokenizer, clean_caption, normalise
 from metrics import rank_statistics, ranks, recall, recall_chance
 
 BATCH = 64  # images or texts that are encoded at a time
@@ -33,7 +36,8 @@ BEHIND = 1e3  # puts what the re-ranking did not look at behind what it did
 class Gallery:
     """A data set, encoded: I images, T texts. `image_of[t]` is the image that text t belongs to."""
 
-    images: Tensor  # (I, 3, S, S) uint8, for encoding again and for the sheets
+    dataset: Dataset  # where the images come from, for encoding again and for the sheets
+    index: list[int]  # of each image in it
     texts: list[str]
     image_of: Tensor  # (T,)
     ids: Tensor  # (T, L)
@@ -42,9 +46,13 @@ class Gallery:
     text_feat: Tensor  # (T, E)
     broken: list[str]
 
+    def images(self, rows: list[int]) -> Tensor:
+        """-> (len(rows), 3, S, S) uint8."""
+        return torch.stack([self.dataset[self.index[i]]["image"] for i in rows])
+
     def positives(self) -> Tensor:
         """(T, I): which image each text belongs to."""
-        return self.image_of[:, None] == torch.arange(len(self.images))
+        return self.image_of[:, None] == torch.arange(len(self.index))
 
     def sim(self) -> Tensor:
         """(T, I): ITC similarity."""
@@ -57,26 +65,35 @@ def encode(model: BLIP, tokenizer: Tokenizer, dataset: Dataset, device: torch.de
     """Image and text features of all items, each item's `texts` as texts. Unreadable images are
     left out."""
     model.eval()
-    images, texts, image_of, image_feat, broken = [], [], [], [], []
-    for batch in tqdm(DataLoader(dataset, BATCH, collate_fn=Collate(tokenizer, max_tokens)),
-                      "images", leave=False):
+    found, broken = [], []
+    loader = DataLoader(dataset, collate_fn=Collate(tokenizer, max_tokens),
+                        batch_sampler=shared_batches(len(dataset)))
+    for batch in distributed.progress(loader, "images"):
         broken += batch["broken"]
-        if batch["image"] is None:
-            continue
-        for number, captions in enumerate(batch["texts"], sum(map(len, images))):
-            texts += captions
-            image_of += [number] * len(captions)
-        images.append(batch["image"])
-        image_feat.append(model.encode_image(normalise(batch["image"].to(device)))[1].cpu())
-    if not images:
+        if batch["image"] is not None:
+            feat = model.encode_image(normalise(batch["image"].to(device)))[1].cpu()
+            found += zip(batch["index"], batch["texts"], feat)
+    found, broken = distributed.gather(found), distributed.gather(broken)
+    if not found:
         raise InputError(f"none of the {len(dataset)} images could be read; the first: {broken[0]}")
-    ids, mask = tokenizer.encode(texts, max_tokens)
+    found.sort(key=lambda item: item[0])
+    index, captions, image_feat = zip(*found)
+    texts = [text for known in captions for text in known]
+    ids, mask = tokenizer.encode([clean_caption(text) for text in texts], max_tokens)
     text_feat = []
-    for rows in tqdm(torch.arange(len(texts)).split(BATCH), "texts", leave=False):
+    for rows in distributed.progress(shared_batches(len(texts)), "texts"):
         some = (x.to(device) for x in crop_padding(ids[rows], mask[rows]))
-        text_feat.append(model.encode_text(*some).cpu())
-    return Gallery(torch.cat(images), texts, torch.tensor(image_of), ids, mask,
-                   torch.cat(image_feat), torch.cat(text_feat), broken)
+        text_feat += zip(rows, model.encode_text(*some).cpu())
+    text_feat = sorted(distributed.gather(text_feat), key=lambda item: item[0])
+    image_of = torch.arange(len(index)).repeat_interleave(torch.tensor([*map(len, captions)]))
+    return Gallery(dataset, list(index), texts, image_of, ids, mask, torch.stack(image_feat),
+                   torch.stack([feat for _, feat in text_feat]), broken)
+
+
+def shared_batches(count: int, batch: int = BATCH) -> list[list[int]]:
+    """This rank's share of the batches of 0 ... count - 1, which are the same whatever the number
+    of ranks."""
+    return distributed.share([rows.tolist() for rows in torch.arange(count).split(batch)])
 
 
 def crop_padding(ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -103,9 +120,11 @@ def rerank(model: BLIP, gallery: Gallery, top_k: int, device: torch.device, imag
     counts = wanted.sum(0)
     # Images with about as many texts side by side, so that little is padded.
     order = counts.argsort(descending=True, stable=True)
-    with tqdm(total=int(counts.sum()), desc="re-ranking", unit="pair", leave=False) as bar:
-        for block in order.split(images):
-            tokens = model.vit(normalise(gallery.images[block].to(device)))
+    blocks, found = distributed.share(order.split(images)), []
+    with distributed.progress(about="re-ranking", unit="pair",
+                              total=sum(int(counts[block].sum()) for block in blocks)) as bar:
+        for block in blocks:
+            tokens = model.vit(normalise(gallery.images(block.tolist()).to(device)))
             kv = model.med.project(tokens)
             rows = [wanted[:, i].nonzero().flatten() for i in block]
             longest = len(rows[0])
@@ -116,8 +135,10 @@ def rerank(model: BLIP, gallery: Gallery, top_k: int, device: torch.device, imag
                 chosen = part.flatten()
                 ids, mask = crop_padding(gallery.ids[chosen], gallery.mask[chosen])
                 logits = model.match(kv, ids.to(device), mask.to(device))[:, 1].float().cpu()
-                matched[part, block[:, None]] = logits.view(part.shape)
+                found.append((part, block, logits.view(part.shape)))
             bar.update(int(counts[block].sum()))
+    for part, block, logits in distributed.gather(found):
+        matched[part, block[:, None]] = logits
     return (torch.where(for_text, sim + matched, sim - BEHIND),
             torch.where(for_image, sim + matched, sim - BEHIND).T)
 
@@ -140,6 +161,6 @@ def retrieval(model: BLIP, gallery: Gallery, top_k: int,
 
 def retrieval_chance(gallery: Gallery) -> dict[str, float]:
     """What random orders would score."""
-    images, texts = len(gallery.images), len(gallery.texts)
+    images, texts = len(gallery.index), len(gallery.texts)
     return (recall_chance(texts, images, 1, "t2i")
             | recall_chance(images, texts, round(texts / images), "i2t"))

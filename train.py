@@ -11,21 +11,20 @@ log.jsonl (one line per logged step), checkpoint.pt (everything), best.pt (finet
 after the epoch that did best on the validation split), metrics.json and samples.png (at the end).
 """
 
-import math
+import os
 import signal
 import sys
 import time
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
 import checkpoints
 import distributed
-from blip import BLIP, BLIPConfig
+from blip import BLIPConfig
 from captioning import Decoding
 from config import (
     FREE_ON_RESUME,
@@ -38,16 +37,7 @@ from config import (
     parse,
     resolve,
 )
-from data import (
-    Collate,
-    InputError,
-    PairDataset,
-    Tokenizer,
-    merge_captions,
-    normalise,
-    read_json,
-    read_pairs,
-)
+from data import InputError, normalise
 from distributed import print0
 from eval import (
     evaluate_captions,
@@ -58,176 +48,8 @@ from eval import (
     write_numbers,
 )
 from logbook import Log
+from run import Run
 from sheets import draw_sheet
-from world import World, all_captions
-
-
-class EpochBatches(Sampler):
-    """This rank's share of each global batch of one epoch: a function of (seed, epoch, step) alone,
-    so that a run can start anywhere and the samples of a global batch do not depend on the number
-    of processes. The last, incomplete batch is left out."""
-
-    def __init__(self, size: int, batch_size: int, seed: int, epoch: int, first_step: int):
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-        self.order = torch.randperm(size, generator=generator).tolist()
-        self.batch_size, self.first_step, self.steps = batch_size, first_step, size // batch_size
-
-    def __iter__(self) -> Iterator[list[int]]:
-        share = self.batch_size // distributed.world_size()
-        for step in range(self.first_step, self.steps):
-            start = step * self.batch_size + distributed.rank() * share
-            yield self.order[start:start + share]
-
-    def __len__(self) -> int:
-        return self.steps - self.first_step
-
-
-# ---- the run -------------------------------------------------------------------------------------
-
-@dataclass
-class Sets:
-    """Training set; what checkpoints are chosen by (None: the last one is kept); what is judged at
-    the end (None: nothing is); the training texts."""
-
-    train: Dataset
-    val: Dataset | None
-    final: Dataset | None
-    texts: list[str]
-
-
-def load_data(config: TrainConfig, image_size: int) -> Sets:
-    """The data sets of a run: the world without --data. One --val serves both purposes."""
-    if not config.data:
-        return Sets(World("train", config.world_size, image_size, config.seed, config.noise),
-                    World("val", min(300, config.eval_size), image_size),
-                    World("held-out", config.eval_size, image_size), all_captions())
-    root = config.image_root or None
-    pairs = read_pairs(config.data, root)
-    train = PairDataset(pairs, root or Path(config.data).parent, image_size, config.augment,
-                        (config.crop_min, 1.0), config.seed)
-    val, held_out = config.val, None
-    if not val and isinstance(read_json(config.data), dict):  # a Karpathy file holds all splits
-        val = config.data
-    if val:
-        known = merge_captions(read_pairs(val, root, config.val_split))[:config.eval_size]
-        held_out = PairDataset(known, root or Path(val).parent, image_size)
-        if config.eval_top_k > len(held_out):
-            raise InputError(f"--eval-top-k {config.eval_top_k} is larger than the gallery of "
-                             f"{len(held_out)} images in {val}; give a smaller one")
-    return Sets(train, held_out, held_out, [text for pair in pairs for text in pair.captions])
-
-
-def make_optimizer(model: BLIP, config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW over everything but the twins. NOTE(differs from salesforce/BLIP): no weight decay on
-    biases, LayerNorms and the temperature, which have nothing to gain from being small."""
-    twins = {id(p) for _, twin in model.twins() for p in twin.parameters()}
-    online = [p for p in model.parameters() if id(p) not in twins]
-    groups = [{"params": [p for p in online if p.ndim > 1], "weight_decay": config.weight_decay},
-              {"params": [p for p in online if p.ndim <= 1], "weight_decay": 0.0}]
-    fused = next(model.parameters()).device.type in ("cuda", "cpu")
-    return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, config.beta2), fused=fused)
-
-
-class Run:
-    """What a run consists of, and how it gets into a checkpoint and out of it."""
-
-    def __init__(self, model_config: BLIPConfig, config: TrainConfig, device: torch.device,
-                 state: dict | None = None, source: tuple[BLIP, Tokenizer] | None = None):
-        """`state` is a checkpoint to continue; `source` a model to start from, and its
-        tokenizer."""
-        self.config, self.device, self.out = config, device, Path(config.out)
-        self.sets = load_data(config, model_config.image_size)
-        self.train_set = self.sets.train
-        if len(self.train_set) < config.batch_size:
-            raise InputError(f"there are {len(self.train_set)} training pairs, fewer than "
-                             f"--batch-size {config.batch_size}; give a smaller one")
-        if state:
-            self.tokenizer = Tokenizer(state["tokenizer"])
-        elif source:
-            self.tokenizer = source[1]
-        elif config.vocab:
-            self.tokenizer = Tokenizer.from_file(config.vocab)
-        else:
-            self.tokenizer = Tokenizer.train(self.sets.texts, config.vocab_pieces)
-        torch.manual_seed(config.seed)  # the same on all ranks: weights and queues start equal
-        self.model = BLIP(replace(model_config, **self.tokenizer.config())).to(device)
-        self.optimizer = make_optimizer(self.model, config)
-        if source:
-            checkpoints.initialise(self.model, source[0])
-        # What stands before each text: [DEC] and the prompt. It gives no loss.
-        self.prompt_length = 1 + len(self.tokenizer.pieces_of(config.prompt))
-        self.step, self.seconds, self.seen, self.broken, self.best = 0, 0.0, 0, 0, -math.inf
-        # dropout and mining differ from rank to rank
-        torch.manual_seed(config.seed + distributed.rank())
-        self.steps_per_epoch = len(self.train_set) // config.batch_size
-        self.steps = self.steps_per_epoch * config.epochs
-        if state:
-            self.model.load_state_dict(state["model"])
-            self.optimizer.load_state_dict(state["optimizer"])
-            self.step, self.seconds = state["step"], state["seconds"]
-            self.seen, self.broken = state["seen"], state["broken"]
-            self.best = state.get("best", self.best)
-            torch.set_rng_state(state["rng"])
-            if device.type == "cuda" and state["rng_cuda"] is not None:
-                torch.cuda.set_rng_state(state["rng_cuda"])
-
-    def save(self) -> None:
-        """Write checkpoint.pt, on rank 0. The schedules are functions of `step`: nothing else is
-        needed to go on."""
-        if distributed.rank() == 0:
-            cuda = torch.cuda.get_rng_state() if self.device.type == "cuda" else None
-            checkpoints.save(self.out / "checkpoint.pt", self.weights() | {
-                "optimizer": self.optimizer.state_dict(), "step": self.step,
-                "seconds": self.seconds, "seen": self.seen, "broken": self.broken,
-                "best": self.best, "rng": torch.get_rng_state(), "rng_cuda": cuda})
-
-    def weights(self) -> dict:
-        """What rebuilds the model and its tokenizer, and says how they were trained."""
-        return {"model": self.model.state_dict(), "model_config": asdict(self.model.config),
-                "tokenizer": self.tokenizer.state(), "train_config": asdict(self.config)}
-
-    def chooses(self) -> bool:
-        """Whether the epoch that just ended is to be compared with the earlier ones."""
-        return (self.config.task != "pretrain" and self.sets.val is not None
-                and self.step % self.steps_per_epoch == 0)
-
-    def choose(self) -> dict:
-        """Judge the epoch on the validation split; keep its model in best.pt if it is the best so
-        far -> what goes into the log."""
-        numbers, _ = judge(self, self.sets.val)
-        score = selection_score(self.config.task, numbers)
-        if score > self.best:
-            self.best = score
-            checkpoints.save(self.out / "best.pt", self.weights() | {"step": self.step})
-        self.model.train()
-        return {"step": self.step, "val_score": round(score, 5), "best": round(self.best, 5)}
-
-    def batches(self) -> Iterator[dict]:
-        """Batches from the current step to the end of the last epoch."""
-        pictures = isinstance(self.train_set, PairDataset)
-        while self.step < self.steps:
-            epoch, first = divmod(self.step, self.steps_per_epoch)
-            self.train_set.set_epoch(epoch)
-            yield from DataLoader(
-                self.train_set,
-                collate_fn=Collate(self.tokenizer, self.config.max_tokens, self.config.prompt),
-                batch_sampler=EpochBatches(len(self.train_set), self.config.batch_size,
-                                           self.config.seed, epoch, first),
-                num_workers=self.config.workers if pictures else 0,
-                pin_memory=self.device.type == "cuda",
-                # its own: else each start of a loader would move the run's generator
-                generator=torch.Generator())
-
-    def count(self, batch: dict) -> None:
-        """Keep count of unreadable images; InputError when they are too many."""
-        self.seen += len(batch["broken"]) + (0 if batch["image"] is None else len(batch["image"]))
-        self.broken += len(batch["broken"])
-        enough = self.seen >= min(100, len(self.train_set))
-        if batch["image"] is None or (
-                enough and self.broken > self.config.max_broken * self.seen):
-            raise InputError(f"{self.broken} of {self.seen} images could not be read, more than "
-                             f"--max-broken {self.config.max_broken:g} allows; the last: "
-                             f"{batch['broken'][-1:]}; is --image-root right?")
 
 
 def use_bf16(precision: str, device: torch.device) -> bool:
@@ -244,17 +66,17 @@ def use_bf16(precision: str, device: torch.device) -> bool:
 def train(run: Run) -> bool:
     """Train to the end -> True, or until a signal asks to stop -> False; either way the checkpoint
     is written."""
-    config, model, device = run.config, run.model, run.device
+    config, model = run.config, run.model
     log, stop = Log(run.out, run.step, config.log_every), []
     before = {number: signal.signal(number, lambda *_: stop.append(True))
               for number in (signal.SIGINT, signal.SIGTERM)}
-    net, objectives, weights = None, None, config.weights()
+    net, objectives, stopping = None, None, False
     model.train()
     bar = tqdm(run.batches(), "training", run.steps, initial=run.step,
                disable=distributed.rank() > 0, unit="step")
-    start = time.perf_counter() - run.seconds
-    for batch in bar:
-        run.count(batch)
+    saved = time.perf_counter()
+    start = saved - run.seconds
+    for micro_batches in bar:
         if objectives != objectives_at(config, run.step):
             objectives = objectives_at(config, run.step)
             model.set_objectives(objectives)
@@ -263,16 +85,8 @@ def train(run: Run) -> bool:
         for group in run.optimizer.param_groups:
             group["lr"] = lr
         alpha = alpha_at(config, run.step, run.steps_per_epoch)
-        image, ids, mask, image_ids = (batch[k].to(device, non_blocking=True)
-                                       for k in ("image", "ids", "mask", "image_id"))
-        if config.task != "retrieval":  # pretraining does not know which texts share an image
-            image_ids = None
 
-        with torch.autocast(device.type, torch.bfloat16,
-                            enabled=use_bf16(config.precision, device)):
-            losses, keys = net(normalise(image), ids, mask, alpha, image_ids, run.prompt_length,
-                               config.all_negatives)
-        sum(weights[name] * loss for name, loss in losses.items()).backward()
+        losses, keys = forward_backward(run, net, micro_batches, alpha)
         if config.grad_clip:
             torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
         run.optimizer.step()
@@ -283,19 +97,58 @@ def train(run: Run) -> bool:
 
         run.step += 1
         run.seconds = time.perf_counter() - start
-        log.add(losses, bar, run.step, run.step == run.steps, config.batch_size, lr=lr, alpha=alpha,
+        last = run.step == run.steps
+        log.add(losses, bar, run.step, last, config.batch_size, lr=lr, alpha=alpha,
                 temp=model.temp.detach(), minutes=round(run.seconds / 60, 3))
-        chooses = run.chooses()
-        if chooses and distributed.rank() == 0:
-            log.write(run.choose())
-        if run.step % config.save_every == 0 or chooses or stop or run.step == run.steps:
+        # After each epoch of a finetuning, which may be the best one.
+        chooses = (config.task != "pretrain" and run.sets.val is not None
+                   and run.step % run.steps_per_epoch == 0)
+        due = False
+        if chooses:
+            log.write(choose(run))
+        # What the clock or a signal decides, all ranks must decide alike: they talk about it at
+        # logged steps only, because talking waits for the device.
+        if distributed.world_size() == 1 or run.step % config.log_every == 0:
+            stopping = distributed.any_rank(bool(stop))
+            due = distributed.any_rank(time.perf_counter() - saved > 60 * config.save_minutes)
+        if run.step % config.save_every == 0 or due or chooses or stopping or last:
             run.save()
-        if stop:
+            saved = time.perf_counter()
+        if stopping:
             break
     bar.close()
     for number, handler in before.items():
         signal.signal(number, handler)
-    return not stop
+    return run.step == run.steps
+
+
+def forward_backward(run: Run, net: torch.nn.Module, micro_batches: list[dict],
+                     alpha: float) -> tuple[dict, dict]:
+    """Add up the gradients of a step's micro-batches -> losses, their mean; keys of all.
+
+    A micro-batch is to a process what a process is to the group: its ITC columns are its own keys
+    and the queue as it stands, its gradient is one part of the mean, and twins and queue change
+    once, after the step. So 1 process x 2 micro-batches computes what 2 processes x 1 do.
+    """
+    config, device, count = run.config, run.device, len(micro_batches)
+    means, all_keys = {}, []
+    for number, batch in enumerate(micro_batches):
+        run.count(batch)
+        image, ids, mask, image_ids = (batch[k].to(device, non_blocking=True)
+                                       for k in ("image", "ids", "mask", "image_id"))
+        if config.task != "retrieval":  # pretraining does not know which texts share an image
+            image_ids = None
+        with distributed.no_sync(net, number < count - 1):
+            with torch.autocast(device.type, torch.bfloat16,
+                                enabled=use_bf16(config.precision, device)):
+                losses, keys = net(normalise(image), ids, mask, alpha, image_ids,
+                                   run.prompt_length, config.all_negatives)
+            weights = config.weights()
+            (sum(weights[name] * loss for name, loss in losses.items()) / count).backward()
+        for name, loss in losses.items():
+            means[name] = means.get(name, 0) + loss.detach() / count
+        all_keys.append(keys)
+    return means, {name: torch.cat([keys[name] for keys in all_keys]) for name in all_keys[0]}
 
 
 def judge(run: Run, dataset: Dataset) -> tuple[dict, list]:
@@ -310,6 +163,18 @@ def judge(run: Run, dataset: Dataset) -> tuple[dict, list]:
     return evaluate_pretraining(*shared, c.eval_top_k, c.max_tokens, how, run.sets.texts)
 
 
+def choose(run: Run) -> dict:
+    """Judge the epoch on the validation split; keep its model in best.pt if it is the best so far
+    -> what goes into the log. All ranks call it."""
+    score = selection_score(run.config.task, judge(run, run.sets.val)[0])
+    if score > run.best:
+        run.best = score
+        if distributed.rank() == 0:
+            checkpoints.save(run.out / "best.pt", run.weights() | {"step": run.step})
+    run.model.train()
+    return {"step": run.step, "val_score": round(score, 5), "best": round(run.best, 5)}
+
+
 def selection_score(task: str, numbers: dict) -> float:
     """By what the best epoch is chosen: CIDEr, or the mean of the six recalls that count."""
     if task == "caption":
@@ -319,23 +184,30 @@ def selection_score(task: str, numbers: dict) -> float:
 
 
 def evaluate(run: Run) -> dict:
-    """The final judgement, on rank 0, of the best model -> the numbers, written to metrics.json
-    beside samples.png and printed."""
+    """The final judgement of the best model, which all ranks share -> the numbers, which rank 0
+    writes to metrics.json beside samples.png, and prints."""
     numbers = {"train_minutes": round(run.seconds / 60, 2), "steps": run.step}
-    if run.broken:
-        numbers |= {"train_broken": run.broken, "train_seen": run.seen}
+    broken, seen = map(sum, zip(*distributed.gather([(run.broken, run.seen)])))
+    if broken:
+        numbers |= {"train_broken": broken, "train_seen": seen}
     best = run.out / "best.pt"
+    distributed.barrier()
     if best.exists():
         state = checkpoints.load(best)
         run.model.load_state_dict(state["model"])
         numbers["best_step"] = state["step"]
-        print(f"the model that did best in validation is that of step {state['step']}")
+        print0(f"the model that did best in validation is that of step {state['step']}")
     if run.sets.final is not None:
         found, sections = judge(run, run.sets.final)
-        draw_sheet(run.out / "samples.png", sections)
-        print_numbers(found)
         numbers |= found
-    write_numbers(run.out / "metrics.json", numbers, run.weights()["train_config"])
+    if distributed.rank() == 0:
+        if run.sets.final is not None:
+            draw_sheet(run.out / "samples.png", sections)
+            print_numbers(found)
+        if "train_broken" in numbers:
+            print(f"{numbers['train_broken']} of {numbers['train_seen']} images could not be read "
+                  "and were replaced by others")
+        write_numbers(run.out / "metrics.json", numbers, run.weights()["train_config"])
     return numbers
 
 
@@ -345,6 +217,8 @@ def start(arguments: list[str]) -> Run:
     task_out = TASKS[given.get("task", TrainConfig.task)].get("out", TrainConfig.out)
     path = Path(given.get("out", task_out)) / "checkpoint.pt"
     state = source = init = None
+    # torchrun --max-restarts starts the same command again after a crash.
+    resume |= int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0 and path.exists()
     if resume:
         state = checkpoints.load(path)
         if "optimizer" not in state:
@@ -369,9 +243,11 @@ def start(arguments: list[str]) -> Run:
         except ValueError as error:
             raise InputError(str(error))
     device = distributed.init(config.device)
-    if config.batch_size % distributed.world_size():
-        raise InputError(f"--batch-size {config.batch_size} is not a multiple of "
-                         f"{distributed.world_size()} processes")
+    chunks = distributed.world_size() * config.accumulate
+    if config.batch_size % chunks:
+        raise InputError(f"--batch-size {config.batch_size} is not a multiple of {chunks}, which "
+                         f"are {distributed.world_size()} processes x {config.accumulate} "
+                         "micro-batches")
     run = Run(model_config, config, device, state, source)
     if distributed.rank() == 0:
         prepare_folder(run.out, resume)
@@ -381,6 +257,9 @@ def start(arguments: list[str]) -> Run:
     print0(f"{online / 1e6:.2f}M parameters without twins, {len(run.train_set)} pairs, {run.steps} "
            f"steps, on {device} ({'bf16' if use_bf16(config.precision, device) else 'fp32'}), "
            f"writing to {config.out}")
+    print0(f"batch {config.batch_size} = {distributed.world_size()} processes x "
+           f"{config.accumulate} micro-batches x {config.batch_size // chunks} pairs, learning "
+           f"rate up to {config.lr:g}")
     if run.sets.final is None:
         print0("no --val given: there will be no evaluation")
     return run
@@ -409,12 +288,9 @@ def main(arguments: list[str] | None = None) -> int:
                    f"--resume --out {run.config.out}")
             return 130
         print0(f"trained for {run.seconds / 60:.1f} minutes; evaluating")
-        if run.broken:
-            print0(f"{run.broken} of {run.seen} images could not be read and were replaced by "
-                   "others")
-        if distributed.rank() == 0:
-            evaluate(run)
-            print(f"wrote {run.out}/metrics.json, samples.png, log.jsonl, checkpoint.pt")
+        evaluate(run)
+        print0("wrote " + f"{run.out}/" + ", ".join(
+            p.name for p in sorted(run.out.iterdir()) if p.is_file()))
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -75,3 +75,13 @@ def pretrained(tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("pretrained") / "run"
     assert run(out, "--world-size", 48, "--max-positions", 64, "--text-depth", 2) == 0
     return out / "checkpoint.pt"
+
+
+def equal_states(a: Path, b: Path) -> bool:
+    """Whether two runs' checkpoints are equal in every tensor and counter."""
+    a, b = (torch.load(p / "checkpoint.pt", weights_only=True) for p in (a, b))
+    assert all(a[k] == b[k] for k in ("step", "seen", "broken", "best"))
+    tensors = [(a["model"][k], b["model"][k]) for k in a["model"]] + list(zip(a["rng"], b["rng"]))
+    for i, slot in a["optimizer"]["state"].items():
+        tensors += [(slot[k], b["optimizer"]["state"][i][k]) for k in slot]
+    return all(torch.equal(x, y) for x, y in tensors)

@@ -1,11 +1,23 @@
-"""Two processes on gloo against the same arithmetic in one process."""
+"""Two processes on gloo against the same arithmetic in one; crashes, restarts and resuming."""
 
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from conftest import toy_batch, toy_model
+from conftest import SMALL, equal_states, toy_batch, toy_model
 
+import checkpoints
 import distributed
+import train
 
 WORLD, EACH = 2, 3
 
@@ -56,3 +68,129 @@ def test_negatives_from_all_ranks_with_gradient_through_the_images(tmp_path):
         losses.append(torch.nn.functional.cross_entropy(torch.cat(logits), torch.tensor(matched)))
     expected, = torch.autograd.grad(sum(losses) / WORLD, model.vit.patch_embed.weight)
     assert torch.allclose(torch.load(tmp_path / "g.pt"), expected, atol=1e-6)
+
+
+# ---- whole runs under torchrun ----
+
+ROOT = Path(__file__).parents[1]
+ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def torchrun(port: int, *arguments, processes: int = 2, options=()) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}",
+         f"--master_port={port}", *options, *map(str, arguments)], cwd=ROOT, env=ONE_THREAD,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def finish(process: subprocess.Popen) -> str:
+    out, _ = process.communicate(timeout=240)
+    assert process.returncode == 0, out[-3000:]
+    return out
+
+
+def test_two_processes_compute_what_two_micro_batches_do(tmp_path):
+    """The whole run: order, mean gradient, queues, momentum, schedule, and evaluation. ITM is off,
+    because its negatives are drawn on each rank by itself."""
+    flags = [*SMALL, "--world-size", "48", "--itm-weight", "0", "--device", "cpu"]
+    out = finish(torchrun(29511, "train.py", *flags, "--out", tmp_path / "two"))
+    assert "batch 8 = 2 processes x 1 micro-batches x 4 pairs" in out
+    torch.set_num_threads(1)
+    assert train.main([*flags, "--out", str(tmp_path / "one"), "--accumulate", "2"]) == 0
+    one, two = (checkpoints.load(tmp_path / name / "checkpoint.pt") for name in ("one", "two"))
+    assert one["step"] == two["step"] == 6 and len(two["rng"]) == 2
+    # 4 steps with ITC, 8 keys each
+    assert one["model"]["queue_ptr"] == two["model"]["queue_ptr"] == (4 * 8) % 20
+    for name, value in one["model"].items():
+        assert torch.allclose(value.float(), two["model"][name].float(), atol=1e-5), name
+    numbers = [json.loads((tmp_path / name / "metrics.json").read_text())
+               for name in ("one", "two")]
+    for name in ("t2i_r1", "i2t_r5", "t2i_r5_rerank", "cider", "itm_swap", "images"):
+        assert numbers[0][name] == pytest.approx(numbers[1][name], abs=1e-6), name
+
+
+def test_evaluation_is_split_and_gives_the_same_numbers(tmp_path, pretrained):
+    torch.set_num_threads(1)
+    for command in ("retrieval", "caption"):
+        asked = ["eval.py", command, "--checkpoint", pretrained, "--size", "150", "--device", "cpu"]
+        finish(torchrun(29512, *asked, "--out", tmp_path / f"two-{command}"))
+        finish(torchrun(29513, *asked, "--out", tmp_path / f"one-{command}", processes=1))
+        one, two = (json.loads((tmp_path / f"{n}-{command}" / "metrics.json").read_text())
+                    for n in ("one", "two"))
+        assert one.pop("settings") and two.pop("settings")
+        assert one == two and one["images"] == 150
+
+
+def test_resuming_on_another_number_of_processes_sees_the_same_samples(tmp_path):
+    flags = [*SMALL, "--world-size", "64", "--epochs", "2", "--device", "cpu", "--itm-weight", "0"]
+    finish(torchrun(29514, "train.py", *flags, "--out", tmp_path / "two", "--save-every", "5",
+                    "--keep", "9"))
+    kept = sorted(p.name for p in (tmp_path / "two").glob("checkpoint-*.pt"))
+    assert kept == [f"checkpoint-{step:08d}.pt" for step in (5, 10, 15, 16)]
+    (tmp_path / "one").mkdir()
+    (tmp_path / "two" / kept[1]).rename(tmp_path / "one" / "checkpoint.pt")
+    torch.set_num_threads(1)
+    assert train.main(["--resume", "--out", str(tmp_path / "one"), "--accumulate", "2"]) == 0
+    one, two = (checkpoints.load(tmp_path / name / "checkpoint.pt")["model"]
+                for name in ("one", "two"))
+    for name, value in one.items():  # no dropout, no mining: the same samples, the same end
+        assert torch.allclose(value.float(), two[name].float(), atol=1e-5), name
+
+
+def kill(process: subprocess.Popen) -> None:
+    """torchrun, then its workers, with -9: nobody gets to say goodbye."""
+    children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True)
+    process.kill()
+    for child in children.stdout.split():
+        os.kill(int(child), signal.SIGKILL)
+    process.wait()
+
+
+def kill_and_resume(folder: Path, kills: int, seed: int, processes: int, port: int) -> None:
+    """A run that is killed at random moments, many of them within the writing of a checkpoint, and
+    resumed each time ends exactly where one that never was does."""
+    flags = [*SMALL, "--world-size", "400", "--epochs", "2", "--dropout", "0.1", "--save-every",
+             "1", "--eval-size", "8", "--device", "cpu"]
+    def start(out, *more):
+        return torchrun(port, "train.py", *more, "--out", folder / out, processes=processes)
+    finish(start("whole", *flags))
+    rng, checkpoint, more = random.Random(seed), folder / "part" / "checkpoint.pt", flags
+    for _ in range(kills):
+        before = checkpoint.stat().st_mtime_ns if checkpoint.exists() else 0
+        process = start("part", *more)
+        while not checkpoint.exists() or checkpoint.stat().st_mtime_ns == before:
+            assert process.poll() is None, "it ended before it could be killed"
+            time.sleep(0.01)
+        time.sleep(rng.uniform(0.0, 0.4))
+        kill(process)
+        more = ["--resume"]
+    finish(start("part", "--resume"))
+    assert equal_states(folder / "whole", folder / "part")
+
+
+def test_killed_and_resumed_ends_the_same(tmp_path):
+    kill_and_resume(tmp_path, 2, 0, 1, 29515)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+def test_killed_many_times_and_resumed_ends_the_same(tmp_path, processes):
+    for seed in range(3):
+        kill_and_resume(tmp_path / str(seed), 5, seed, processes, 29516 + processes)
+
+
+def test_a_worker_that_dies_is_started_again(tmp_path):
+    """torchrun --max-restarts runs the same command again, which finds its checkpoint."""
+    flags = [*SMALL, "--world-size", "160", "--epochs", "2", "--save-every", "5", "--device", "cpu"]
+    process = torchrun(29519, "train.py", *flags, "--out", tmp_path / "a",
+                       options=["--max-restarts=2"])
+    while not (tmp_path / "a" / "checkpoint.pt").exists():
+        time.sleep(0.05)
+        assert process.poll() is None
+    child = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True,
+                           text=True).stdout.split()[0]
+    os.kill(int(child), signal.SIGKILL)
+    finish(process)
+    log = [json.loads(line)["step"]
+           for line in (tmp_path / "a" / "log.jsonl").read_text().splitlines()]
+    assert log == list(range(2, 41, 2)) and (tmp_path / "a" / "metrics.json").exists()

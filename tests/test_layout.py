@@ -17,10 +17,13 @@ MAY_IMPORT = {
     "vit": {"attention"}, "med": {"attention"},
     "blip": {"vit", "med", "decoding", "losses", "distributed"},
     "config": {"blip"}, "checkpoints": {"blip", "data", "vit"},
-    "retrieval": {"blip", "data", "metrics"}, "captioning": {"blip", "data", "metrics"},
+    "retrieval": {"blip", "data", "distributed", "metrics"},
+    "captioning": {"blip", "data", "distributed", "metrics", "retrieval"},
+    "run": {"blip", "checkpoints", "config", "data", "distributed", "world"},
     "logbook": {"data", "distributed"},
     "demo": {"blip", "captioning", "checkpoints", "data", "retrieval", "sheets"},
-    "eval": CORE | {"demo"}, "train": CORE | {"eval"}, "bench": CORE | {"eval", "train"},
+    "eval": CORE | {"demo"}, "train": CORE | {"eval", "run"},
+    "bench": CORE | {"eval", "run", "train"},
 }
 
 

@@ -38,7 +38,7 @@ def test_rerank_equals_every_pair_by_itself():
     model, _, _, gallery = small_gallery()
     t2i, i2t = rerank(model, gallery, 6, torch.device("cpu"))
     for i in range(6):
-        tokens, feat = model.encode_image(normalise(gallery.images[i:i + 1]))
+        tokens, feat = model.encode_image(normalise(gallery.images([i])))
         for t in range(6):
             ids, mask = gallery.ids[t:t + 1], gallery.mask[t:t + 1]
             matched = model.match(model.med.project(tokens), ids, mask)[0, 1]
@@ -89,7 +89,7 @@ def test_an_image_is_encoded_and_projected_once(monkeypatch):
 def test_several_captions_of_an_image():
     model, tokenizer, _, gallery = small_gallery()
     gallery.image_of = torch.tensor([0, 0, 1, 1, 2, 2])
-    gallery.images, gallery.image_feat = gallery.images[:3], torch.eye(3, 16)
+    gallery.index, gallery.image_feat = gallery.index[:3], torch.eye(3, 16)
     # Image 0 and 1 find their second and first caption, image 2 one of image 1's.
     gallery.text_feat = torch.stack([torch.eye(3, 16)[axis] * length for axis, length in (
         (1, 0.9), (0, 1.0), (1, 1.0), (2, 1.0), (2, 0.8), (0, 0.7))])

@@ -11,15 +11,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import SMALL, photographs, run
+from conftest import SMALL, equal_states, photographs, run
 from PIL import Image
 
 import checkpoints
 import config
 import train
-from blip import BLIPConfig
+from blip import BLIP, BLIPConfig
 from config import TrainConfig, alpha_at, field_help, learning_rate, objectives_at, resolve
-from train import EpochBatches
+from run import EpochBatches
 from world import World
 
 # ---- command line ----
@@ -151,15 +151,6 @@ def test_a_run_on_the_world_writes_what_it_says(tmp_path, capsys):
     assert (tmp_path / "a.old1/metrics.json").exists() and "moved to" in capsys.readouterr().out
 
 
-def equal_states(a: Path, b: Path) -> bool:
-    a, b = (torch.load(p / "checkpoint.pt", weights_only=True) for p in (a, b))
-    assert a["step"] == b["step"]
-    tensors = [(a["model"][k], b["model"][k]) for k in a["model"]] + [(a["rng"], b["rng"])]
-    for i, slot in a["optimizer"]["state"].items():
-        tensors += [(slot[k], b["optimizer"]["state"][i][k]) for k in slot]
-    return all(torch.equal(x, y) for x, y in tensors)
-
-
 def test_a_resumed_run_ends_where_an_uninterrupted_one_does(tmp_path, monkeypatch):
     flags = ("--world-size", 48, "--epochs", 2, "--dropout", 0.1, "--save-every", 5)
     assert run(tmp_path / "whole", *flags) == 0
@@ -248,12 +239,12 @@ def test_finetuning_in_the_world_keeps_the_best_epoch(tmp_path, pretrained, monk
 
 
 def test_the_prompt_stands_before_each_caption_and_gives_no_loss(tmp_path, pretrained, monkeypatch):
-    seen, forward = [], train.BLIP.forward
+    seen, forward = [], BLIP.forward
     def watch(self, image, ids, mask, alpha, image_ids, prompt_length, all_negatives):
         seen.append((ids, prompt_length))
         assert image_ids is None
         return forward(self, image, ids, mask, alpha, image_ids, prompt_length, all_negatives)
-    monkeypatch.setattr(train.BLIP, "forward", watch)
+    monkeypatch.setattr(BLIP, "forward", watch)
     assert finetune("caption", pretrained, tmp_path / "a", "--epochs", 1, "--prompt", "a red") == 0
     _, tokenizer = checkpoints.load_model(tmp_path / "a/best.pt")
     prompt = tokenizer.pieces_of("a red")
@@ -263,11 +254,11 @@ def test_the_prompt_stands_before_each_caption_and_gives_no_loss(tmp_path, pretr
 
 
 def test_retrieval_knows_which_texts_share_an_image(tmp_path, pretrained, monkeypatch):
-    seen, forward = [], train.BLIP.forward
+    seen, forward = [], BLIP.forward
     def watch(self, image, ids, mask, alpha, image_ids, prompt_length, all_negatives):
         seen.append((image_ids, all_negatives, prompt_length))
         return forward(self, image, ids, mask, alpha, image_ids, prompt_length, all_negatives)
-    monkeypatch.setattr(train.BLIP, "forward", watch)
+    monkeypatch.setattr(BLIP, "forward", watch)
     assert finetune("retrieval", pretrained, tmp_path / "a", "--epochs", 1, "--all-negatives",
                     "true") == 0
     known = {World("train", 32)[i]["image_id"] for i in range(32)}
@@ -320,16 +311,3 @@ def test_too_many_unreadable_images_stop_the_run(tmp_path, capsys):
         (folder / f"{i}.jpg").unlink()
     assert run(tmp_path / "run", "--data", folder / "train.json", "--epochs", 5) == 2
     assert "images could not be read, more than --max-broken 0.1 allows" in capsys.readouterr().err
-
-
-def test_two_processes_keep_their_queues_and_weights_equal(tmp_path):
-    """torchrun, gloo: rank 0's checkpoint of a run on two processes is written once and finite."""
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2",
-                           "--master_port=29511", "train.py", *SMALL, "--out", str(tmp_path / "a"),
-                           "--world-size", "48", "--device", "cpu"], text=True, capture_output=True,
-                          cwd=Path(__file__).parents[1], env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stderr[-2000:]
-    state = checkpoints.load(tmp_path / "a/checkpoint.pt")
-    # 4 steps with ITC, 8 keys each
-    assert state["step"] == 6 and state["model"]["queue_ptr"].item() == (4 * 8) % 20
-    assert (tmp_path / "a/metrics.json").exists()

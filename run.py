@@ -1,0 +1,194 @@
+"""What a training run consists of: data in its order, model, optimizer, counters; and how all of
+that gets into a checkpoint and out of it.
+
+What a run does depends on (seed, epoch, step), and not on the clock, the loader's workers or, but
+for dropout and mining, the number of processes: each global batch is cut into world x accumulate
+chunks, number micro * world + rank for each micro-batch of each rank.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+import checkpoints
+import distributed
+from blip import BLIP, BLIPConfig
+from config import TrainConfig
+from data import (
+    Collate,
+    InputError,
+    PairDataset,
+    Tokenizer,
+    merge_captions,
+    read_json,
+    read_pairs,
+)
+from world import World, all_captions
+
+
+class EpochBatches(Sampler):
+    """This rank's micro-batches of one epoch, `accumulate` for each step: a function of (seed,
+    epoch, step) alone, so that a run can start anywhere and the samples of a global batch do not
+    depend on the number of processes. The last, incomplete batch is left out."""
+
+    def __init__(self, size: int, batch_size: int, seed: int, epoch: int, first_step: int,
+                 accumulate: int = 1):
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+        self.order = torch.randperm(size, generator=generator)
+        self.batch_size, self.first_step, self.steps = batch_size, first_step, size // batch_size
+        self.accumulate = accumulate
+
+    def __iter__(self) -> Iterator[list[int]]:
+        world, rank = distributed.world_size(), distributed.rank()
+        share = self.batch_size // (world * self.accumulate)
+        for step in range(self.first_step, self.steps):
+            for micro in range(self.accumulate):
+                start = step * self.batch_size + (micro * world + rank) * share
+                yield self.order[start:start + share].tolist()
+
+    def __len__(self) -> int:
+        return (self.steps - self.first_step) * self.accumulate
+
+
+@dataclass
+class Sets:
+    """Training set; what checkpoints are chosen by (None: the last one is kept); what is judged at
+    the end (None: nothing is); the training texts."""
+
+    train: Dataset
+    val: Dataset | None
+    final: Dataset | None
+    texts: list[str]
+
+
+def load_data(config: TrainConfig, image_size: int) -> Sets:
+    """The data sets of a run: the world without --data. One --val serves both purposes."""
+    if not config.data:
+        return Sets(World("train", config.world_size, image_size, config.seed, config.noise),
+                    World("val", min(300, config.eval_size), image_size),
+                    World("held-out", config.eval_size, image_size), all_captions())
+    root = config.image_root or None
+    pairs = read_pairs(config.data, root)
+    train = PairDataset(pairs, root or Path(config.data).parent, image_size, config.augment,
+                        (config.crop_min, 1.0), config.seed)
+    val, held_out = config.val, None
+    if not val and isinstance(read_json(config.data), dict):  # a Karpathy file holds all splits
+        val = config.data
+    if val:
+        known = merge_captions(read_pairs(val, root, config.val_split))[:config.eval_size]
+        held_out = PairDataset(known, root or Path(val).parent, image_size)
+        if config.eval_top_k > len(held_out):
+            raise InputError(f"--eval-top-k {config.eval_top_k} is larger than the gallery of "
+                             f"{len(held_out)} images in {val}; give a smaller one")
+    return Sets(train, held_out, held_out, [text for pair in pairs for text in pair.captions])
+
+
+def make_optimizer(model: BLIP, config: TrainConfig) -> torch.optim.AdamW:
+    """AdamW over everything but the twins. NOTE(differs from salesforce/BLIP): no weight decay on
+    biases, LayerNorms and the temperature, which have nothing to gain from being small."""
+    twins = {id(p) for _, twin in model.twins() for p in twin.parameters()}
+    online = [p for p in model.parameters() if id(p) not in twins]
+    groups = [{"params": [p for p in online if p.ndim > 1], "weight_decay": config.weight_decay},
+              {"params": [p for p in online if p.ndim <= 1], "weight_decay": 0.0}]
+    fused = next(model.parameters()).device.type in ("cuda", "cpu")
+    return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, config.beta2), fused=fused)
+
+
+class Run:
+    """What a run consists of, and how it gets into a checkpoint and out of it."""
+
+    def __init__(self, model_config: BLIPConfig, config: TrainConfig, device: torch.device,
+                 state: dict | None = None, source: tuple[BLIP, Tokenizer] | None = None):
+        """`state` is a checkpoint to continue; `source` a model to start from, and its
+        tokenizer."""
+        self.config, self.device, self.out = config, device, Path(config.out)
+        self.sets = load_data(config, model_config.image_size)
+        self.train_set = self.sets.train
+        if len(self.train_set) < config.batch_size:
+            raise InputError(f"there are {len(self.train_set)} training pairs, fewer than "
+                             f"--batch-size {config.batch_size}; give a smaller one")
+        if state:
+            self.tokenizer = Tokenizer(state["tokenizer"])
+        elif source:
+            self.tokenizer = source[1]
+        elif config.vocab:
+            self.tokenizer = Tokenizer.from_file(config.vocab)
+        else:
+            self.tokenizer = Tokenizer.train(self.sets.texts, config.vocab_pieces)
+        torch.manual_seed(config.seed)  # the same on all ranks: weights and queues start equal
+        self.model = BLIP(replace(model_config, **self.tokenizer.config())).to(device)
+        self.optimizer = make_optimizer(self.model, config)
+        if source:
+            checkpoints.initialise(self.model, source[0])
+        # What stands before each text: [DEC] and the prompt. It gives no loss.
+        self.prompt_length = 1 + len(self.tokenizer.pieces_of(config.prompt))
+        self.step, self.seconds, self.seen, self.broken, self.best = 0, 0.0, 0, 0, -math.inf
+        self.steps_per_epoch = len(self.train_set) // config.batch_size
+        self.steps = self.steps_per_epoch * config.epochs
+        if state:
+            self.model.load_state_dict(state["model"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.step, self.seconds = state["step"], state["seconds"]
+            if distributed.rank() == 0:  # of all ranks together
+                self.seen, self.broken = state["seen"], state["broken"]
+            self.best = state["best"]
+        self.set_generators(state)
+
+    def set_generators(self, state: dict | None) -> None:
+        """Dropout and mining differ from rank to rank. They go on as they stood in the checkpoint;
+        with another number of processes they start anew, as a function of seed, step and rank."""
+        rank = distributed.rank()
+        if state is None or len(state["rng"]) != distributed.world_size():
+            torch.manual_seed((self.config.seed * 1_000_003 + self.step) * 1009 + rank)
+            return
+        torch.set_rng_state(state["rng"][rank])
+        if self.device.type == "cuda" and state["rng_cuda"][rank] is not None:
+            torch.cuda.set_rng_state(state["rng_cuda"][rank])
+
+    def save(self) -> None:
+        """Write checkpoint.pt; all ranks call it, rank 0 writes. The schedules are functions of
+        `step`: nothing else is needed to go on."""
+        cuda = torch.cuda.get_rng_state() if self.device.type == "cuda" else None
+        states = distributed.gather([(torch.get_rng_state(), cuda, self.seen, self.broken)])
+        if distributed.rank() == 0:
+            checkpoints.save(self.out / "checkpoint.pt", self.weights() | {
+                "optimizer": self.optimizer.state_dict(), "step": self.step,
+                "seconds": self.seconds, "best": self.best, "rng": [s[0] for s in states],
+                "rng_cuda": [s[1] for s in states], "seen": sum(s[2] for s in states),
+                "broken": sum(s[3] for s in states)}, self.config.keep)
+
+    def weights(self) -> dict:
+        """What rebuilds the model and its tokenizer, and says how they were trained."""
+        return {"model": self.model.state_dict(), "model_config": asdict(self.model.config),
+                "tokenizer": self.tokenizer.state(), "train_config": asdict(self.config)}
+
+    def batches(self) -> Iterator[list[dict]]:
+        """For each step from the current one to the end of the last epoch, its micro-batches."""
+        c, pictures = self.config, isinstance(self.train_set, PairDataset)
+        while self.step < self.steps:
+            epoch, first = divmod(self.step, self.steps_per_epoch)
+            self.train_set.set_epoch(epoch)
+            loader = iter(DataLoader(
+                self.train_set, collate_fn=Collate(self.tokenizer, c.max_tokens, c.prompt),
+                batch_sampler=EpochBatches(len(self.train_set), c.batch_size, c.seed, epoch, first,
+                                           c.accumulate),
+                num_workers=c.workers if pictures else 0, pin_memory=self.device.type == "cuda",
+                # its own: else each start of a loader would move the run's generator
+                generator=torch.Generator()))
+            for _ in range(first, self.steps_per_epoch):
+                yield [next(loader) for _ in range(c.accumulate)]
+
+    def count(self, batch: dict) -> None:
+        """Keep count of unreadable images; InputError when they are too many."""
+        self.seen += len(batch["broken"]) + (0 if batch["image"] is None else len(batch["image"]))
+        self.broken += len(batch["broken"])
+        enough = self.seen >= min(100, len(self.train_set))
+        if batch["image"] is None or (
+                enough and self.broken > self.config.max_broken * self.seen):
+            raise InputError(f"{self.broken} of {self.seen} images could not be read, more than "
+                             f"--max-broken {self.config.max_broken:g} allows; the last: "
+                             f"{batch['broken'][-1:]}; is --image-root right?")
