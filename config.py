@@ -22,6 +22,8 @@ class TrainConfig:
 
     task: str = "pretrain"  # pretrain, retrieval or caption: the first word of the command
     init: str = ""  # checkpoint whose model and tokenizer a finetuning starts from
+    init_vit: str = ""  # DeiT or timm ViT weights that pretraining starts from (paper: ImageNet)
+    init_text: str = ""  # BERT weights that pretraining starts from; needs --vocab
     preset: str = "tiny"  # tiny, base or large: sizes and recipe
     data: str = ""  # json of training pairs, BLIP or Karpathy format; none: the built-in world
     val: str = ""  # json of held-out pairs; a Karpathy file given as --data holds its own

@@ -27,6 +27,7 @@ from data import (
     read_json,
     read_pairs,
 )
+from weights import start_from
 from world import World, all_captions
 
 
@@ -124,6 +125,10 @@ class Run:
         self.optimizer = make_optimizer(self.model, config)
         if source:
             checkpoints.initialise(self.model, source[0])
+        elif not state and (config.init_vit or config.init_text):
+            if config.init_text and not config.vocab:
+                raise InputError("--init-text needs --vocab with the vocab.txt of those weights")
+            distributed.print0(start_from(self.model, config.init_vit, config.init_text))
         # What stands before each text: [DEC] and the prompt. It gives no loss.
         self.prompt_length = 1 + len(self.tokenizer.pieces_of(config.prompt))
         self.step, self.seconds, self.seen, self.broken, self.best = 0, 0.0, 0, 0, -math.inf

@@ -4,7 +4,7 @@ import pickle
 
 import pytest
 import torch
-from conftest import reference, toy_batch, toy_model
+from conftest import toy_batch, toy_model
 
 import checkpoints
 from checkpoints import initialise
@@ -45,60 +45,6 @@ def test_a_failed_write_leaves_the_previous_checkpoint(tmp_path, monkeypatch):
     with pytest.raises(InputError, match="c.pt could not be written .disk full.; the previous one"):
         checkpoints.save(tmp_path / "c.pt", {"step": 2})
     assert torch.load(tmp_path / "c.pt", weights_only=True) == {"step": 1}
-
-
-def released(tmp_path, **changes):
-    weights = {**reference("b_pretrain_parts.pt")["model"], **changes}
-    torch.save({"model": {k: v for k, v in weights.items() if v is not None}},
-               tmp_path / "released.pt")
-    return tmp_path / "released.pt"
-
-
-@torch.no_grad()
-def test_released_pretraining_model_gives_the_released_outputs(tmp_path):
-    model, report = checkpoints.load_released(released(tmp_path), vit_heads=4, text_heads=4)
-    ref = reference("b_pretrain_parts.pt")
-    inputs, out = ref["inputs"], ref["outputs"]
-    ids, mask = inputs["input_ids"], inputs["attention_mask"]
-    assert not report.missing
-    assert all(name.startswith("text_encoder_m.") and "crossattention" in name
-               for name in report.left_over)
-    tokens, image_feat = model.encode_image(inputs["image"])
-    kv = model.med.project(tokens)
-    decoded, _ = model.med.decode(ids, mask, kv)
-    found = {"image_embeds": tokens, "image_feat": image_feat,
-             "text_last_hidden": model.med.encode_text(ids, mask),
-             "text_feat": model.encode_text(ids, mask), "itm_logits": model.match(kv, ids, mask),
-             "multimodal_last_hidden": model.med.encode_grounded(ids, mask, kv),
-             "decoder_logits": model.med.logits(decoded)}
-    for name, value in found.items():
-        assert torch.allclose(value, out[name], atol=1e-4), name
-    model.set_objectives(("lm",))
-    assert model(inputs["image"], ids, mask)[0]["lm"].item() == pytest.approx(
-        out["loss_lm"].item(), abs=1e-5)
-
-
-def test_released_sizes_are_inferred_and_heads_are_asked_for(tmp_path):
-    path = released(tmp_path)
-    with pytest.raises(InputError, match="width 48 is no multiple of 64.* give vit_heads"):
-        checkpoints.load_released(path)
-    with pytest.raises(InputError, match="text_heads=5 does not divide"):
-        checkpoints.load_released(path, vit_heads=4, text_heads=5)
-    config = checkpoints.load_released(path, vit_heads=4)[0].config
-    assert (config.text_heads, config.queue_size, config.vocab_size, config.enc_id) == (
-        1, 24, 486, 485)
-    larger = checkpoints.load_released(path, image_size=96, vit_heads=4)[0]
-    assert larger.vit.pos_embed.shape == (1, 37, 48)
-
-
-def test_what_is_missing_or_left_over_is_reported(tmp_path):
-    path = released(tmp_path, **{"itm_head.weight": None, "something.else": torch.zeros(1)})
-    _, report = checkpoints.load_released(path, vit_heads=4, text_heads=4)
-    assert report.missing == ["itm_head.weight"] and "something.else" in report.left_over
-    assert "itm_head.weight" in str(report) and "left over" in str(report)
-    torch.save({"a": torch.zeros(1)}, tmp_path / "other.pt")
-    with pytest.raises(InputError, match="not a released BLIP"):
-        checkpoints.load_released(tmp_path / "other.pt")
 
 
 def test_round_trip(tmp_path):

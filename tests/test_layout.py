@@ -10,16 +10,18 @@ import bench
 
 ROOT = Path(__file__).parents[1]
 CORE = {"blip", "vit", "med", "attention", "decoding", "losses", "distributed", "data", "world",
-        "metrics", "sheets", "checkpoints", "config", "retrieval", "captioning", "logbook"}
+        "metrics", "sheets", "checkpoints", "config", "retrieval", "captioning", "logbook",
+        "weights"}
 MAY_IMPORT = {
     "attention": set(), "decoding": set(), "losses": set(), "distributed": set(), "data": set(),
     "world": set(), "metrics": set(), "sheets": set(),
     "vit": {"attention"}, "med": {"attention"},
     "blip": {"vit", "med", "decoding", "losses", "distributed"},
-    "config": {"blip"}, "checkpoints": {"blip", "data", "vit"},
+    "config": {"blip"}, "weights": {"blip", "data", "vit"},
+    "checkpoints": {"blip", "data", "vit", "weights"},
     "retrieval": {"blip", "data", "distributed", "metrics"},
     "captioning": {"blip", "data", "distributed", "metrics", "retrieval"},
-    "run": {"blip", "checkpoints", "config", "data", "distributed", "world"},
+    "run": {"blip", "checkpoints", "config", "data", "distributed", "weights", "world"},
     "logbook": {"data", "distributed"},
     "demo": {"blip", "captioning", "checkpoints", "data", "retrieval", "sheets"},
     "eval": CORE | {"demo"}, "train": CORE | {"eval", "run"},
