@@ -4,6 +4,10 @@
                                         not timed
     python bench.py flops --device cpu  the same, actually computed; add --batch 2 for less memory
     python bench.py generate            seconds of captioning and matching at 384 px against the ViT
+    python bench.py step                seconds, pairs a second, memory and share of the machine's
+                                        matrix peak of a whole training step (--size --batch --device
+                                        --bf16 --compile --grad-checkpoint)
+    python bench.py data --data D       decoded and augmented pairs a second on one core
 
 flops are counted as the paper's model was: ViT-B/16 at 224 px, BERT-base, queue 57,600, training
 mode, captions of 12 to 14 ids. The released code needs 306.6 GFLOP a pair: it projects an image's
@@ -13,13 +17,20 @@ with random weights, 20 tokens each ([DEC] included), none ending earlier.
 
 import argparse
 import json
+import resource
+import tempfile
 import time
+from pathlib import Path
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from blip import BLIP, SIZES, BLIPConfig
+from config import TrainConfig
+from data import PairDataset
+from pairs import open_mixture
+from run import make_optimizer
 
 RELEASED_GFLOP = 306.6  # a pair, forward and backward, counted the same way
 
@@ -62,25 +73,99 @@ def generation_seconds(size: str = "base", batch: int = 4, device: str = "cpu",
                                               torch.ones_like(ids)),
     }
     seconds = dict.fromkeys(jobs, float("inf"))
-    for _ in range(repeats + 1):  # the jobs take turns, so that a slow moment hits all of them
+    for _ in range(repeats):  # the jobs take turns, so that a slow moment hits all of them
         for name, job in jobs.items():
-            start = time.perf_counter()
-            job()
-            if device.startswith("cuda"):
-                torch.cuda.synchronize()
-            seconds[name] = min(seconds[name], time.perf_counter() - start)
+            seconds[name] = min(seconds[name], fastest(job, device, 1))
     return seconds
+
+
+def matrix_peak(device: str, dtype: torch.dtype) -> float:
+    """GFLOP a second of a large matrix product: what this machine can do at best."""
+    n = 8192 if device.startswith("cuda") else 2048
+    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
+    return 2 * n ** 3 / fastest(lambda: a @ b, device, 5) / 1e9
+
+
+def fastest(job, device: str, repeats: int) -> float:
+    """Seconds of the fastest of `repeats` runs, after one to warm up."""
+    best = float("inf")
+    for _ in range(repeats + 1):
+        start = time.perf_counter()
+        job()
+        if device.startswith("cuda"):
+            torch.cuda.synchronize()
+        best = min(best, time.perf_counter() - start)
+    return best
+
+
+def step_speed(size: str, batch: int, device: str, bf16: bool, compiled: bool,
+               grad_checkpoint: bool, repeats: int = 5) -> dict:
+    """A whole training step, optimizer, twins and queues included, on random pairs of 14 ids."""
+    config = BLIPConfig(**SIZES[size], grad_checkpoint=grad_checkpoint)
+    model = BLIP(config).train().to(device)
+    optimizer = make_optimizer(model, TrainConfig())
+    if compiled:
+        model.vit.compile()
+    image = torch.randn(batch, 3, config.image_size, config.image_size, device=device)
+    ids = torch.randint(5, config.vocab_size - 2, (batch, 14), device=device)
+    mask = torch.ones_like(ids)
+
+    def step():
+        with torch.autocast(device.split(":")[0], torch.bfloat16, enabled=bf16):
+            losses, keys = model(image, ids, mask, 0.4)
+        sum(losses.values()).backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        model.update_momentum()
+        model.enqueue(keys)
+        model.clamp_temperature()
+    seconds = fastest(step, device, repeats)
+    gflop = step_gflop(size, batch) * batch
+    peak = matrix_peak(device, torch.bfloat16 if bf16 else torch.float32)
+    memory = (torch.cuda.max_memory_allocated() if device.startswith("cuda")
+              else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+    return {"size": size, "batch": batch, "device": device, "bf16": bf16, "compile": compiled,
+            "seconds": round(seconds, 4), "pairs_per_s": round(batch / seconds, 2),
+            "gflop_per_s": round(gflop / seconds, 1), "matrix_peak_gflop_per_s": round(peak, 1),
+            "share_of_peak": round(gflop / seconds / peak, 3), "gigabytes": round(memory / 1e9, 2)}
+
+
+def data_speed(data: str, image_size: int, count: int = 500) -> dict:
+    """Pairs a second that one core reads, decodes and augments."""
+    with tempfile.TemporaryDirectory() as folder:
+        dataset = PairDataset(open_mixture(data, None, Path(folder)), "", image_size, augment=True)
+        order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0)).tolist()
+        start = time.perf_counter()
+        for i in order[:count]:
+            dataset[i]
+        seconds = time.perf_counter() - start
+    done = min(count, len(dataset))
+    return {"data": data, "image_size": image_size, "pairs": done,
+            "pairs_per_s": round(done / seconds, 1)}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["flops", "generate"])
+    parser.add_argument("what", choices=["flops", "generate", "step", "data"])
     parser.add_argument("--size", choices=list(SIZES), default="base", help="default base")
     parser.add_argument("--batch", type=int, help="default: flops 8 pairs, generate 4 images")
     parser.add_argument("--device", help="flops: meta counts without computing (default); "
                                          "generate: default cpu")
+    parser.add_argument("--bf16", action="store_true", help="step: bfloat16 autocast")
+    parser.add_argument("--compile", action="store_true", help="step: compile the ViT")
+    parser.add_argument("--grad-checkpoint", action="store_true", help="step: of the ViT")
+    parser.add_argument("--data", help="data: as for train.py")
+    parser.add_argument("--image-size", type=int, default=224, help="data: pixels, default 224")
     options = parser.parse_args()
+    if options.what == "step":
+        print(json.dumps(step_speed(options.size, options.batch or 8, options.device or "cpu",
+                                    options.bf16, options.compile, options.grad_checkpoint)))
+        return
+    if options.what == "data":
+        torch.set_num_threads(1)
+        print(json.dumps(data_speed(options.data, options.image_size)))
+        return
     if options.what == "generate":
         seconds = generation_seconds(options.size, options.batch or 4, options.device or "cpu")
         print(json.dumps({name: round(value, 3) for name, value in seconds.items()} | {

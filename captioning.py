@@ -17,8 +17,9 @@ from torch.utils.data import DataLoader, Dataset
 
 import distributed
 from blip import BLIP
-from data import Collate, InputError, Pair, Tokenizer, normalise, read_json
+from data import Collate, InputError, Tokenizer, normalise
 from metrics import tokenise
+from pairs import Pair, read_json
 from retrieval import shared_batches
 
 

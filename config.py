@@ -25,10 +25,10 @@ class TrainConfig:
     init_vit: str = ""  # DeiT or timm ViT weights that pretraining starts from (paper: ImageNet)
     init_text: str = ""  # BERT weights that pretraining starts from; needs --vocab
     preset: str = "tiny"  # tiny, base or large: sizes and recipe
-    data: str = ""  # json of training pairs, BLIP or Karpathy format; none: the built-in world
+    data: str = ""  # json files, tar shards; "a.json,web/*.tar:0.2": a fifth of web an epoch
     val: str = ""  # json of held-out pairs; a Karpathy file given as --data holds its own
     val_split: str = "val"  # which split of a Karpathy file is held out: val or test
-    image_root: str = ""  # folder that image paths start from; none: the folder of the json
+    image_root: str = ""  # folder that image paths start from; none: the folder of each source
     vocab: str = ""  # BERT's vocab.txt; none: train a WordPiece vocabulary, or take --init's
     vocab_pieces: int = 30524  # at most so many pieces when the vocabulary is trained
     out: str = "runs/pretrain"  # folder of the run
@@ -62,6 +62,7 @@ class TrainConfig:
     workers: int = 4  # processes that load photographs
     device: str = "auto"  # auto, cuda, mps or cpu
     precision: str = "auto"  # auto, bf16 or fp32; auto is bf16 on CUDA and on a CPU with AMX
+    compile: bool = False  # torch.compile the ViT: minutes at the start, then faster steps
     log_every: int = 20  # steps
     save_every: int = 500  # steps between checkpoints
     save_minutes: float = 10.0  # a checkpoint at least so often, at a logged step
@@ -117,7 +118,7 @@ FREE_IN_FINETUNING = {"image_size", "drop_path", "grad_checkpoint", "dropout", "
                       "momentum", "temp_min", "temp_max", "label_smoothing"}
 # What may differ from the checkpoint when a run is resumed: nothing that the result depends on.
 FREE_ON_RESUME = {"out", "device", "workers", "log_every", "save_every", "save_minutes", "keep",
-                  "accumulate"}
+                  "accumulate", "compile"}
 
 
 # ---- command line --------------------------------------------------------------------------------

@@ -1,28 +1,24 @@
-"""Words and pictures: the WordPiece tokenizer, image transforms, readers for the data formats that
-users bring.
+"""Words and pictures: the WordPiece tokenizer, image transforms, batches.
 
     Tokenizer        text <-> ids, trained on captions in a second or read from BERT's vocab.txt
     load_image       file -> (3, S, S) uint8: augmented for training, plainly resized for evaluation
-    read_pairs       BLIP, Karpathy or COCO json -> a list of Pair
     PairDataset      Pairs as a torch Dataset; Collate makes batches padded to their longest text
 
 A mistake in a user's data is an InputError: one sentence that names the file, the record
 and the remedy.
 """
 
-import json
 import os
 import random
 import re
-import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Sequence
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 from tokenizers import Tokenizer as HFTokenizer
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor
@@ -186,25 +182,36 @@ def rand_augment(image: Image.Image, rng: random.Random, operations: int = 2,
     return image
 
 
-def load_image(path: str | Path, size: int, rng: random.Random | None = None,
+def load_image(source: str | Path | BytesIO, size: int, rng: random.Random | None = None,
                crop: tuple[float, float] = (0.2, 1.0), flip: bool = True) -> Tensor:
-    """Image file -> (3, size, size) uint8. Without `rng`: the whole picture, resized to a square
-    (evaluation). With it: random crop of a share `crop` of the area, horizontal flip where allowed,
-    RandAugment (training). Raises OSError.
+    """Image file -> (3, size, size) uint8, upright. Without `rng`: the whole picture, resized to a
+    square (evaluation). With it: random crop of a share `crop` of the area, horizontal flip where
+    allowed, RandAugment (training). Raises OSError with one of three reasons: missing, too large,
+    damaged or no image.
     """
     try:
-        with Image.open(path) as image:
-            width, height = image.size
+        with Image.open(source) as image:
+            sideways = image.getexif().get(0x0112, 1) >= 5  # EXIF: the camera was turned
+            width, height = image.size[::-1] if sideways else image.size
             box = random_crop(width, height, crop, rng) if rng else (0, 0, width, height)
             # A JPEG can be decoded at 1/2, 1/4 or 1/8 of its size for a fraction of the time: as
             # small as the crop still has `size` pixels.
-            image.draft("RGB", (int(size * width / (box[2] - box[0])) + 1,
-                                int(size * height / (box[3] - box[1])) + 1))
+            enough = [int(size * width / (box[2] - box[0])) + 1,
+                      int(size * height / (box[3] - box[1])) + 1]
+            image.draft("RGB", enough[::-1] if sideways else enough)
+            image = ImageOps.exif_transpose(image)
             x, y = image.size[0] / width, image.size[1] / height
+            if image.mode.startswith(("I", "F")):  # 16 bits: PIL would clip instead of scale
+                image = Image.fromarray((np.asarray(image, np.float32) / 257).clip(0, 255)
+                                        .astype(np.uint8))
             image = image.convert("RGB").resize((size, size), Image.Resampling.BICUBIC,
                                                 (box[0] * x, box[1] * y, box[2] * x, box[3] * y))
-    except (UnidentifiedImageError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise OSError(f"not a readable image: {error}")
+    except FileNotFoundError:
+        raise OSError("missing")
+    except (Image.DecompressionBombError, MemoryError):
+        raise OSError("too large")
+    except Exception:  # a damaged file makes the decoders raise nearly anything
+        raise OSError("damaged or no image")
     if rng:
         if flip and rng.random() < 0.5:
             image = ImageOps.mirror(image)
@@ -212,135 +219,38 @@ def load_image(path: str | Path, size: int, rng: random.Random | None = None,
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
-# ---- files of pairs ------------------------------------------------------------------------------
+# ---- a data set ----------------------------------------------------------------------------------
 
-@dataclass(frozen=True)
-class Pair:
-    """An image and its captions as they were written. `image` is relative to the image root."""
-
-    image: str
-    captions: tuple[str, ...]
-    image_id: int  # tells which rows share an image
-    name: str | int = ""  # the file's own id of the image, or its path: for result files
-    domain: str = ""  # NoCaps: in-domain, near-domain or out-domain
-
-
-def read_json(path: str | Path):
-    """The parsed file; InputError where it is missing or malformed."""
+def open_member(path: Path) -> Path | BytesIO:
+    """A path, or for "shard.tar::offset:size" the bytes that lie there. Raises OSError."""
+    archive, separator, place = str(path).rpartition("::")
+    if not separator:
+        return path
+    offset, size = map(int, place.split(":"))
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"{path} does not exist; check the path")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} cannot be read ({error})")
-    except json.JSONDecodeError as error:
-        raise InputError(f"{path} is not valid json: {error.msg} in line {error.lineno}, "
-                         f"column {error.colno} (near "
-                         f"{error.doc[max(error.pos - 20, 0):error.pos + 20]!r}); repair it there")
-
-
-def records_of(path: str | Path, split: str) -> Iterator[tuple[str, dict]]:
-    """Each record of a BLIP list, a Karpathy file (of its `split`) or COCO annotations as (where it
-    stands, {image, caption, image_id?, domain?}). Raises InputError."""
-    content = read_json(path)
-    by_image, form = {}, "BLIP"
-    if isinstance(content, dict) and isinstance(content.get("images"), list):
-        form = "COCO" if isinstance(content.get("annotations"), list) else "Karpathy"
-        records = content["images"]
-    elif isinstance(content, list):
-        records = content
-    else:
-        raise InputError(f"{path} is neither a list of {{image, caption}} records nor a Karpathy "
-                         "or COCO file with \"images\"")
-    needs = {"BLIP": "image and caption", "Karpathy": "filename, split and sentences[].raw",
-             "COCO": "image_id and caption (annotations), id and file_name (images)"}[form]
-    where, record = str(path), None
-    try:
-        for number, record in enumerate(content["annotations"] if form == "COCO" else []):
-            where = f"{path}, annotation {number}"
-            by_image.setdefault(record["image_id"], []).append(record["caption"])
-        for number, record in enumerate(records):
-            where = f"{path}, record {number}"
-            if form == "COCO":
-                record = {**record, "image": record["file_name"], "image_id": record["id"],
-                          "caption": by_image.get(record["id"], [])}
-            elif form == "Karpathy":
-                if split != ("train" if record["split"] == "restval" else record["split"]):
-                    continue
-                image = str(Path(record.get("filepath", "")) / record["filename"])
-                record = {"image": image, "caption": [s["raw"] for s in record["sentences"]],
-                          "image_id": record.get("cocoid", record.get("imgid", image))}
-            elif "img_id" in record:
-                record = {**record, "image_id": record["img_id"]}
-            yield where, {**record, "image": record["image"]}
-    except (KeyError, TypeError, AttributeError) as error:
-        missing = (f"{error} is missing" if isinstance(error, KeyError)
-                   else f"it is {str(record)[:60]!r}")
-        raise InputError(f"{where}: {missing}; a record needs {needs}")
-
-
-def read_pairs(path: str | Path, image_root: str | Path | None = None, split: str = "train",
-               need_captions: bool = True) -> list[Pair]:
-    """Read BLIP json (a list of {image, caption: text or texts, image_id?}), Karpathy json
-    ({images: [...]}, of which the given split is taken; "restval" belongs to train) or COCO
-    annotations. Rows of one image are told by image_id, or by the path.
-
-    Empty captions are left out and counted on the screen. Raises InputError.
-    """
-    root, pairs, empty = os.path.abspath(image_root or Path(path).parent), [], []
-    numbers: dict = {}
-    for where, record in records_of(path, split):
-        image, captions = record["image"], record.get("caption", [] if not need_captions else None)
-        captions = [captions] if isinstance(captions, str) else captions
-        if captions is None:
-            raise InputError(f"{where}: 'caption' is missing; a record needs image and caption")
-        if not isinstance(image, str) or not isinstance(captions, list) or not all(
-                isinstance(c, str) for c in captions):
-            raise InputError(f"{where}: image must be a path and caption a text or a list of texts")
-        if not os.path.normpath(os.path.join(root, image)).startswith(os.path.join(root, "")):
-            raise InputError(f"{where}: image {image!r} lies outside the image root {root}; "
-                             "correct the path or give another --image-root")
-        written = tuple(text.strip() for text in captions if clean_caption(text))
-        if need_captions and (len(written) < len(captions) or not captions):
-            empty.append(where)
-        if written or not need_captions:
-            name = record.get("image_id", image)
-            pairs.append(Pair(image, written, numbers.setdefault(name, len(numbers)), name,
-                              record.get("domain", "")))
-    if empty:
-        print(f"{len(empty)} records have an empty caption (the first: {empty[0]}); the empty "
-              "captions are left out", file=sys.stderr)
-    if not pairs:
-        raise InputError(f"{path} holds no image with a caption in split {split!r}")
-    return pairs
-
-
-def merge_captions(pairs: list[Pair]) -> list[Pair]:
-    """One Pair for each image, with the captions of all its rows: what evaluation wants."""
-    by_image: dict[int, list[Pair]] = {}
-    for pair in pairs:
-        by_image.setdefault(pair.image_id, []).append(pair)
-    return [replace(rows[0], captions=tuple(text for row in rows for text in row.captions))
-            for rows in by_image.values()]
+        with open(archive, "rb") as file:
+            file.seek(offset)
+            return BytesIO(file.read(size))
+    except OSError:
+        raise OSError("missing")
 
 
 class PairDataset(Dataset):
     """Pairs as items {image (3, S, S) uint8, text (the first caption, cleaned), texts (all, as
     written), image_id, index, broken}.
 
-    Training (`augment=True`): one item per caption, augmented anew each epoch as a function of
+    Training (`augment=True`): augmented anew each epoch as a function of
     (seed, epoch, index); an image that cannot be read is replaced by the next one that can, so that
     batches keep their size. Evaluation: one item per image with all its captions; an unreadable
     image has `image` None. `broken` names what could not be read.
     """
 
-    def __init__(self, pairs: list[Pair], image_root: str | Path, image_size: int,
+    def __init__(self, pairs: Sequence, image_root: str | Path, image_size: int,
                  augment: bool = False, crop: tuple[float, float] = (0.2, 1.0), seed: int = 0):
+        """pairs: of type pairs.Pair; for training with one caption each."""
         self.root, self.image_size, self.augment, self.crop, self.seed = (
             Path(image_root), image_size, augment, crop, seed)
-        self.pairs = ([Pair(p.image, (c,), p.image_id) for p in pairs for c in p.captions]
-                      if augment else pairs)
-        self.epoch = 0
+        self.pairs, self.epoch = pairs, 0
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -348,6 +258,8 @@ class PairDataset(Dataset):
     def set_epoch(self, epoch: int) -> None:
         """Called by the training loop before each epoch."""
         self.epoch = epoch
+        if hasattr(self.pairs, "set_epoch"):
+            self.pairs.set_epoch(epoch)
 
     def __getitem__(self, index: int) -> dict:
         broken, image = [], None
@@ -357,7 +269,8 @@ class PairDataset(Dataset):
             text = clean_caption(pair.captions[0]) if pair.captions else ""
             flip = not re.search(r"\b(left|right)\b", text)
             try:
-                image = load_image(self.root / pair.image, self.image_size, rng, self.crop, flip)
+                image = load_image(open_member(self.root / pair.image), self.image_size, rng,
+                                   self.crop, flip)
                 break
             except OSError as error:
                 broken.append(f"{pair.image} ({error})")

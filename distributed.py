@@ -6,6 +6,7 @@ Without a process group each collective returns its input.
 """
 
 import contextlib
+import inspect
 import os
 
 import torch
@@ -25,7 +26,12 @@ def init(device: str = "auto") -> torch.device:
         if device == "cuda":
             device = f"cuda:{os.environ['LOCAL_RANK']}"
             torch.cuda.set_device(device)
-        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+        # Under torchrun --max-restarts the new processes meet in the store of the old ones, and
+        # would wait at their dead addresses: each attempt has names of its own.
+        store, number, processes = next(dist.rendezvous("env://"))
+        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", store=store,
+                                rank=number, world_size=processes)
     return torch.device(device)
 
 
@@ -132,10 +138,12 @@ def no_sync(net: torch.nn.Module, skip: bool):
 def wrap(model: torch.nn.Module) -> torch.nn.Module:
     """model -> model in DistributedDataParallel, or the model itself without a group.
 
-    `broadcast_buffers=False`: the queues are equal on all ranks because they start from one seed
-    and take the same gathered keys. Parameters that the current objectives never reach must be
-    frozen before (`BLIP.set_objectives`).
+    Buffers are not sent around in every step: the queues are equal on all ranks because they start
+    from one seed and take the same gathered keys. Parameters that the current objectives never
+    reach must be frozen before (`BLIP.set_objectives`).
     """
     if world_size() == 1:
         return model
-    return torch.nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
+    kind = torch.nn.parallel.DistributedDataParallel
+    newer = "forward_sync_buffers" in inspect.signature(kind.__init__).parameters  # torch 2.13
+    return kind(model, **{"forward_sync_buffers" if newer else "broadcast_buffers": False})

@@ -34,17 +34,9 @@ import distributed
 from blip import BLIP
 from captioning import Decoding, caption_all, read_scored, write_results
 from config import add_flags
-from data import (
-    Collate,
-    InputError,
-    Pair,
-    PairDataset,
-    Tokenizer,
-    merge_captions,
-    normalise,
-    read_pairs,
-)
+from data import Collate, InputError, PairDataset, Tokenizer, normalise
 from metrics import caption_scores
+from pairs import Pair, merge_captions, read_pairs
 from retrieval import Gallery, encode, retrieval, retrieval_chance, shared_batches
 from sheets import BLACK, GREEN, GREY, RED, Cell, draw_sheet
 from world import ATTRIBUTES, World, all_captions, describe, is_complete, is_true, swap

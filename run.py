@@ -18,15 +18,8 @@ import checkpoints
 import distributed
 from blip import BLIP, BLIPConfig
 from config import TrainConfig
-from data import (
-    Collate,
-    InputError,
-    PairDataset,
-    Tokenizer,
-    merge_captions,
-    read_json,
-    read_pairs,
-)
+from data import Collate, InputError, PairDataset, Tokenizer
+from pairs import is_list, merge_captions, open_mixture, read_pairs
 from weights import start_from
 from world import World, all_captions
 
@@ -72,20 +65,23 @@ def load_data(config: TrainConfig, image_size: int) -> Sets:
         return Sets(World("train", config.world_size, image_size, config.seed, config.noise),
                     World("val", min(300, config.eval_size), image_size),
                     World("held-out", config.eval_size, image_size), all_captions())
-    root = config.image_root or None
-    pairs = read_pairs(config.data, root)
-    train = PairDataset(pairs, root or Path(config.data).parent, image_size, config.augment,
-                        (config.crop_min, 1.0), config.seed)
+    root, index = config.image_root or None, Path(config.out).parent / "index"
+    if distributed.rank() == 0:
+        open_mixture(config.data, root, index)  # builds what is not there yet, for all ranks
+    distributed.barrier()
+    pairs = open_mixture(config.data, root, index)
+    train = PairDataset(pairs, "", image_size, config.augment, (config.crop_min, 1.0), config.seed)
     val, held_out = config.val, None
-    if not val and isinstance(read_json(config.data), dict):  # a Karpathy file holds all splits
-        val = config.data
+    if not val and config.data.endswith(".json") and not is_list(config.data):
+        val = config.data  # a Karpathy file holds all splits
     if val:
         known = merge_captions(read_pairs(val, root, config.val_split))[:config.eval_size]
         held_out = PairDataset(known, root or Path(val).parent, image_size)
         if config.eval_top_k > len(held_out):
             raise InputError(f"--eval-top-k {config.eval_top_k} is larger than the gallery of "
                              f"{len(held_out)} images in {val}; give a smaller one")
-    return Sets(train, held_out, held_out, [text for pair in pairs for text in pair.captions])
+    some = range(0, len(pairs), max(1, len(pairs) // 200_000))  # enough for a vocabulary
+    return Sets(train, held_out, held_out, [pairs[i].captions[0] for i in some])
 
 
 def make_optimizer(model: BLIP, config: TrainConfig) -> torch.optim.AdamW:

@@ -71,6 +71,8 @@ def train(run: Run) -> bool:
     before = {number: signal.signal(number, lambda *_: stop.append(True))
               for number in (signal.SIGINT, signal.SIGTERM)}
     net, objectives, stopping = None, None, False
+    if config.compile:  # the ViT alone: it is most of the work, and its shapes never change
+        model.vit.compile()
     model.train()
     bar = tqdm(run.batches(), "training", run.steps, initial=run.step,
                disable=distributed.rank() > 0, unit="step")

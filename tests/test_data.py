@@ -1,7 +1,9 @@
 """Tokenizer, transforms, readers, and one clear sentence for each mistake in them."""
 
+import io
 import json
 import random
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -12,7 +14,6 @@ from PIL import Image
 from data import (
     Collate,
     InputError,
-    Pair,
     PairDataset,
     Tokenizer,
     clean_caption,
@@ -20,8 +21,8 @@ from data import (
     normalise,
     rand_augment,
     random_crop,
-    read_pairs,
 )
+from pairs import Pair
 
 CAPTIONS = ["a dog runs on the grass", "a man on a red surfboard", "two dogs play with a ball",
             "the man runs"] * 3
@@ -171,77 +172,7 @@ def test_normalise_uses_clips_statistics():
     assert torch.allclose(normalise(image)[0, :, 0, 0], torch.tensor(expected), atol=1e-5)
 
 
-# ---- files ----
-
-def test_blip_json(tmp_path):
-    path = write_json(tmp_path / "p.json",
-                      [{"image": "a.jpg", "caption": "A dog.", "image_id": "x"},
-                       {"image": "b.jpg", "caption": ["One!", "Two"]},
-                       {"image": "a.jpg", "caption": "A cat", "image_id": "x"}])
-    assert read_pairs(path) == [Pair("a.jpg", ("A dog.",), 0, "x"),
-                                Pair("b.jpg", ("One!", "Two"), 1, "b.jpg"),
-                                Pair("a.jpg", ("A cat",), 0, "x")]
-
-
-def test_coco_and_nocaps_annotations(tmp_path):
-    content = {"images": [{"id": 7, "file_name": "a.jpg", "domain": "in-domain"},
-                          {"id": 9, "file_name": "b.jpg", "domain": "out-domain"}],
-               "annotations": [{"image_id": 9, "caption": "A cat."},
-                               {"image_id": 7, "caption": "A dog."},
-                               {"image_id": 9, "caption": "Cats"}]}
-    path = write_json(tmp_path / "coco.json", content)
-    assert read_pairs(path) == [Pair("a.jpg", ("A dog.",), 0, 7, "in-domain"),
-                                Pair("b.jpg", ("A cat.", "Cats"), 1, 9, "out-domain")]
-    path = write_json(tmp_path / "test.json", [{"image": "c.jpg", "img_id": 3}])
-    assert read_pairs(path, need_captions=False) == [Pair("c.jpg", (), 0, 3)]
-    content["annotations"].append({"image_id": 7})
-    with pytest.raises(InputError, match="annotation 3: 'caption' is missing"):
-        read_pairs(write_json(path, content))
-
-
-def test_karpathy_json(tmp_path):
-    def image(name, split):
-        return {"filepath": "val2014", "filename": name, "split": split,
-                "sentences": [{"raw": "A dog."}, {"raw": "Dogs"}]}
-    path = write_json(tmp_path / "k.json",
-                      {"images": [image("a.jpg", "train"), image("b.jpg", "restval"),
-                                  image("c.jpg", "val"), image("d.jpg", "test")]})
-    assert [p.image for p in read_pairs(path)] == ["val2014/a.jpg", "val2014/b.jpg"]
-    assert read_pairs(path, split="test") == [
-        Pair("val2014/d.jpg", ("A dog.", "Dogs"), 0, "val2014/d.jpg")]
-
-
-@pytest.mark.parametrize("content, message", [
-    ('[{"image": "a.jpg", "caption": }]', "not valid json: .* line 1, column 32"),
-    ([{"image": "a.jpg", "caption": "x"}, {"image": "b.jpg"}], "record 1: 'caption' is missing"),
-    ([{"image": "a.jpg", "caption": 3}], "record 0: image must be a path and caption a text"),
-    (["a.jpg"], "record 0: it is 'a.jpg'"),
-    ({"a": 1}, "neither a list .* nor a Karpathy or COCO file"),
-    ([{"image": "../../etc/a.jpg", "caption": "x"}],
-     "record 0: image .* lies outside the image root"),
-    ([{"image": "/etc/a.jpg", "caption": "x"}], "record 0: image .* lies outside the image root"),
-    ([{"image": "a.jpg", "caption": " . "}], "no image with a caption"),
-    ({"images": [{"filename": "a.jpg", "split": "train"}]}, "record 0: 'sentences' is missing"),
-])
-def test_what_cannot_be_read_is_named(tmp_path, content, message):
-    path = write_json(tmp_path / "p.json", content)
-    with pytest.raises(InputError, match=message) as error:
-        read_pairs(path)
-    assert str(path) in str(error.value) and "\n" not in str(error.value)
-
-
-def test_a_missing_file_is_named(tmp_path):
-    with pytest.raises(InputError, match="nothing.json does not exist"):
-        read_pairs(tmp_path / "nothing.json")
-
-
-def test_empty_captions_are_left_out_and_counted(tmp_path, capsys):
-    path = write_json(tmp_path / "p.json",
-                      [{"image": "a.jpg", "caption": "x"}, {"image": "b.jpg", "caption": "!"},
-                       {"image": "c.jpg", "caption": ["", "y"]}])
-    assert [p.captions for p in read_pairs(path)] == [("x",), ("y",)]
-    assert "2 records have an empty caption (the first: " in capsys.readouterr().err
-
+# ---- broken pictures ----
 
 def test_unreadable_images_are_replaced_in_training_and_left_out_in_evaluation(tmp_path):
     picture(tmp_path / "good.png")
@@ -256,3 +187,77 @@ def test_unreadable_images_are_replaced_in_training_and_left_out_in_evaluation(t
     assert (batch["image"].shape == (1, 3, 16, 16) and len(batch["broken"]) == 2
             and batch["texts"] == [["two"]])
     assert collate([PairDataset(pairs, tmp_path, 16)[0]])["image"] is None
+
+
+def save_bytes(image, form, **options) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, form, **options)
+    return buffer.getvalue()
+
+
+def test_unusual_pictures_are_read(tmp_path):
+    """CMYK, palette, grey with alpha, animated, 1 x 1."""
+    red = Image.new("RGB", (40, 30), (250, 10, 10))
+    grey16 = Image.fromarray(np.full((30, 40), 257 * 100, np.uint16))
+    frames = [red, Image.new("RGB", (40, 30), "blue")]
+    for name, content, colour in (
+            ("a.jpg", save_bytes(red.convert("CMYK"), "JPEG"), (250, 10, 10)),
+            ("b.png", save_bytes(red.convert("P"), "PNG"), (250, 10, 10)),
+            ("c.png", save_bytes(Image.new("LA", (9, 9), (100, 0)), "PNG"), (100, 100, 100)),
+            ("d.gif", save_bytes(red, "GIF", save_all=True, append_images=frames), (250, 10, 10)),
+            ("e.png", save_bytes(grey16, "PNG"), (100, 100, 100)),
+            ("f.png", save_bytes(Image.new("RGB", (1, 1), (250, 10, 10)), "PNG"), (250, 10, 10))):
+        (tmp_path / name).write_bytes(content)
+        for rng in (None, random.Random(1)):
+            image = load_image(tmp_path / name, 16, rng)
+            assert image.shape == (3, 16, 16) and image.dtype == torch.uint8
+        plain = load_image(tmp_path / name, 16).float().mean((1, 2))
+        assert torch.allclose(plain, torch.tensor(colour).float(), atol=12), name
+
+
+def test_a_turned_camera_is_turned_back(tmp_path):
+    """EXIF orientation 6: the first row is the right side. Upright, the left half is red."""
+    upright = Image.new("RGB", (64, 32), "blue")
+    upright.paste("red", (0, 0, 32, 32))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    upright.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "a.jpg", exif=exif, quality=95)
+    image = load_image(tmp_path / "a.jpg", 16)
+    assert image[0, :, :7].min() > 200 and image[2, :, 9:].min() > 200
+    # A crop is made in the upright picture as well.
+    wide = load_image(tmp_path / "a.jpg", 16, random.Random(0), crop=(1.0, 1.0), flip=False)
+    assert wide.shape == (3, 16, 16)
+
+
+def test_why_a_picture_cannot_be_read(tmp_path, monkeypatch):
+    (tmp_path / "a.jpg").write_bytes(b"no image")
+    whole = save_bytes(Image.effect_noise((64, 64), 50), "JPEG")
+    (tmp_path / "b.jpg").write_bytes(whole[:len(whole) // 2])
+    picture(tmp_path / "c.png", (200, 200))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 5000)
+    for name, reason in (("a.jpg", "damaged or no image"), ("b.jpg", "damaged or no image"),
+                         ("c.png", "too large"), ("d.png", "missing")):
+        with pytest.raises(OSError, match=reason):
+            load_image(tmp_path / name, 16)
+
+
+def test_five_hundred_mutated_pictures(tmp_path):
+    """Each is read or skipped with a reason: no crash, none lost."""
+    rng, read, reasons = random.Random(0), 0, Counter()
+    noise = Image.effect_noise((48, 40), 80).convert("RGB")
+    sound = [save_bytes(noise, form) for form in ("JPEG", "PNG", "GIF", "BMP", "TIFF", "WEBP")]
+    for number in range(500):
+        content = bytearray(rng.choice(sound))
+        for _ in range(rng.choice((1, 5, 50))):
+            content[rng.randrange(len(content))] = rng.randrange(256)
+        if rng.random() < 0.3:
+            del content[rng.randrange(len(content)):]
+        try:
+            image = load_image(io.BytesIO(bytes(content)), 16,
+                               random.Random(number) if number % 2 else None)
+            assert image.shape == (3, 16, 16)
+            read += 1
+        except OSError as error:
+            reasons[str(error)] += 1
+    assert read + reasons.total() == 500 and read > 50 and reasons.total() > 50
+    assert set(reasons) <= {"damaged or no image", "too large"}

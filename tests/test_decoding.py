@@ -9,8 +9,8 @@ import torch
 from conftest import reference, toy_batch, toy_model
 
 from blip import BLIP, BLIPConfig
-from checkpoints import decoder_names, vit_names
 from decoding import beam_search, nucleus_sample, penalise_repetition, top_k_filter, top_p_filter
+from weights import decoder_names, vit_names
 
 EOS = 0
 

@@ -4,8 +4,10 @@ import json
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -74,26 +76,61 @@ def test_negatives_from_all_ranks_with_gradient_through_the_images(tmp_path):
 
 ROOT = Path(__file__).parents[1]
 ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
+STARTED: list[subprocess.Popen] = []
 
 
-def torchrun(port: int, *arguments, processes: int = 2, options=()) -> subprocess.Popen:
-    return subprocess.Popen(
+def torchrun(*arguments, processes: int = 2, options=()) -> subprocess.Popen:
+    """Start it on a free port; its output goes to a file, which `finish` shows if it fails."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    out = tempfile.TemporaryFile("w+")
+    process = subprocess.Popen(
         [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}",
          f"--master_port={port}", *options, *map(str, arguments)], cwd=ROOT, env=ONE_THREAD,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        stdout=out, stderr=subprocess.STDOUT, text=True)
+    process.out = out
+    STARTED.append(process)
+    return process
+
+
+@pytest.fixture(autouse=True)
+def leave_nothing_running():
+    yield
+    while STARTED:
+        process = STARTED.pop()
+        if process.poll() is None:
+            kill(process)
 
 
 def finish(process: subprocess.Popen) -> str:
-    out, _ = process.communicate(timeout=240)
-    assert process.returncode == 0, out[-3000:]
+    try:
+        process.wait(timeout=120)
+    except subprocess.TimeoutExpired:
+        kill(process)
+    process.out.seek(0)
+    out = process.out.read()
+    assert process.returncode == 0, out[-6000:]
     return out
+
+
+def kill(process: subprocess.Popen) -> None:
+    """torchrun, then its workers, with -9: nobody gets to say goodbye."""
+    children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True)
+    process.kill()
+    for child in children.stdout.split():
+        try:
+            os.kill(int(child), signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+    process.wait()
 
 
 def test_two_processes_compute_what_two_micro_batches_do(tmp_path):
     """The whole run: order, mean gradient, queues, momentum, schedule, and evaluation. ITM is off,
     because its negatives are drawn on each rank by itself."""
     flags = [*SMALL, "--world-size", "48", "--itm-weight", "0", "--device", "cpu"]
-    out = finish(torchrun(29511, "train.py", *flags, "--out", tmp_path / "two"))
+    out = finish(torchrun("train.py", *flags, "--out", tmp_path / "two"))
     assert "batch 8 = 2 processes x 1 micro-batches x 4 pairs" in out
     torch.set_num_threads(1)
     assert train.main([*flags, "--out", str(tmp_path / "one"), "--accumulate", "2"]) == 0
@@ -113,8 +150,8 @@ def test_evaluation_is_split_and_gives_the_same_numbers(tmp_path, pretrained):
     torch.set_num_threads(1)
     for command in ("retrieval", "caption"):
         asked = ["eval.py", command, "--checkpoint", pretrained, "--size", "150", "--device", "cpu"]
-        finish(torchrun(29512, *asked, "--out", tmp_path / f"two-{command}"))
-        finish(torchrun(29513, *asked, "--out", tmp_path / f"one-{command}", processes=1))
+        finish(torchrun(*asked, "--out", tmp_path / f"two-{command}"))
+        finish(torchrun(*asked, "--out", tmp_path / f"one-{command}", processes=1))
         one, two = (json.loads((tmp_path / f"{n}-{command}" / "metrics.json").read_text())
                     for n in ("one", "two"))
         assert one.pop("settings") and two.pop("settings")
@@ -123,7 +160,7 @@ def test_evaluation_is_split_and_gives_the_same_numbers(tmp_path, pretrained):
 
 def test_resuming_on_another_number_of_processes_sees_the_same_samples(tmp_path):
     flags = [*SMALL, "--world-size", "64", "--epochs", "2", "--device", "cpu", "--itm-weight", "0"]
-    finish(torchrun(29514, "train.py", *flags, "--out", tmp_path / "two", "--save-every", "5",
+    finish(torchrun("train.py", *flags, "--out", tmp_path / "two", "--save-every", "5",
                     "--keep", "9"))
     kept = sorted(p.name for p in (tmp_path / "two").glob("checkpoint-*.pt"))
     assert kept == [f"checkpoint-{step:08d}.pt" for step in (5, 10, 15, 16)]
@@ -137,22 +174,13 @@ def test_resuming_on_another_number_of_processes_sees_the_same_samples(tmp_path)
         assert torch.allclose(value.float(), two[name].float(), atol=1e-5), name
 
 
-def kill(process: subprocess.Popen) -> None:
-    """torchrun, then its workers, with -9: nobody gets to say goodbye."""
-    children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True)
-    process.kill()
-    for child in children.stdout.split():
-        os.kill(int(child), signal.SIGKILL)
-    process.wait()
-
-
-def kill_and_resume(folder: Path, kills: int, seed: int, processes: int, port: int) -> None:
+def kill_and_resume(folder: Path, kills: int, seed: int, processes: int) -> None:
     """A run that is killed at random moments, many of them within the writing of a checkpoint, and
     resumed each time ends exactly where one that never was does."""
     flags = [*SMALL, "--world-size", "400", "--epochs", "2", "--dropout", "0.1", "--save-every",
              "1", "--eval-size", "8", "--device", "cpu"]
     def start(out, *more):
-        return torchrun(port, "train.py", *more, "--out", folder / out, processes=processes)
+        return torchrun("train.py", *more, "--out", folder / out, processes=processes)
     finish(start("whole", *flags))
     rng, checkpoint, more = random.Random(seed), folder / "part" / "checkpoint.pt", flags
     for _ in range(kills):
@@ -169,20 +197,20 @@ def kill_and_resume(folder: Path, kills: int, seed: int, processes: int, port: i
 
 
 def test_killed_and_resumed_ends_the_same(tmp_path):
-    kill_and_resume(tmp_path, 2, 0, 1, 29515)
+    kill_and_resume(tmp_path, 2, 0, 1)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [1, 2])
 def test_killed_many_times_and_resumed_ends_the_same(tmp_path, processes):
     for seed in range(3):
-        kill_and_resume(tmp_path / str(seed), 5, seed, processes, 29516 + processes)
+        kill_and_resume(tmp_path / str(seed), 5, seed, processes)
 
 
 def test_a_worker_that_dies_is_started_again(tmp_path):
     """torchrun --max-restarts runs the same command again, which finds its checkpoint."""
     flags = [*SMALL, "--world-size", "160", "--epochs", "2", "--save-every", "5", "--device", "cpu"]
-    process = torchrun(29519, "train.py", *flags, "--out", tmp_path / "a",
+    process = torchrun("train.py", *flags, "--out", tmp_path / "a",
                        options=["--max-restarts=2"])
     while not (tmp_path / "a" / "checkpoint.pt").exists():
         time.sleep(0.05)

@@ -11,17 +11,17 @@ import bench
 ROOT = Path(__file__).parents[1]
 CORE = {"blip", "vit", "med", "attention", "decoding", "losses", "distributed", "data", "world",
         "metrics", "sheets", "checkpoints", "config", "retrieval", "captioning", "logbook",
-        "weights"}
+        "weights", "pairs"}
 MAY_IMPORT = {
     "attention": set(), "decoding": set(), "losses": set(), "distributed": set(), "data": set(),
-    "world": set(), "metrics": set(), "sheets": set(),
+    "world": set(), "pairs": {"data"}, "metrics": set(), "sheets": set(),
     "vit": {"attention"}, "med": {"attention"},
     "blip": {"vit", "med", "decoding", "losses", "distributed"},
     "config": {"blip"}, "weights": {"blip", "data", "vit"},
     "checkpoints": {"blip", "data", "vit", "weights"},
     "retrieval": {"blip", "data", "distributed", "metrics"},
-    "captioning": {"blip", "data", "distributed", "metrics", "retrieval"},
-    "run": {"blip", "checkpoints", "config", "data", "distributed", "weights", "world"},
+    "captioning": {"blip", "data", "distributed", "metrics", "pairs", "retrieval"},
+    "run": {"blip", "checkpoints", "config", "data", "distributed", "pairs", "weights", "world"},
     "logbook": {"data", "distributed"},
     "demo": {"blip", "captioning", "checkpoints", "data", "retrieval", "sheets"},
     "eval": CORE | {"demo"}, "train": CORE | {"eval", "run"},

@@ -343,7 +343,7 @@ def test_generate_refuses_what_cannot_fit():
 
 def test_vit_equals_the_released_one():
     ref = reference("a_vit.pt")
-    from checkpoints import vit_names
+    from weights import vit_names
     vit = ViT(64, 16, 48, 2, 4).eval()
     weights = {ours: ref["model"][released[0]] for ours, released in vit_names("", "", 2)}
     vit.load_state_dict(weights)
