@@ -5,8 +5,8 @@
     python bench.py flops --device cpu  the same, actually computed; add --batch 2 for less memory
     python bench.py generate            seconds of captioning and matching at 384 px against the ViT
     python bench.py step                seconds, pairs a second, memory and share of the machine's
-                                        matrix peak of a whole training step (--size --batch --device
-                                        --bf16 --compile --grad-checkpoint)
+                                        matrix peak of a whole training step (--size --batch
+                                        --device --bf16 --compile --grad-checkpoint)
     python bench.py data --data D       decoded and augmented pairs a second on one core
 
 flops are counted as the paper's model was: ViT-B/16 at 224 px, BERT-base, queue 57,600, training

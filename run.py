@@ -7,6 +7,7 @@ chunks, number micro * world + rank for each micro-batch of each rank.
 """
 
 import math
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -127,7 +128,8 @@ class Run:
             distributed.print0(start_from(self.model, config.init_vit, config.init_text))
         # What stands before each text: [DEC] and the prompt. It gives no loss.
         self.prompt_length = 1 + len(self.tokenizer.pieces_of(config.prompt))
-        self.step, self.seconds, self.seen, self.broken, self.best = 0, 0.0, 0, 0, -math.inf
+        self.step, self.seconds, self.best = 0, 0.0, -math.inf
+        self.seen, self.broken = 0, Counter()  # images, and why some of them could not be read
         self.steps_per_epoch = len(self.train_set) // config.batch_size
         self.steps = self.steps_per_epoch * config.epochs
         if state:
@@ -135,7 +137,7 @@ class Run:
             self.optimizer.load_state_dict(state["optimizer"])
             self.step, self.seconds = state["step"], state["seconds"]
             if distributed.rank() == 0:  # of all ranks together
-                self.seen, self.broken = state["seen"], state["broken"]
+                self.seen, self.broken = state["seen"], Counter(state["broken"])
             self.best = state["best"]
         self.set_generators(state)
 
@@ -160,7 +162,7 @@ class Run:
                 "optimizer": self.optimizer.state_dict(), "step": self.step,
                 "seconds": self.seconds, "best": self.best, "rng": [s[0] for s in states],
                 "rng_cuda": [s[1] for s in states], "seen": sum(s[2] for s in states),
-                "broken": sum(s[3] for s in states)}, self.config.keep)
+                "broken": dict(sum((s[3] for s in states), Counter()))}, self.config.keep)
 
     def weights(self) -> dict:
         """What rebuilds the model and its tokenizer, and says how they were trained."""
@@ -186,10 +188,10 @@ class Run:
     def count(self, batch: dict) -> None:
         """Keep count of unreadable images; InputError when they are too many."""
         self.seen += len(batch["broken"]) + (0 if batch["image"] is None else len(batch["image"]))
-        self.broken += len(batch["broken"])
-        enough = self.seen >= min(100, len(self.train_set))
-        if batch["image"] is None or (
-                enough and self.broken > self.config.max_broken * self.seen):
-            raise InputError(f"{self.broken} of {self.seen} images could not be read, more than "
+        # "name (reason)"
+        self.broken.update(name.rpartition(" (")[2].rstrip(")") for name in batch["broken"])
+        enough, broken = self.seen >= min(100, len(self.train_set)), self.broken.total()
+        if batch["image"] is None or (enough and broken > self.config.max_broken * self.seen):
+            raise InputError(f"{broken} of {self.seen} images could not be read, more than "
                              f"--max-broken {self.config.max_broken:g} allows; the last: "
                              f"{batch['broken'][-1:]}; is --image-root right?")

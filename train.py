@@ -15,6 +15,7 @@ import os
 import signal
 import sys
 import time
+from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 
@@ -189,9 +190,11 @@ def evaluate(run: Run) -> dict:
     """The final judgement of the best model, which all ranks share -> the numbers, which rank 0
     writes to metrics.json beside samples.png, and prints."""
     numbers = {"train_minutes": round(run.seconds / 60, 2), "steps": run.step}
-    broken, seen = map(sum, zip(*distributed.gather([(run.broken, run.seen)])))
+    counts = distributed.gather([(run.broken, run.seen)])
+    broken = sum((broken for broken, _ in counts), Counter())
     if broken:
-        numbers |= {"train_broken": broken, "train_seen": seen}
+        numbers |= {"train_broken": broken.total(), "train_broken_by": dict(broken),
+                    "train_seen": sum(seen for _, seen in counts)}
     best = run.out / "best.pt"
     distributed.barrier()
     if best.exists():
@@ -207,8 +210,9 @@ def evaluate(run: Run) -> dict:
             draw_sheet(run.out / "samples.png", sections)
             print_numbers(found)
         if "train_broken" in numbers:
+            reasons = ", ".join(f"{count} {reason}" for reason, count in broken.items())
             print(f"{numbers['train_broken']} of {numbers['train_seen']} images could not be read "
-                  "and were replaced by others")
+                  f"and were replaced by others: {reasons}")
         write_numbers(run.out / "metrics.json", numbers, run.weights()["train_config"])
     return numbers
 

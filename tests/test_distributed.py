@@ -146,6 +146,19 @@ def test_two_processes_compute_what_two_micro_batches_do(tmp_path):
         assert numbers[0][name] == pytest.approx(numbers[1][name], abs=1e-6), name
 
 
+@pytest.mark.slow
+def test_two_nodes_compute_what_one_does(tmp_path):
+    """Two torchrun agents, as on two machines, one process each."""
+    flags = ["train.py", *SMALL, "--world-size", "48", "--itm-weight", "0", "--device", "cpu"]
+    finish(torchrun(*flags, "--out", tmp_path / "one"))
+    agents = [torchrun(*flags, "--out", tmp_path / "two", processes=1, options=[
+        "--nnodes=2", f"--node_rank={n}", "--master_addr=127.0.0.1", "--master_port=29531"])
+        for n in (0, 1)]
+    for agent in agents:
+        finish(agent)
+    assert equal_states(tmp_path / "one", tmp_path / "two")
+
+
 def test_evaluation_is_split_and_gives_the_same_numbers(tmp_path, pretrained):
     torch.set_num_threads(1)
     for command in ("retrieval", "caption"):

@@ -199,6 +199,7 @@ def test_real_pairs(tmp_path, capsys):
     metrics = json.loads((tmp_path / "run/metrics.json").read_text())
     assert metrics["images"] == 9 and metrics["texts"] == 18 and metrics["broken"] == 1
     assert metrics["chance"]["t2i_r1"] == pytest.approx(1 / 9) and metrics["train_broken"] >= 1
+    assert metrics["train_broken_by"] == {"damaged or no image": metrics["train_broken"]}
     assert "images could not be read and were replaced" in capsys.readouterr().out
 
 
