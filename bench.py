@@ -31,6 +31,7 @@ from config import TrainConfig
 from data import PairDataset
 from pairs import open_mixture
 from run import make_optimizer
+from weights import transformers_configs
 
 RELEASED_GFLOP = 306.6  # a pair, forward and backward, counted the same way
 
@@ -77,6 +78,34 @@ def generation_seconds(size: str = "base", batch: int = 4, device: str = "cpu",
         for name, job in jobs.items():
             seconds[name] = min(seconds[name], fastest(job, device, 1))
     return seconds
+
+
+@torch.no_grad()
+def transformers_seconds(size: str, batch: int, device: str, repeats: int = 2) -> dict[str, float]:
+    """The same jobs as `generation_seconds` in the transformers library, if it is installed; else
+    nothing."""
+    try:
+        from transformers import (
+            BlipConfig,
+            BlipForConditionalGeneration,
+            BlipForImageTextRetrieval,
+        )
+    except ImportError:
+        return {}
+    c = BLIPConfig(**{**SIZES[size], **({} if size == "tiny" else {"image_size": 384})})
+    text, vision = transformers_configs(c)
+    config = BlipConfig(text_config=text, vision_config=vision)
+    image = torch.randn(batch, 3, c.image_size, c.image_size, device=device)
+    ids = torch.randint(5, c.vocab_size - 2, (16, 14), device=device)
+    jobs, length = {}, dict(min_length=20, max_length=20)
+    captioner = BlipForConditionalGeneration(config).eval().to(device)
+    jobs["transformers: beam 3"] = lambda: captioner.generate(image, num_beams=3, **length)
+    jobs["transformers: nucleus"] = lambda: captioner.generate(image, do_sample=True, top_p=0.9,
+                                                               top_k=0, **length)
+    matcher = BlipForImageTextRetrieval(config).eval().to(device)
+    jobs["transformers: match 16 texts"] = lambda: matcher(
+        input_ids=ids, pixel_values=image[:1].expand(16, -1, -1, -1))
+    return {name: fastest(job, device, repeats) for name, job in jobs.items()}
 
 
 def matrix_peak(device: str, dtype: torch.dtype) -> float:
@@ -167,7 +196,8 @@ def main() -> None:
         print(json.dumps(data_speed(options.data, options.image_size)))
         return
     if options.what == "generate":
-        seconds = generation_seconds(options.size, options.batch or 4, options.device or "cpu")
+        settings = options.size, options.batch or 4, options.device or "cpu"
+        seconds = generation_seconds(*settings) | transformers_seconds(*settings)
         print(json.dumps({name: round(value, 3) for name, value in seconds.items()} | {
             "beam 3 / vit": round(seconds["beam 3"] / seconds["vit"], 2),
             "nucleus / vit": round(seconds["nucleus"] / seconds["vit"], 2),

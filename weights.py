@@ -367,12 +367,8 @@ def export(model: BLIP, kind: str = "pretrain") -> dict[str, Tensor]:
     return out
 
 
-def export_transformers(model: BLIP, tokenizer: Tokenizer, folder: Path, kind: str) -> None:
-    """Write a folder that the transformers library loads with
-    BlipForConditionalGeneration.from_pretrained (kind "caption") or BlipForImageTextRetrieval's
-    ("retrieval"): pytorch_model.bin, config.json, vocab.txt."""
-    c = model.config
-    heads = "BlipForConditionalGeneration" if kind == "caption" else "BlipForImageTextRetrieval"
+def transformers_configs(c: BLIPConfig) -> tuple[dict, dict]:
+    """text_config and vision_config of the transformers library's BLIP."""
     text = dict(vocab_size=c.vocab_size, hidden_size=c.text_width, encoder_hidden_size=c.vit_width,
                 intermediate_size=c.text_ffn, num_hidden_layers=c.text_depth,
                 num_attention_heads=c.text_heads, max_position_embeddings=c.max_positions,
@@ -383,6 +379,15 @@ def export_transformers(model: BLIP, tokenizer: Tokenizer, folder: Path, kind: s
                   num_hidden_layers=c.vit_depth, num_attention_heads=c.vit_heads,
                   image_size=c.image_size, patch_size=c.patch_size, hidden_act="gelu",
                   layer_norm_eps=1e-6)
+    return text, vision
+
+
+def export_transformers(model: BLIP, tokenizer: Tokenizer, folder: Path, kind: str) -> None:
+    """Write a folder that the transformers library loads with
+    BlipForConditionalGeneration.from_pretrained (kind "caption") or BlipForImageTextRetrieval's
+    ("retrieval"): pytorch_model.bin, config.json, vocab.txt."""
+    c, (text, vision) = model.config, transformers_configs(model.config)
+    heads = "BlipForConditionalGeneration" if kind == "caption" else "BlipForImageTextRetrieval"
     config = dict(architectures=[heads], model_type="blip", projection_dim=c.embed_dim,
                   image_text_hidden_size=c.embed_dim, text_config=text, vision_config=vision)
     folder.mkdir(parents=True, exist_ok=True)
