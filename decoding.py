@@ -57,6 +57,16 @@ def top_k_filter(logits: Tensor, top_k: int) -> Tensor:
     return logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], float("-inf"))
 
 
+def draw_token(probability: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """probability (R, V) -> (R, 1): the first token at which the sum of probabilities exceeds a
+    uniform random number. (torch.multinomial draws a random number for every token.)"""
+    mass = probability.cumsum(-1)
+    u = torch.rand(len(mass), 1, generator=generator, device=mass.device) * mass[:, -1:]
+    # Rounding may put u on the whole mass: then the last token that has any.
+    return torch.minimum(torch.searchsorted(mass, u, right=True),
+                         (mass < mass[:, -1:]).sum(-1, keepdim=True))
+
+
 @torch.no_grad()
 def nucleus_sample(step: Step, prompt: Tensor, eos: int, max_length: int = 20, min_length: int = 5,
                    top_p: float = 0.9, temperature: float = 1.0, top_k: int = 0,
@@ -85,7 +95,7 @@ def nucleus_sample(step: Step, prompt: Tensor, eos: int, max_length: int = 20, m
             logits[:, eos] = float("-inf")
         probability = top_p_filter(top_k_filter(logits, top_k), top_p).softmax(-1)
         tokens = (draw(probability) if draw
-                  else torch.multinomial(probability, 1, generator=generator))
+                  else draw_token(probability, generator))
         total = total + raw.log_softmax(-1).gather(1, tokens).squeeze(1)
         ended = tokens.squeeze(1) == eos
         longer = torch.cat([sequences, tokens], 1)

@@ -9,7 +9,14 @@ import torch
 from conftest import reference, toy_batch, toy_model
 
 from blip import BLIP, BLIPConfig
-from decoding import beam_search, nucleus_sample, penalise_repetition, top_k_filter, top_p_filter
+from decoding import (
+    beam_search,
+    draw_token,
+    nucleus_sample,
+    penalise_repetition,
+    top_k_filter,
+    top_p_filter,
+)
 from weights import decoder_names, vit_names
 
 EOS = 0
@@ -190,3 +197,11 @@ def test_nucleus_keeps_what_the_released_one_keeps():
                     and torch.allclose(mine, out["probs"][t, i], atol=1e-4))
         start += length
     assert start == len(steps)
+
+
+def test_tokens_are_drawn_by_their_probability():
+    probability = torch.tensor([[0.0, 0.5, 0.0, 0.2, 0.3, 0.0]]).expand(20000, -1)
+    drawn = draw_token(probability, torch.Generator().manual_seed(0)).flatten()
+    shares = torch.bincount(drawn, minlength=6) / 20000
+    assert torch.allclose(shares, probability[0], atol=0.01)
+    assert set(drawn.tolist()) == {1, 3, 4}  # what has no probability is never drawn
