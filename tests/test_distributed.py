@@ -161,14 +161,29 @@ def test_two_nodes_compute_what_one_does(tmp_path):
 
 def test_evaluation_is_split_and_gives_the_same_numbers(tmp_path, pretrained):
     torch.set_num_threads(1)
+    state = checkpoints.load(pretrained)
+    state["model"]["itm_head.weight"] *= 1e4  # so that re-ranking changes the order
+    checkpoints.save(tmp_path / "c.pt", state)
     for command in ("retrieval", "caption"):
-        asked = ["eval.py", command, "--checkpoint", pretrained, "--size", "150", "--device", "cpu"]
+        asked = ["eval.py", command, "--checkpoint", tmp_path / "c.pt", "--size", "150", "--device", "cpu"]
         finish(torchrun(*asked, "--out", tmp_path / f"two-{command}"))
         finish(torchrun(*asked, "--out", tmp_path / f"one-{command}", processes=1))
         one, two = (json.loads((tmp_path / f"{n}-{command}" / "metrics.json").read_text())
                     for n in ("one", "two"))
         assert one.pop("settings") and two.pop("settings")
         assert one == two and one["images"] == 150
+
+
+@pytest.mark.parametrize("task", ["retrieval", "caption"])
+def test_every_finetuning_runs_on_two_processes(tmp_path, pretrained, task):
+    flags = ["--world-size", "32", "--epochs", "2", "--batch-size", "8", "--eval-size", "12",
+             "--eval-top-k", "3", "--device", "cpu", "--save-minutes", "0", "--log-every", "2"]
+    flags += ["--all-negatives", "true"] if task == "retrieval" else ["--prompt", "a"]
+    finish(torchrun("train.py", task, "--init", pretrained, *flags, "--out", tmp_path / "a"))
+    best = checkpoints.load(tmp_path / "a" / "best.pt")
+    log = [json.loads(line) for line in (tmp_path / "a" / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in log if "val_score" in line] == [4, 8]
+    assert best["step"] in (4, 8) and (tmp_path / "a" / "metrics.json").exists()
 
 
 def test_resuming_on_another_number_of_processes_sees_the_same_samples(tmp_path):

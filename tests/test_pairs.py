@@ -237,12 +237,20 @@ def test_a_hundred_mutated_files(tmp_path):
 
 
 def test_a_broken_shard_gives_what_stands_before_the_break(tmp_path):
-    path = shard(tmp_path / "s.tar", {f"{i:03}.{e}": png("red") if e == "png" else b"a dog"
-                                      for i in range(10) for e in ("png", "txt")})
-    path.write_bytes(path.read_bytes()[:8000])
-    skipped = Counter()
-    found = [record["image_id"] for _, record in tar_records(path, skipped)]
-    assert found == [f"s.tar {i:03}" for i in range(len(found))] and 2 <= len(found) < 10
+    """Wherever it is cut, each pair that is told of is there to the last byte."""
+    whole = shard(tmp_path / "whole.tar", {f"{i:03}.{e}": png("red") if e == "png" else b"a dog"
+                                           for i in range(10) for e in ("txt", "png")}).read_bytes()
+    counts = []
+    for cut in range(1000, len(whole), 300):
+        path = tmp_path / "s.tar"
+        path.write_bytes(whole[:cut])
+        records = [record for _, record in tar_records(path, Counter())]
+        for number, record in enumerate(records):
+            offset, size = map(int, record["image"].split("::")[1].split(":"))
+            assert record["image_id"] == f"s.tar {number:03}" and offset + size <= cut
+            assert whole[offset:offset + size] == png("red")
+        counts.append(len(records))
+    assert counts == sorted(counts) and counts[0] == 0 and counts[-1] == 10
 
 
 @pytest.mark.slow
