@@ -146,7 +146,7 @@ class Run:
         with another number of processes they start anew, as a function of seed, step and rank."""
         rank = distributed.rank()
         if state is None or len(state["rng"]) != distributed.world_size():
-            torch.manual_seed((self.config.seed * 1_000_003 + self.step) * 1009 + rank)
+            torch.manual_seed(self.config.seed + rank + 1_000_003 * self.step)
             return
         torch.set_rng_state(state["rng"][rank])
         if self.device.type == "cuda" and state["rng_cuda"][rank] is not None:

@@ -165,7 +165,8 @@ def test_evaluation_is_split_and_gives_the_same_numbers(tmp_path, pretrained):
     state["model"]["itm_head.weight"] *= 1e4  # so that re-ranking changes the order
     checkpoints.save(tmp_path / "c.pt", state)
     for command in ("retrieval", "caption"):
-        asked = ["eval.py", command, "--checkpoint", tmp_path / "c.pt", "--size", "150", "--device", "cpu"]
+        asked = ["eval.py", command, "--checkpoint", tmp_path / "c.pt", "--size", "150",
+                 "--device", "cpu"]
         finish(torchrun(*asked, "--out", tmp_path / f"two-{command}"))
         finish(torchrun(*asked, "--out", tmp_path / f"one-{command}", processes=1))
         one, two = (json.loads((tmp_path / f"{n}-{command}" / "metrics.json").read_text())
