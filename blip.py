@@ -195,10 +195,11 @@ class BLIP(nn.Module):
         return self.itm_head(self.med.encode_grounded(ids, mask, kv)[:, 0])
 
     @torch.no_grad()
-    def generate(self, image: Tensor, prompt: list[int] | None = None, method: str = "beam",
-                 num_return: int = 1, **options) -> list[list[tuple[list[int], float]]]:
-        """image (B, 3, S, S) -> per image `num_return` pairs (token ids after the prompt,
-        score), best first.
+    def generate(self, image: Tensor | ImageKV, prompt: list[int] | None = None,
+                 method: str = "beam", num_return: int = 1,
+                 **options) -> list[list[tuple[list[int], float]]]:
+        """image (B, 3, S, S), or its keys and values from `med.project` -> per image `num_return`
+        pairs (token ids after the prompt, score), best first.
 
         method "beam" takes the options of `decoding.beam_search` (score: mean log-probability),
         "nucleus" those of `decoding.nucleus_sample` (score: log-likelihood). `prompt` holds the ids
@@ -213,9 +214,10 @@ class BLIP(nn.Module):
         if method not in ("beam", "nucleus"):
             raise ValueError(f"method is {method!r}; choose beam or nucleus")
         copies = 1 if method == "beam" else num_return
-        kv = self.med.project(self.vit(image))
-        images = torch.arange(len(image), device=image.device).repeat_interleave(copies)
-        start = torch.tensor([prompt], device=image.device).expand(len(images), -1)
+        kv = image if isinstance(image, ImageKV) else self.med.project(self.vit(image))
+        keys = kv.dec[0][0]  # (B, H, N, d)
+        images = torch.arange(len(keys), device=keys.device).repeat_interleave(copies)
+        start = torch.tensor([prompt], device=keys.device).expand(len(images), -1)
         step = CaptionStep(self.med, kv, images)
         if method == "beam":
             options.setdefault("beams", max(3, num_return))

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 import distributed
 from blip import BLIP
 from data import Collate, InputError, Tokenizer, normalise
+from med import ImageKV
 from metrics import tokenise
 from pairs import Pair, read_json
 from retrieval import shared_batches
@@ -68,12 +69,15 @@ class Decoding:
         return prompt
 
 
-def captions_of(model: BLIP, tokenizer: Tokenizer, images: Tensor, device: torch.device,
+@torch.no_grad()
+def captions_of(model: BLIP, tokenizer: Tokenizer, images: Tensor | ImageKV, device: torch.device,
                 how: Decoding, count: int = 1) -> list[list[tuple[str, float]]]:
-    """images (B, 3, S, S) uint8 -> for each `count` pairs (caption without the prompt, score as in
-    BLIP.generate), best first."""
-    found = model.generate(normalise(images.to(device)), how.check(model, tokenizer),
-                           num_return=count, **how.options(device))
+    """images (B, 3, S, S) uint8, or their keys and values -> for each `count` pairs (caption
+    without the prompt, score as in BLIP.generate), best first."""
+    if isinstance(images, Tensor):
+        images = normalise(images.to(device))
+    found = model.generate(images, how.check(model, tokenizer), num_return=count,
+                           **how.options(device))
     return [[(tokenizer.decode(ids), score) for ids, score in hypotheses] for hypotheses in found]
 
 

@@ -72,10 +72,11 @@ def describe(model: BLIP, tokenizer: Tokenizer, paths: list[Path], device: torch
     beam = replace(how, method="beam", beams=max(how.beams, captions))
     records = []
     for some, images in batches(paths, model.config.image_size, "describing"):
-        found = captions_of(model, tokenizer, images, device, beam, captions)
+        with torch.no_grad():
+            kv = model.med.project(model.vit(normalise(images.to(device))))
+        found = captions_of(model, tokenizer, kv, device, beam, captions)
         drawn = ([[]] * len(some) if not samples else
-                 captions_of(model, tokenizer, images, device, replace(how, method="nucleus"),
-                             samples))
+                 captions_of(model, tokenizer, kv, device, replace(how, method="nucleus"), samples))
         for path, best, sampled in zip(some, found, drawn):
             records.append({"image": str(path), "captions": best, "samples": sampled})
             tqdm.write("\n".join(

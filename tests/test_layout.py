@@ -20,7 +20,7 @@ MAY_IMPORT = {
     "config": {"blip"}, "weights": {"blip", "data", "vit"},
     "checkpoints": {"blip", "data", "vit", "weights"},
     "retrieval": {"blip", "data", "distributed", "metrics"},
-    "captioning": {"blip", "data", "distributed", "metrics", "pairs", "retrieval"},
+    "captioning": {"blip", "data", "distributed", "med", "metrics", "pairs", "retrieval"},
     "run": {"blip", "checkpoints", "config", "data", "distributed", "pairs", "weights", "world"},
     "logbook": {"data", "distributed"},
     "demo": {"blip", "captioning", "checkpoints", "data", "retrieval", "sheets"},
