@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import sys
 import tarfile
 from array import array
@@ -262,36 +263,39 @@ class Rows(Sequence):
 
     @staticmethod
     def build(source: str, shards: list[str], root: str, index: Path) -> None:
-        """Write the index; it takes its name when it is whole."""
-        temporary, skipped, offsets, position = Path(f"{index}.{os.getpid()}"), Counter(), [0], 0
+        """Write the index; it takes its name when it is whole, and nothing stays if it fails."""
+        temporary, skipped, position = Path(f"{index}.{os.getpid()}"), Counter(), 0
         temporary.mkdir(parents=True, exist_ok=True)
         records = (r for shard in shards for r in tar_records(shard, skipped)) if shards else (
             records_of(source, "train"))
-        with (open(temporary / "rows", "wb") as rows, open(temporary / "offsets", "wb") as places):
-            offsets = array("q", [0])
-            for where, record in tqdm(records, f"indexing {source}", unit="row", leave=False,
-                                      delay=1):
-                pair = pair_of(where, record, root)
-                skipped["no caption"] += not pair.captions
-                for text in pair.captions:
-                    row = json.dumps([pair.image, text, pair.image_id]).encode()
-                    rows.write(row)
-                    position += len(row)
-                    offsets.append(position)
-                if len(offsets) > 1 << 16:
-                    offsets.tofile(places)
-                    del offsets[:]
-            offsets.tofile(places)
+        offsets = array("q", [0])
+        try:
+            with open(temporary / "rows", "wb") as rows, open(temporary / "offsets", "wb") as ends:
+                for where, record in tqdm(records, f"indexing {source}", unit="row", leave=False,
+                                          delay=1):
+                    pair = pair_of(where, record, root)
+                    skipped["no caption"] += not pair.captions
+                    for text in pair.captions:
+                        row = json.dumps([pair.image, text, pair.image_id]).encode()
+                        rows.write(row)
+                        position += len(row)
+                        offsets.append(position)
+                    if len(offsets) > 1 << 16:
+                        offsets.tofile(ends)
+                        del offsets[:]
+                offsets.tofile(ends)
+            if position == 0:
+                raise InputError(f"{source} holds no image with a caption")
+            if not index.exists():  # else another process was as quick
+                temporary.rename(index)
+        except OSError as error:
+            raise InputError(f"the index of {source} could not be written to {index.parent} "
+                             f"({error}); make room, or give another --out")
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
         if skipped.total():
             reasons = ", ".join(f"{count} x {reason}" for reason, count in skipped.items() if count)
             print(f"{source}: left out: {reasons}", file=sys.stderr)
-        if position == 0:
-            raise InputError(f"{source} holds no image with a caption")
-        try:
-            temporary.rename(index)
-        except OSError:  # another process was as quick
-            if not index.exists():
-                raise
 
     def __len__(self) -> int:
         return self.count

@@ -185,6 +185,7 @@ def test_an_index_gives_what_the_file_holds(tmp_path):
     bad = write_json(tmp_path / "bad.json", [{"image": "a.jpg", "caption": "x"}, {"image": "b"}])
     with pytest.raises(InputError, match="record 1: 'caption' is missing"):
         Rows.of(str(bad), None, tmp_path / "index")
+    assert len(list((tmp_path / "index").iterdir())) == 2  # nothing half-written stays
 
 
 def test_shares_of_an_epoch_go_through_everything():
