@@ -138,7 +138,7 @@ def evaluate_captions(model: BLIP, tokenizer: Tokenizer, dataset: Dataset, devic
                                          for record in records)}
     numbers |= {"constant": trivial | {"caption": constant}, "images": len(records),
                 "broken": len(broken)}
-    return numbers, [(f"captions, {title} by CIDEr (grey: a reference)",
+    return numbers, [(f"captions, {title} (by CIDEr; grey: a reference)",
                       [caption_cells(dataset, [records[i] for i in chosen])])
                      for title, chosen in examples(each, 8)], records
 
