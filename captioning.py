@@ -83,7 +83,7 @@ def captions_of(model: BLIP, tokenizer: Tokenizer, images: Tensor | ImageKV, dev
 
 @torch.no_grad()
 def caption_all(model: BLIP, tokenizer: Tokenizer, dataset: Dataset, device: torch.device,
-                   how: Decoding) -> tuple[list[dict], list[str]]:
+                how: Decoding) -> tuple[list[dict], list[str]]:
     """-> a record {index, caption, references} for each readable image, and the names of the
     others."""
     model.eval()

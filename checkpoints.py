@@ -49,10 +49,15 @@ def save(path: str | Path, state: dict, keep: int = 1) -> None:
 def load(path: str | Path) -> dict:
     """A checkpoint of this project; InputError if the file is something else."""
     state = read(path)
-    if not isinstance(state, dict) or not {"model", "model_config", "tokenizer"} <= state.keys():
+    if not is_ours(state):
         raise InputError(f"{path} is not a checkpoint of this project; released weights go through "
                          "load_released")
     return state
+
+
+def is_ours(state) -> bool:
+    """Whether what a file holds is a checkpoint of this project."""
+    return isinstance(state, dict) and {"model", "model_config", "tokenizer"} <= state.keys()
 
 
 def load_model(path: str | Path, device: str | torch.device = "cpu") -> tuple[BLIP, Tokenizer]:
@@ -70,28 +75,26 @@ def open_model(path: str | Path, needs: tuple[str, ...] = (), vocab: str = "",
     longer match. Raises InputError.
     """
     state = read(path)
-    if not isinstance(state, dict) or "model_config" not in state:
-        if not vocab:
-            raise InputError(f"{path} is not a checkpoint of this project; if it holds released "
-                             "weights, give --vocab with the vocab.txt of bert-base-uncased")
+    if is_ours(state):
+        settings, tokenizer = state.get("train_config", {}), Tokenizer(state["tokenizer"])
+        known = {f.name for f in fields(BLIPConfig)}
+        model = BLIP(BLIPConfig(**{k: v for k, v in state["model_config"].items() if k in known}))
+        model.load_state_dict(state["model"])
+    elif vocab:
         tokenizer = Tokenizer.from_file(vocab)
         model, report = load_released(path, tokenizer=tokenizer)
+        settings = report.settings()
         print(report, file=sys.stderr)
-        settings, state = report.settings(), None
     else:
-        settings = state.get("train_config", {})
+        raise InputError(f"{path} is not a checkpoint of this project; if it holds released "
+                         "weights, give --vocab with the vocab.txt of bert-base-uncased")
     untrained = [name for name in needs if not settings.get(f"{name}_weight", 1.0)]
     if untrained:
         losses = " and ".join(map(str.upper, untrained))
         raise InputError(f"{path} is a checkpoint of another task ({settings.get('task')}): it was "
                          f"trained without {losses}, which this needs; give one of pretraining, "
                          "or one finetuned for this")
-    if state is None:
-        return model.to(device), tokenizer, settings
-    known = {f.name for f in fields(BLIPConfig)}
-    model = BLIP(BLIPConfig(**{k: v for k, v in state["model_config"].items() if k in known}))
-    model.load_state_dict(state["model"])
-    return model.to(device).eval(), Tokenizer(state["tokenizer"]), settings
+    return model.to(device).eval(), tokenizer, settings
 
 
 def initialise(model: BLIP, source: BLIP) -> None:

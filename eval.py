@@ -33,7 +33,7 @@ import demo
 import distributed
 from blip import BLIP
 from captioning import Decoding, caption_all, read_scored, write_results
-from config import add_flags
+from config import add_flags, objectives_of
 from data import Collate, InputError, PairDataset, Tokenizer, normalise
 from metrics import caption_scores
 from pairs import Pair, merge_captions, read_pairs
@@ -96,8 +96,9 @@ def retrieval_sections(gallery: Gallery, t2i: Tensor, i2t: Tensor,
                      GREEN if holds(t, i) else RED)
                 for i, score in zip(best.indices.tolist(), best.values.tolist())])
         sections.append((f"images found for a text, {title} (score below; green: right)", rows))
+    few = min(3, i2t.shape[1])
     cells = [Cell(gallery.images([i])[0], [(gallery.texts[t], GREEN if holds(t, i) else RED)
-                                      for t in i2t[i].topk(min(3, i2t.shape[1])).indices.tolist()])
+                                           for t in i2t[i].topk(few).indices.tolist()])
              for i in dict(examples([0.0] * len(i2t), 8))["random"]]
     return sections + [("texts found for an image, random", [cells])]
 
@@ -247,6 +248,7 @@ def write_numbers(path: Path, numbers: dict, settings: dict) -> None:
 
 
 # ---- command line --------------------------------------------------------------------------------
+
 def command_line() -> argparse.ArgumentParser:
     """The commands of the module docstring and their flags."""
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
@@ -302,9 +304,10 @@ def command_line() -> argparse.ArgumentParser:
     return parser
 
 
-# What a checkpoint must have been trained with.
-NEEDS = {"retrieval": ("itc", "itm"), "caption": ("lm",), "nocaps": ("lm",), "describe": ("lm",),
-         "search": ("itc", "itm"), "match": ("itc", "itm"), "attend": ("itm",)}
+# What a checkpoint must have been trained with: the losses of the task that a command belongs to.
+NEEDS = {**dict.fromkeys(("caption", "nocaps", "describe"), objectives_of("caption")),
+         **dict.fromkeys(("retrieval", "search", "match"), objectives_of("retrieval")),
+         "attend": ("itm",)}
 
 
 def run_benchmark(o: argparse.Namespace, model: BLIP, tokenizer: Tokenizer, trained: dict,

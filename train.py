@@ -134,6 +134,7 @@ def forward_backward(run: Run, net: torch.nn.Module, micro_batches: list[dict],
     once, after the step. So 1 process x 2 micro-batches computes what 2 processes x 1 do.
     """
     config, device, count = run.config, run.device, len(micro_batches)
+    weights, bf16 = config.weights(), use_bf16(config.precision, device)
     means, all_keys = {}, []
     for number, batch in enumerate(micro_batches):
         run.count(batch)
@@ -142,11 +143,9 @@ def forward_backward(run: Run, net: torch.nn.Module, micro_batches: list[dict],
         if config.task != "retrieval":  # pretraining does not know which texts share an image
             image_ids = None
         with distributed.no_sync(net, number < count - 1):
-            with torch.autocast(device.type, torch.bfloat16,
-                                enabled=use_bf16(config.precision, device)):
+            with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
                 losses, keys = net(normalise(image), ids, mask, alpha, image_ids,
                                    run.prompt_length, config.all_negatives)
-            weights = config.weights()
             (sum(weights[name] * loss for name, loss in losses.items()) / count).backward()
         for name, loss in losses.items():
             means[name] = means.get(name, 0) + loss.detach() / count
@@ -209,11 +208,11 @@ def evaluate(run: Run) -> dict:
         if run.sets.final is not None:
             draw_sheet(run.out / "samples.png", sections)
             print_numbers(found)
-        if "train_broken" in numbers:
+        if broken:
             reasons = ", ".join(f"{count} {reason}" for reason, count in broken.items())
-            print(f"{numbers['train_broken']} of {numbers['train_seen']} images could not be read "
+            print(f"{broken.total()} of {numbers['train_seen']} images could not be read "
                   f"and were replaced by others: {reasons}")
-        write_numbers(run.out / "metrics.json", numbers, run.weights()["train_config"])
+        write_numbers(run.out / "metrics.json", numbers, asdict(run.config))
     return numbers
 
 

@@ -45,8 +45,8 @@ def read(path: str | Path) -> dict:
                          "because loading it could run that code; save a plain state dict of "
                          "tensors instead")
     except Exception as error:  # whatever a cut or damaged file makes the readers raise
-        raise InputError(f"checkpoint {path} cannot be read ({str(error).splitlines()[0]}); it may "
-                         "be cut short")
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise InputError(f"checkpoint {path} cannot be read ({reason}); it may be cut short")
 
 
 @dataclass
@@ -328,9 +328,8 @@ def load_released(path: str | Path, image_size: int | None = None, vit_heads: in
                        ("idx_queue", model.queue_ids), ("queue_ptr", model.queue_ptr),
                        ("ptr_queue", model.queue_ptr)):
         if name in weights:
-            value = weights[name].T if name.endswith("e_queue") or name == "text_queue" else (
-                weights[name].reshape(ours.shape))
-            ours.copy_(value)
+            ours.copy_(weights[name].T if name in ("image_queue", "text_queue")
+                       else weights[name].reshape(ours.shape))
             used.add(name)
     report = Report()
     # Stored a second time, or constant: not information.
