@@ -8,7 +8,7 @@
 """
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
@@ -46,6 +46,18 @@ class Decoding:
         if self.beams < 1 or self.temperature <= 0 or not 0 < self.top_p <= 1:
             raise ValueError("beams must be at least 1, temperature above 0, and top_p above 0 and "
                              "at most 1")
+
+    @classmethod
+    def of(cls, given: dict, trained: dict, otherwise: dict) -> "Decoding":
+        """As asked, else as `otherwise` says, else as the checkpoint was finetuned (its settings
+        `trained`), else as the paper. InputError where they make no sense."""
+        own = {f.name for f in fields(cls)}
+        learned = {name: trained[name] for name in ("prompt", "min_length", "max_length")
+                   if name in trained}
+        try:
+            return cls(**(learned | otherwise | {k: v for k, v in given.items() if k in own}))
+        except ValueError as error:
+            raise InputError(str(error))
 
     def options(self, device: torch.device) -> dict:
         """The keyword arguments of BLIP.generate."""

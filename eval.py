@@ -21,7 +21,7 @@ import random
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -398,16 +398,9 @@ def open_data(o: argparse.Namespace, image_size: int) -> tuple[Dataset, list[Pai
 
 
 def decoding(o: argparse.Namespace, trained: dict) -> Decoding:
-    """How to generate: as asked, else as the checkpoint was finetuned, else as the paper."""
-    own = {f.name for f in fields(Decoding)}
-    learned = {name: trained[name] for name in ("prompt", "min_length", "max_length")
-               if name in trained}
+    """How to generate; NoCaps has a setting of its own (BLIP sec. 5.2)."""
     paper = {"repetition_penalty": 1.1} if o.command == "nocaps" else {}
-    given = {name: value for name, value in vars(o).items() if name in own}
-    try:
-        return Decoding(**(learned | paper | given))
-    except ValueError as error:
-        raise InputError(str(error))
+    return Decoding.of(vars(o), trained, paper)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -130,6 +130,8 @@ def records_of(path: str | Path, split: str) -> Iterator[tuple[str, dict]]:
     except (KeyError, TypeError, AttributeError) as error:
         missing = (f"{error} is missing" if isinstance(error, KeyError)
                    else f"it is {str(record)[:60]!r}")
+        if isinstance(record, dict) and "url" in record:
+            missing += " (a url alone is no image: download them first, with img2dataset for one)"
         raise InputError(f"{where}: {missing}; a record needs {needs}")
 
 
@@ -234,9 +236,12 @@ def tar_records(path: str | Path, skipped: Counter) -> Iterator[tuple[str, dict]
                                      "caption": texts[key], "image_id": f"{Path(path).name} {key}"}
 
 
+INDEX_FORMAT = 2  # an index of another format is built anew
+
+
 class Rows(Sequence):
     """The pairs of a source, one for each caption, read from two files when they are asked for:
-    rows (json, one after the other) and offsets (int64).
+    rows (json, one after the other) and offsets (int64). `skipped` counts what was left out.
 
     A loader's worker holds two file handles, however many rows there are. (Plain reads, because the
     pages of a memory map would count as its memory once they are touched.)
@@ -246,6 +251,7 @@ class Rows(Sequence):
         """root: the folder that the images are relative to."""
         self.folder, self.root, self.files = folder, root, None
         self.count = os.path.getsize(folder / "offsets") // 8 - 1
+        self.skipped: dict[str, int] = read_json(folder / "skipped")  # why, and how many
 
     @classmethod
     def of(cls, source: str, image_root: str | Path | None, folder: Path) -> "Rows":
@@ -253,9 +259,9 @@ class Rows(Sequence):
         it, once, in a folder of its own under `folder`. Raises InputError."""
         shards = shards_of(source)
         root = os.path.abspath(image_root or Path(shards[0] if shards else source).parent)
-        stamp = hashlib.sha256(repr([root] + [(p, os.stat(p).st_size, os.stat(p).st_mtime_ns)
-                                              for p in shards or [source] if os.path.exists(p)]
-                                    ).encode()).hexdigest()[:16]
+        files = [(p, os.stat(p).st_size, os.stat(p).st_mtime_ns) for p in shards or [source]
+                 if os.path.exists(p)]
+        stamp = hashlib.sha256(repr([INDEX_FORMAT, root] + files).encode()).hexdigest()[:16]
         index = folder / f"{Path((shards or [source])[0]).stem}-{stamp}"
         if not index.exists():
             cls.build(source, shards, root, index)
@@ -286,6 +292,8 @@ class Rows(Sequence):
                 offsets.tofile(ends)
             if position == 0:
                 raise InputError(f"{source} holds no image with a caption")
+            skipped = Counter({reason: count for reason, count in skipped.items() if count})
+            (temporary / "skipped").write_text(json.dumps(skipped))
             if not index.exists():  # else another process was as quick
                 temporary.rename(index)
         except OSError as error:
@@ -294,7 +302,7 @@ class Rows(Sequence):
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
         if skipped.total():
-            reasons = ", ".join(f"{count} x {reason}" for reason, count in skipped.items() if count)
+            reasons = ", ".join(f"{count} x {reason}" for reason, count in skipped.items())
             print(f"{source}: left out: {reasons}", file=sys.stderr)
 
     def __len__(self) -> int:

@@ -18,11 +18,13 @@ Scenes are split by a hash of what they show: no scene of "val" or "held-out" is
 whatever the seed.
 """
 
+import json
 import random
 import zlib
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import permutations
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -323,6 +325,19 @@ class World(Dataset):
         text = self.text(index, scene)
         return {"image": torch.from_numpy(image), "text": text, "texts": (text,),
                 "image_id": number_of(scene), "index": index}
+
+    def save(self, folder: Path, name: str) -> Path:
+        """Write the items as a user would bring them, name/INDEX.png and name.json, a list of
+        {image, caption} -> the path of the list."""
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        records = []
+        for index, item in enumerate(map(self.__getitem__, range(len(self)))):
+            records.append({"image": f"{name}/{index:06d}.png", "caption": item["text"]})
+            picture = Image.fromarray(item["image"].permute(1, 2, 0).numpy())
+            picture.save(folder / records[-1]["image"])
+        path = folder / f"{name}.json"
+        path.write_text(json.dumps(records, indent=0) + "\n")
+        return path
 
 
 def all_captions(count: int = 2000) -> list[str]:
