@@ -50,6 +50,7 @@ class BLIPConfig:
     temp_min: float = 0.001  # released code
     temp_max: float = 0.5  # released code
     label_smoothing: float = 0.1  # of the LM loss (BLIP sec. 3.2)
+    hard_negatives: bool = True  # ITM's negatives by similarity (ALBEF sec. 3.2); false: at random
     vocab_size: int = 30524  # BERT uncased + [DEC] + [ENC]; set from the tokenizer
     pad_id: int = 0  # set from the tokenizer
     cls_id: int = 101  # set from the tokenizer
@@ -304,7 +305,7 @@ class BLIP(nn.Module):
             ids, mask = distributed.gather_texts(ids, mask)
             found_ids, own = distributed.all_gather(own_ids), own + distributed.rank() * B
         positives = own_ids[:, None] == found_ids  # (B, B), or (B, world * B)
-        if sims is None:  # ITC is off: nothing tells which negatives are hard
+        if sims is None or not self.config.hard_negatives:  # (None: ITC is off)
             sims = (torch.zeros(positives.shape, device=ids.device),) * 2
         text_neg, text_valid = L.mine_hard_negatives(sims[0], positives, floor)
         image_neg, image_valid = L.mine_hard_negatives(sims[1], positives, floor)

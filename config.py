@@ -115,7 +115,7 @@ PRESETS = {
 # rest of what may be changed is not visible in the weights.
 FINETUNE_IMAGE_SIZE = {"base": 384, "large": 384}
 FREE_IN_FINETUNING = {"image_size", "drop_path", "grad_checkpoint", "dropout", "queue_size",
-                      "momentum", "temp_min", "temp_max", "label_smoothing"}
+                      "momentum", "temp_min", "temp_max", "label_smoothing", "hard_negatives"}
 # What may differ from the checkpoint when a run is resumed: nothing that the result depends on.
 FREE_ON_RESUME = {"out", "device", "workers", "log_every", "save_every", "save_minutes", "keep",
                   "accumulate", "compile"}

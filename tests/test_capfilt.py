@@ -1,0 +1,415 @@
+"""CapFilt: what is judged, what is kept, what is written, and what an interruption costs."""
+
+import errno
+import json
+import os
+import random
+import re
+import subprocess
+import sys
+import tarfile
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import SMALL, TOY, toy_model
+from PIL import Image
+
+import capfilt
+import checkpoints
+import shards
+import webworld
+from captioning import Decoding
+from data import Tokenizer, clean_caption, load_image, normalise
+from pairs import Pair, Rows, read_json
+from world import World, all_captions, is_true
+
+ROOT = Path(__file__).parents[1]
+UNTRAINED = {"caption": {"itc_weight": 0.0, "itm_weight": 0.0}, "retrieval": {"lm_weight": 0.0}}
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory) -> Path:
+    """web.json (50 pairs, two of them broken, one image with two texts), human.json, shards/*.tar
+    with the web pairs again, two captioners and two filters (toys: random weights)."""
+    folder = tmp_path_factory.mktemp("capfilt")
+    webworld.WorldSets(50, 12, 0.5).save(folder, 0)
+    web = read_json(folder / "web.json")
+    (folder / web[7]["image"]).write_bytes(b"not a picture")
+    (folder / web[30]["image"]).unlink()
+    web.insert(10, {"image": web[9]["image"], "caption": "a second text"})
+    (folder / "web.json").write_text(json.dumps(web))
+    tokenizer = Tokenizer.train(all_captions(), 300)
+    for task, seed, size in (("caption", 1, 32), ("caption", 2, 48), ("retrieval", 3, 32),
+                             ("retrieval", 4, 48)):
+        torch.manual_seed(seed)
+        model = toy_model(**{**TOY, **tokenizer.config(), "image_size": size})
+        with torch.no_grad():  # else it calls every text the same
+            for p in model.parameters():
+                p.add_(torch.randn_like(p) * 0.1)
+        checkpoints.save(folder / f"{task}{seed}.pt", {
+            "model": model.state_dict(), "model_config": asdict(model.config),
+            "tokenizer": tokenizer.state(),
+            "train_config": {"task": task, "max_tokens": 30, **UNTRAINED[task], "max_length": 12}})
+    return folder
+
+
+def arguments(files: Path, out: Path, *flags) -> list[str]:
+    return ["--web", f"{files}/web.json", "--human", f"{files}/human.json", "--captioner",
+            f"{files}/caption1.pt", "--filter", f"{files}/retrieval3.pt", "--out", str(out),
+            "--shard-size", "10", "--batch-size", "4", "--device", "cpu", *map(str, flags)]
+
+
+def run(files: Path, out: Path, *flags) -> tuple[list[dict], list[dict]]:
+    """-> the records that were kept and those that were rejected."""
+    assert capfilt.main(arguments(files, out, *flags)) == 0
+    return read_json(out / "bootstrapped.json"), read_json(out / "rejected.json")
+
+
+@pytest.fixture(scope="module")
+def whole(files, tmp_path_factory) -> Path:
+    """The folder of an uninterrupted run that keeps about half."""
+    out = tmp_path_factory.mktemp("whole") / "out"
+    capfilt.main(arguments(files, out, "--threshold", THRESHOLD))
+    return out
+
+
+THRESHOLD = 0.5
+
+
+# ---- what is kept ----
+
+def test_what_convinces_the_filters_is_kept():
+    def kept(keep="all", agree="mean", threshold=0.5, seed=0):
+        texts = [{"source": "web", "itm": [0.9, 0.2]}, {"source": "web", "itm": [0.4, 0.4]},
+                 {"source": "synthetic", "itm": [0.6, 0.7]},
+                 {"source": "synthetic", "itm": [0.95, 0.9]},
+                 {"source": "synthetic", "itm": [0.1, 0.8]}]
+        config = capfilt.CapFiltConfig(keep=keep, agree=agree, threshold=threshold)
+        capfilt.decide(texts, config, random.Random(seed))
+        return [text["kept"] for text in texts]
+    assert kept() == [True, False, True, True, False]
+    assert kept(agree="all") == [False, False, True, True, False]
+    assert kept(keep="best") == [True, False, False, True, False]
+    assert kept(threshold=0.4) == [True, True, True, True, True]
+    sampled = {tuple(kept(keep="sample", seed=s)) for s in range(20)}
+    assert sampled == {(True, False, True, False, False), (True, False, False, True, False)}
+    assert kept(threshold=1.0) == [False] * 5
+
+
+def test_without_a_filter_all_is_kept():
+    texts = [{"source": "web"}, {"source": "synthetic"}]
+    capfilt.decide(texts, capfilt.CapFiltConfig(), random.Random(0))
+    assert all(text["kept"] for text in texts)
+
+
+def test_scores_are_those_of_one_text_with_one_image(files, whole):
+    """Batching, padding and stacking change nothing."""
+    model, tokenizer, _ = checkpoints.open_model(files / "retrieval3.pt")
+    records = read_json(whole / "bootstrapped.json") + read_json(whole / "rejected.json")
+    judged = [r for r in records if r["source"] != "human"]
+    for record in judged[::9]:
+        image = normalise(load_image(files / record["image"], 32)[None])
+        ids, mask = tokenizer.encode([clean_caption(record["caption"])], 30)
+        with torch.no_grad():
+            logits = model.match(model.med.project(model.vit(image)), ids, mask)
+        assert record["itm"] == pytest.approx([logits.softmax(-1)[0, 1].item()], abs=2e-4)
+        assert record["kept"] == (record["itm"][0] >= THRESHOLD)
+
+
+def test_an_image_is_encoded_and_projected_once_for_each_role(files):
+    device = torch.device("cpu")
+    roles = [capfilt.Role.open(files / f"{name}.pt", task, {}, device)
+             for name, task in (("caption1", "caption"), ("retrieval3", "retrieval"))]
+    seen = []
+    for role in roles:
+        for module in (role.model.vit, role.model.med):
+            name = "forward" if module is role.model.vit else "project"
+            original = getattr(module, name)
+            def counting(x, *rest, original=original, label=(role.digest, name)):
+                seen.append((*label, len(x)))
+                return original(x, *rest)
+            setattr(module, name, counting)
+    pairs = [Pair(f"{i}.png", ("a red circle", "a box"), i) for i in range(3)]
+    pictures = {32: torch.randint(0, 255, (3, 3, 32, 32), dtype=torch.uint8)}
+    texts = capfilt.caption_and_filter(pairs, pictures, roles[:1], roles[1:],
+                                       capfilt.CapFiltConfig(captions=4), 0)
+    assert all(len(row) > 4 and all("itm" in text for text in row) for row in texts)
+    assert sorted(seen) == sorted((role.digest, name, 3) for role in roles
+                                  for name in ("forward", "project"))
+
+
+def test_a_text_that_says_the_same_is_judged_once(files, monkeypatch):
+    device = torch.device("cpu")
+    captioner = capfilt.Role.open(files / "caption1.pt", "caption", {}, device)
+    monkeypatch.setattr(capfilt, "captions_of", lambda *a, **k: [
+        [("a red circle", -1.0), ("a box", -2.0), ("a box", -3.0), ("", -9.0)]])
+    texts, = capfilt.caption_and_filter([Pair("x", ("A red circle.",), 0)], {32: None}, [captioner],
+                                        [], capfilt.CapFiltConfig(captions=4), 0)
+    assert [t["caption"] for t in texts] == ["A red circle.", "a box"]
+
+
+# ---- what is written ----
+
+def test_the_bootstrapped_set(files, whole):
+    kept, rejected = read_json(whole / "bootstrapped.json"), read_json(whole / "rejected.json")
+    web, human = read_json(files / "web.json"), read_json(files / "human.json")
+    assert [(r["image"], r["caption"]) for r in kept if r["source"] == "human"] == [
+        (r["image"], r["caption"]) for r in human]
+    readable = {r["image"] for r in web} - {web[7]["image"], web[31]["image"]}
+    told = [(r["image"], r["caption"]) for r in kept + rejected if r["source"] == "web"]
+    assert sorted(told) == sorted((r["image"], r["caption"]) for r in web
+                                  if r["image"] in readable)
+    synthetic = [r for r in kept + rejected if r["source"] == "synthetic"]
+    assert {r["image"] for r in synthetic} == readable and len(synthetic) == len(readable)
+    assert all(r["kept"] for r in kept if r["source"] != "human")
+    assert not any(r["kept"] for r in rejected) and rejected
+    report = read_json(whole / "report.json")
+    assert report["images"] == 48 and report["broken"] == {"damaged or no image": 1, "missing": 1}
+    for source in ("web", "synthetic"):
+        n = [sum(r["source"] == source for r in records) for records in (kept, rejected)]
+        assert [report[f"{source}_kept"], report[f"{source}_rejected"]] == n and min(n) > 0
+        assert report[f"{source}_kept_rate"] == pytest.approx(n[0] / sum(n), abs=1e-4)
+    assert Image.open(whole / "sheet.png").size[1] > 500
+
+
+def test_train_reads_it(files, whole, tmp_path):
+    """As it is, with the scores in it."""
+    from conftest import run as train
+    root = read_json(whole / "report.json")["image_root"]
+    assert train(tmp_path / "r", "--data", whole / "bootstrapped.json", "--image-root", root) == 0
+    rows = Rows.of(str(whole / "bootstrapped.json"), root, tmp_path)
+    assert len(rows) == len(read_json(whole / "bootstrapped.json"))
+
+
+def test_tar_shards_give_the_same_texts(files, whole, tmp_path):
+    """Broken members and pairs without a text are counted; a truncated shard gives what is
+    there."""
+    web = read_json(files / "web.json")
+    with tarfile.open(tmp_path / "00000.tar", "w") as archive:
+        def add(name, content):
+            path = tmp_path / "member"
+            path.write_bytes(content)
+            archive.add(path, name)
+        for number, record in enumerate(r for i, r in enumerate(web) if i != 10):
+            path = files / record["image"]
+            if path.exists():
+                add(f"{number:05d}.png", path.read_bytes())
+                add(f"{number:05d}.txt", record["caption"].encode())
+        add("99999.png", b"an image without a text")
+    out = tmp_path / "out"
+    flags = arguments(files, out, "--threshold", THRESHOLD)
+    flags[1] = str(tmp_path)
+    assert capfilt.main(flags) == 0
+    report = read_json(out / "report.json")
+    assert report["broken"] == {"damaged or no image": 1}
+    assert report["left_out"] == {"no caption": 1} and report["images"] == 48
+    def web_scores(folder):
+        return sorted((r["caption"], r["itm"][0]) for name in ("bootstrapped", "rejected")
+                      for r in read_json(folder / f"{name}.json")
+                      if r["source"] == "web" and r["caption"] != "a second text")
+    for (text, score), (other, expected) in zip(web_scores(out), web_scores(whole), strict=True):
+        assert text == other and score == pytest.approx(expected, abs=2e-4)
+
+
+def test_one_role_alone(files, tmp_path):
+    """Table 1: without a captioner web texts are filtered; without a filter all is kept."""
+    flags = arguments(files, tmp_path / "f", "--threshold", THRESHOLD)
+    del flags[4:6]
+    assert capfilt.main(flags) == 0
+    sources = {r["source"] for r in read_json(tmp_path / "f" / "bootstrapped.json")}
+    assert sources == {"human", "web"} and read_json(tmp_path / "f" / "rejected.json")
+    flags = arguments(files, tmp_path / "c", "--threshold", THRESHOLD)
+    del flags[6:8]
+    assert capfilt.main(flags) == 0
+    assert read_json(tmp_path / "c" / "rejected.json") == []
+    assert len(read_json(tmp_path / "c" / "bootstrapped.json")) == 12 + 49 + 48
+
+
+def test_several_captioners_filters_and_captions(files, tmp_path):
+    """Models of different image sizes; both captioners write, both filters judge."""
+    kept, rejected = run(files, tmp_path / "o", "--captioner", files / "caption1.pt",
+                         files / "caption2.pt", "--filter", files / "retrieval3.pt",
+                         files / "retrieval4.pt", "--captions", 2, "--agree", "all", "--keep",
+                         "best", "--threshold", 0.4)
+    synthetic = [r for r in kept + rejected if r["source"] == "synthetic"]
+    assert len(synthetic) > 3.5 * 48 and {r["captioner"] for r in synthetic} == {0, 1}
+    assert all(len(r["itm"]) == 2 for r in synthetic)
+    images = [r["image"] for r in kept if r["source"] == "synthetic"]
+    assert images and len(images) == len(set(images))
+    assert all(min(r["itm"]) >= 0.4 for r in kept if r["source"] != "human")
+
+
+def test_nucleus_by_default_and_other_samples_with_another_seed(files, whole, tmp_path):
+    def texts(folder):
+        return [r["caption"] for name in ("bootstrapped", "rejected")
+                for r in read_json(folder / f"{name}.json") if r["source"] == "synthetic"]
+    run(files, tmp_path / "s", "--seed", 1, "--threshold", THRESHOLD)
+    assert set(texts(tmp_path / "s")) != set(texts(whole))
+    # no two batches draw the same numbers
+    assert len(set(texts(whole))) > 40
+    assert read_json(whole / "settings.json")["captioners"][0]["method"] == "nucleus"
+
+
+def test_an_images_rows_are_never_parted():
+    rows = [Pair(image, ("t",), 0) for image in "aabbbbccdd"]
+    assert shards.shard_bounds(rows, 3) == [(0, 6), (6, 10)]
+    assert shards.shard_bounds(rows, 4) == [(0, 6), (6, 8), (8, 10)]
+    assert shards.shard_bounds(rows, 100) == [(0, 10)]
+
+
+# ---- interruptions ----
+
+def same(a: Path, b: Path) -> bool:
+    return all((a / name).read_text() == (b / name).read_text()
+               for name in ("bootstrapped.json", "rejected.json", "report.json"))
+
+
+def test_killed_in_the_middle_of_a_shard(files, whole, tmp_path):
+    """kill -9, then the same command: the same set, no finished shard done again."""
+    out = tmp_path / "out"
+    slow = ("import sys, time, capfilt; original = capfilt.caption_and_filter\n"
+            "def slowly(*a):\n    time.sleep(0.15)\n    return original(*a)\n"
+            "capfilt.caption_and_filter = slowly; capfilt.main(sys.argv[1:])")
+    process = subprocess.Popen([sys.executable, "-c", slow,
+                                *arguments(files, out, "--threshold", THRESHOLD)], cwd=ROOT,
+                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.time() + 60
+    while not (out / "shards" / "000001.json").exists():
+        assert time.time() < deadline and process.poll() is None
+        time.sleep(0.01)
+    time.sleep(0.2)  # into the third shard
+    process.kill()
+    process.wait()
+    done = {p: p.stat().st_mtime_ns for p in (out / "shards").glob("*.json")}
+    assert len(done) == 2 and not (out / "bootstrapped.json").exists()
+    run(files, out, "--threshold", THRESHOLD)
+    assert same(out, whole)
+    assert all(p.stat().st_mtime_ns == when for p, when in done.items())
+
+
+def test_a_full_disk_leaves_nothing_half_written(files, whole, tmp_path, monkeypatch, capsys):
+    out, original = tmp_path / "out", os.fsync
+    def full(descriptor):
+        if len(list((out / "shards").glob("*.json"))) == 2:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return original(descriptor)
+    monkeypatch.setattr(os, "fsync", full)
+    assert capfilt.main(arguments(files, out, "--threshold", THRESHOLD)) == 2
+    assert re.search(r"000002.json could not be written \(No space left on device\).*make room",
+                     capsys.readouterr().err)
+    assert sorted(p.name for p in (out / "shards").iterdir()) == ["000000.json", "000001.json"]
+    monkeypatch.undo()
+    run(files, out, "--threshold", THRESHOLD)
+    assert same(out, whole)
+
+
+def test_two_processes_write_the_same_set(files, whole, tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2",
+               "--master_port=29551", "capfilt.py",
+               *arguments(files, tmp_path / "out", "--threshold", THRESHOLD)]
+    subprocess.run(command, cwd=ROOT, check=True, timeout=120, stdout=subprocess.DEVNULL,
+                   stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "2"})  # as here: rounding
+    assert same(tmp_path / "out", whole)
+
+
+# ---- bad input ----
+
+def test_mistakes_are_one_sentence(files, whole, tmp_path, capsys):
+    def error(*changes) -> str:
+        flags = arguments(files, tmp_path / "out")
+        for flag, value in changes:
+            if flag in flags:
+                flags[flags.index(flag) + 1] = str(value)
+            else:
+                flags += [flag] if value is None else [flag, str(value)]
+        capsys.readouterr()
+        assert capfilt.main(flags) == 2
+        message = capsys.readouterr().err.split("\r")[-1]  # behind the progress bar
+        assert message.startswith("error: ") and message.count("\n") == 1
+        return message
+    assert "caption1.pt is a checkpoint of another task (caption): it was trained without ITC " \
+        "and ITM" in error(("--filter", files / "caption1.pt"))
+    assert "retrieval3.pt is a checkpoint of another task" in error(
+        ("--captioner", files / "retrieval3.pt"))
+    urls = tmp_path / "urls.json"
+    urls.write_text('[{"url": "http://x/y.jpg", "caption": "a dog"}]')
+    assert "download them first" in error(("--web", urls))
+    urls.write_text("[]")
+    assert "holds no image with a caption" in error(("--web", urls))
+    nowhere = tmp_path / "nowhere.json"
+    nowhere.write_text('[{"image": "a.jpg", "caption": "a dog"}]')
+    assert re.search("none of the 1 images of shard 000000 can be read .the first: a.jpg in .*"
+                     "missing.; is --image-root right", error(("--web", nowhere)))
+    assert not list((tmp_path / "out").glob("shards/*"))
+    assert "--captions 5 by beam search need --beams 5" in error(
+        ("--method", "beam"), ("--captions", 5))
+    assert "--keep is all, best or sample" in error(("--keep", "some"))
+    assert "holds shards made with another threshold" in error(
+        ("--out", whole), ("--threshold", 0.7))
+    assert "--rounds needs --finetune and --pretrain" in error(("--rounds", 2))
+    assert "--finetune starts from a pretrained model" in error(("--finetune", None))
+
+
+# ---- the loop ----
+
+def test_two_rounds_in_the_world(tmp_path, capsys):
+    """Each round's captioner and filter start from the model before; the second command finds all
+    done."""
+    small = " ".join(SMALL[:SMALL.index("--eval-size")]) + " --log-every 2 --augment false"
+    flags = ["--out", str(tmp_path), "--world-web", "24", "--world-human", "16", "--held-out", "10",
+             "--pairs", "32", "--pretrain", f"{small} --lm-only-steps 2 --workers 0", "--finetune",
+             "--batch-size 8 --epochs 1 --augment false --workers 0", "--rounds", "2",
+             "--threshold", "0.3", "--device", "cpu"]
+    assert capfilt.main(flags) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"raw +round 1 +round 2\n.*text-to-image R@1", out)
+    assert len(re.findall("% true before", out)) == 4
+    second = read_json(tmp_path / "round2" / "captioner" / "metrics.json")["settings"]
+    assert second["init"] == str(tmp_path / "round1" / "model" / "checkpoint.pt")
+    trained = read_json(tmp_path / "round2" / "model" / "metrics.json")
+    assert trained["steps"] == 4 and "round2/bootstrapped.json" in trained["settings"]["data"]
+    before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("checkpoint.pt")}
+    assert capfilt.main(flags) == 0
+    assert capsys.readouterr().out.splitlines()[-5:] == out.splitlines()[-5:]
+    assert before == {p: p.stat().st_mtime_ns for p in tmp_path.rglob("checkpoint.pt")}
+
+
+def test_the_world_knows_what_is_true(tmp_path):
+    sets = webworld.WorldSets(40, 5, 0.5)
+    web = sets.web(0)
+    sets.save(tmp_path, 0)
+    records = read_json(tmp_path / "web.json")
+    assert 10 < sum(is_true(r["caption"], web.scene(i)) for i, r in enumerate(records)) < 30
+    wrong = next(i for i, r in enumerate(records) if not is_true(r["caption"], web.scene(i)))
+    right = [i for i, r in enumerate(records) if is_true(r["caption"], web.scene(i))][:3]
+    def write(name, rows):
+        (tmp_path / f"{name}.json").write_text(json.dumps(
+            [{**records[i], "source": source} for i, source in rows]))
+    write("bootstrapped", [(wrong, "web"), (right[0], "web"), (right[1], "synthetic")])
+    write("rejected", [(right[2], "web")])
+    assert webworld.truth(tmp_path, web) == {
+        "web_true": 2 / 3, "web_kept_true": 1 / 2, "web_true_kept": 1 / 2,
+        "synthetic_true": 1.0, "synthetic_kept_true": 1.0, "synthetic_true_kept": 1.0}
+
+
+def test_the_files_show_the_worlds_scenes(tmp_path):
+    path = World("train", 5, noise=0.5).save(tmp_path, "web")
+    records, world = read_json(path), World("train", 5, noise=0.5)
+    assert [r["caption"] for r in records] == [world[i]["text"] for i in range(5)]
+    image = load_image(tmp_path / records[3]["image"], 64)
+    assert torch.equal(image, world[3]["image"])
+
+
+def test_sampling_is_a_function_of_the_seed(files):
+    role = capfilt.Role.open(files / "caption1.pt", "caption", {}, torch.device("cpu"))
+    pairs = [Pair("x", ("a box",), 0)] * 3
+    pictures = {32: torch.randint(0, 255, (3, 3, 32, 32), dtype=torch.uint8)}
+    def texts(seed):
+        found = capfilt.caption_and_filter(pairs, pictures, [role], [], capfilt.CapFiltConfig(),
+                                           seed)
+        return [text["caption"] for row in found for text in row]
+    assert texts(1) == texts(1) != texts(2)
+    assert replace(role.how, method="beam") == Decoding(max_length=12, method="beam")
