@@ -28,7 +28,7 @@ import os
 import shlex
 import statistics
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from multiprocessing import get_context
@@ -255,8 +255,8 @@ EXPERIMENTS = {
 # ---- running cells -------------------------------------------------------------------------------
 
 def run_cell(settings: Settings, name: str, cell: str, seed: int, device: str,
-             threads: int) -> tuple:
-    """One cell with one seed -> (cell, seed, numbers). What its trainings print goes to a file."""
+             threads: int) -> dict:
+    """One cell with one seed -> its numbers. What its trainings print goes to a file."""
     torch.set_num_threads(threads)
     lab, log = Lab(settings, seed, device), Path(settings.out) / f"{name}-{cell}-{seed}.txt"
     log.parent.mkdir(parents=True, exist_ok=True)
@@ -269,28 +269,32 @@ def run_cell(settings: Settings, name: str, cell: str, seed: int, device: str,
         found["minutes"] = read_json(Path(checkpoint).with_name("metrics.json"))["train_minutes"]
         if cell in experiment.sets:
             found["set"] = read_json(experiment.sets[cell](lab) / "report.json")
-    return name, cell, seed, found
+    return found
 
 
 def run_all(settings: Settings, names: list[str], seeds: list[int], device: str,
-            jobs: int) -> dict[str, dict[str, list[dict]]]:
-    """-> {experiment: {cell: [numbers of each seed]}}. Cells that share their first stages follow
-    one another, seeds side by side."""
-    tasks = [(name, cell, seed) for name in names for cell in EXPERIMENTS[name].cells
-             for seed in seeds]
+            jobs: int) -> Iterator[tuple[str, dict[str, list[dict]]]]:
+    """Yield (experiment, {cell: [numbers of each seed]}) as each is complete. Cells that share
+    their first stages follow one another, seeds side by side."""
     threads = max(1, (os.cpu_count() or 1) // jobs)
-    found: dict = {name: {cell: {} for cell in EXPERIMENTS[name].cells} for name in names}
     with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
-        running = [pool.submit(run_cell, settings, *task, device, threads) for task in tasks]
+        running = {name: {cell: [pool.submit(run_cell, settings, name, cell, seed, device, threads)
+                                 for seed in seeds] for cell in EXPERIMENTS[name].cells}
+                   for name in names}
+        total = sum(len(EXPERIMENTS[name].cells) for name in names) * len(seeds)
         try:
-            for future in tqdm(running, "cells", unit="cell"):
-                name, cell, seed, numbers = future.result()
-                found[name][cell][seed] = numbers
+            with tqdm(total=total, desc="cells", unit="cell") as bar:
+                for name, cells in running.items():
+                    found = {}
+                    for cell, futures in cells.items():
+                        found[cell] = []
+                        for future in futures:
+                            found[cell].append(future.result())
+                            bar.update()
+                    yield name, found
         except BaseException:  # an interrupt too: what has not begun is not begun
             pool.shutdown(wait=False, cancel_futures=True)
             raise
-    return {name: {cell: [by_seed[seed] for seed in seeds] for cell, by_seed in cells.items()}
-            for name, cells in found.items()}
 
 
 # ---- what came out -------------------------------------------------------------------------------
@@ -405,16 +409,14 @@ def main(arguments: list[str] | None = None) -> int:
     command = shlex.join(["python", "ablate.py", *(sys.argv[1:] if arguments is None
                                                    else arguments)])
     try:
-        found = run_all(settings, names, seeds, device, o.jobs)
-        for name, cells in found.items():
+        for name, cells in run_all(settings, names, seeds, device, o.jobs):
             text = markdown(EXPERIMENTS[name], cells, command, settings, seeds)
             Path(o.results).mkdir(parents=True, exist_ok=True)
             write_whole(Path(o.results) / f"{name}.md", [text])
             write_whole(Path(o.results) / f"{name}.json", [json.dumps(
                 {"command": command, "machine": machine(), "seeds": seeds, "cells": cells,
                  "verdicts": verdicts(EXPERIMENTS[name], cells)}, indent=1) + "\n"])
-            print(text)
-        print("wrote " + ", ".join(f"{o.results}/{name}.md, .json" for name in found))
+            print(f"{text}\nwrote {o.results}/{name}.md, {name}.json", flush=True)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -299,8 +299,8 @@ def own_fields(o: argparse.Namespace, config_class: type) -> dict:
 # Every set is seen for as many steps, and the recipe is that of `python train.py` with a longer
 # start on LM alone, which noisy texts disturb less than they do ITC and ITM.
 WORLD_FLAGS = "--augment false --workers 0"
-WORLD_PRETRAIN, WORLD_PAIRS = f"{WORLD_FLAGS} --lm-only-steps 500", 38400
-WORLD_FINETUNE = f"{WORLD_FLAGS} --epochs 8"
+WORLD_PRETRAIN, WORLD_PAIRS = f"{WORLD_FLAGS} --lm-only-steps 800", 44800
+WORLD_FINETUNE = f"{WORLD_FLAGS} --epochs 16"
 
 
 def use_world(o: argparse.Namespace, world: WorldSets, folder: Path) -> None:
@@ -351,7 +351,7 @@ def command_line() -> argparse.ArgumentParser:
     p.add_argument("--rounds", type=int, default=1, help="so many times: finetune, bootstrap, "
                    "pretrain (default 1, as in the paper)")
     p.add_argument("--pairs", type=int, default=0, help="pairs that --pretrain sees in an epoch, "
-                   "whatever the set's size (default 0: the set; world 38400)")
+                   "whatever the set's size (default 0: the set; world 44800)")
     p.add_argument("--vocab", default="", help="vocab.txt, for released weights")
     p.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
     p.add_argument("--precision", default="auto", choices=["auto", "bf16", "fp32"])

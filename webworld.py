@@ -25,9 +25,9 @@ MEASURES = {"t2i_r1": "text-to-image R@1", "i2t_r1": "image-to-text R@1",
 class WorldSets:
     """The world's web and human sets, which stand in for missing --web and --human."""
 
-    world_web: int = 16000  # web images, with one text each
-    world_human: int = 800  # human pairs, all true
-    world_noise: float = 0.6  # share of web texts that are bad: another's, one word wrong, or junk
+    world_web: int = 6000  # web images, with one text each
+    world_human: int = 1000  # human pairs, all true
+    world_noise: float = 0.5  # share of web texts that are bad: another's, one word wrong, or junk
     held_out: int = 1000  # scenes that the models are judged on
 
     def web(self, seed: int) -> World:

@@ -310,8 +310,9 @@ def test_two_processes_write_the_same_set(files, whole, tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2",
                "--master_port=29551", "capfilt.py",
                *arguments(files, tmp_path / "out", "--threshold", THRESHOLD)]
+    threads = {"OMP_NUM_THREADS": "2"}  # as many as here: else scores are rounded otherwise
     subprocess.run(command, cwd=ROOT, check=True, timeout=120, stdout=subprocess.DEVNULL,
-                   stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "2"})  # as here: rounding
+                   stderr=subprocess.DEVNULL, env={**os.environ, **threads})
     assert same(tmp_path / "out", whole)
 
 

@@ -15,6 +15,7 @@ CORE = {"blip", "vit", "med", "attention", "decoding", "losses", "distributed", 
 MAY_IMPORT = {
     "attention": set(), "decoding": set(), "losses": set(), "distributed": set(), "data": set(),
     "world": set(), "pairs": {"data"}, "metrics": set(), "sheets": set(),
+    "shards": {"data", "distributed", "pairs", "sheets"},
     "vit": {"attention"}, "med": {"attention"},
     "blip": {"vit", "med", "decoding", "losses", "distributed"},
     "config": {"blip"}, "weights": {"blip", "data", "vit"},
@@ -25,7 +26,10 @@ MAY_IMPORT = {
     "logbook": {"data", "distributed"},
     "demo": {"blip", "captioning", "checkpoints", "data", "retrieval", "sheets"},
     "eval": CORE | {"demo"}, "train": CORE | {"eval", "run"},
+    "webworld": CORE | {"eval", "shards"},
     "bench": CORE | {"eval", "run", "train"},
+    "capfilt": CORE | {"eval", "run", "train", "shards", "webworld"},
+    "ablate": CORE | {"eval", "run", "train", "shards", "webworld", "capfilt"},
 }
 
 

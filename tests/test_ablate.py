@@ -1,0 +1,136 @@
+"""The tables: every cell made once, means, verdicts and the paired test right."""
+
+import math
+import statistics
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import SMALL
+
+import ablate
+import webworld
+from pairs import read_json
+
+TINY = " ".join(SMALL[:SMALL.index("--eval-size")]) + (
+    " --log-every 2 --augment false --workers 0 --warmup-steps 2 --lm-only-steps 2")
+FINE = "--batch-size 8 --epochs 1 --augment false --workers 0"
+
+
+def settings(out: Path) -> ablate.Settings:
+    return ablate.Settings(str(out), webworld.WorldSets(24, 16, 0.5, 10), 32, TINY, FINE,
+                           TINY + " --world-size 32")
+
+
+@pytest.mark.parametrize("differences", [[1.0, 2.0, 3.0], [0.5, -0.5, 0.1], [4.0, 5.0],
+                                         [1.0, 2.0, 3.0, 4.0, 5.0]])
+def test_the_paired_test(differences):
+    """Against closed forms of Student's t (1, 2 and 4 degrees of freedom)."""
+    n = len(differences)
+    t = abs(statistics.mean(differences)) / statistics.stdev(differences) * math.sqrt(n)
+    expected = {1: 1 - 2 * math.atan(t) / math.pi, 2: 1 - t / math.sqrt(2 + t * t),
+                4: 1 - (1 + 2 / (4 + t * t)) * t / math.sqrt(4 + t * t)}[n - 1]
+    assert ablate.paired_test(differences) == pytest.approx(expected, abs=1e-6)
+    assert ablate.paired_test([-d for d in differences]) == pytest.approx(expected, abs=1e-6)
+
+
+def test_one_seed_proves_nothing():
+    assert ablate.paired_test([5.0]) == 1.0 and ablate.paired_test([0.0, 0.0]) == 1.0
+
+
+def test_verdicts_and_the_table():
+    def cell(*values):
+        return [{**dict.fromkeys(webworld.MEASURES, value), "minutes": 2.0} for value in values]
+    experiment = ablate.Experiment("A table", {"a": None, "b": None}, {"a": (60.7, 78.4, 127.8)},
+                                   (("a", "b"),))
+    cells = {"a": cell(0.5, 0.6, 0.7), "b": cell(0.4, 0.4, 0.4)}
+    found = ablate.verdicts(experiment, cells)
+    assert len(found) == 4 and all(v["came_out"] for v in found)
+    assert found[0]["difference"] == pytest.approx(0.2)
+    assert found[0]["p"] == pytest.approx(1 - 12 ** 0.5 / 14 ** 0.5)
+    out = Path("somewhere")
+    text = ablate.markdown(experiment, cells, "python ablate.py x", settings(out), [0, 1, 2])
+    assert f"| a |{' 60.0 ± 10.0 |' * 4} 2.0 | 60.7 | 78.4 | 127.8 |" in text
+    assert "| a > b | yes: +20.0 (p 0.07) |" in text
+    worse = ablate.verdicts(experiment, {"a": cells["b"], "b": cells["a"]})
+    assert not any(v["came_out"] for v in worse)
+
+
+def test_the_papers_numbers_follow_its_claims():
+    for experiment in ablate.EXPERIMENTS.values():
+        assert experiment.paper.keys() <= experiment.cells.keys() >= experiment.sets.keys()
+        for better, worse in experiment.claims:
+            if experiment.paper:  # by text-to-image R@1
+                assert experiment.paper[better][0] > experiment.paper[worse][0]
+            assert {better, worse} <= experiment.cells.keys()
+
+
+def test_sets_and_models_are_made_once(tmp_path, monkeypatch):
+    """Table 1's cells learn from what they say that they learn from, and share what they can."""
+    lab, made = ablate.Lab(settings(tmp_path), 0), []
+    original = ablate.trained
+    def counting(folder, *flags):
+        made.append(flags)
+        return original(folder, *flags)
+    monkeypatch.setattr(ablate, "trained", counting)
+    monkeypatch.setattr("capfilt.trained", counting)
+    monkeypatch.setattr(ablate, "CapFiltConfig", lambda: ablate.capfilt.__globals__[
+        "CapFiltConfig"](threshold=0.35))
+    cells = ablate.EXPERIMENTS["table1"].cells
+    paths = {name: cell(lab) for name, cell in cells.items()}
+    assert len(set(paths.values())) == 4
+    assert sorted(flags[0] for flags in made) == ["caption", *["pretrain"] * 4, "retrieval"]
+    count = len(made)
+    assert {name: cell(ablate.Lab(settings(tmp_path), 0)) for name, cell in cells.items()} == paths
+    assert len(made) == count
+    folder = lab.capfilt()
+    kept, rejected = (read_json(folder / f"{n}.json") for n in ("bootstrapped", "rejected"))
+    def of(web, synthetic):
+        texts = read_json(lab.texts(folder, web, synthetic)[0])
+        return sorted((t["image"], t["caption"], t["source"]) for t in texts)
+    def pick(records, *sources):
+        return [(t["image"], t["caption"], t["source"]) for t in records if t["source"] in sources]
+    assert of("kept", "kept") == sorted(pick(kept, "human", "web", "synthetic"))
+    assert of("kept", "none") == sorted(pick(kept, "human", "web"))
+    assert of("all", "all") == sorted(pick(kept + rejected, "human", "web", "synthetic"))
+    sizes = {name: read_json(Path(path).with_name("metrics.json"))["steps"]
+             for name, path in paths.items()}
+    assert set(sizes.values()) == {4}  # the same number of steps whatever the set
+
+
+def test_the_command(tmp_path, capsys):
+    """Two cells of two processes; the second command trains nothing."""
+    flags = ["losses", "--seeds", "1", "--jobs", "2", "--device", "cpu", "--out",
+             str(tmp_path / "runs"), "--results", str(tmp_path / "results"), "--held-out", "10",
+             "--losses", TINY + " --world-size 32"]
+    assert ablate.main(flags) == 0
+    table = (tmp_path / "results" / "losses.md").read_text()
+    assert "| without hard negatives |" in table and table in capsys.readouterr().out
+    cells = read_json(tmp_path / "results" / "losses.json")["cells"]
+    assert len(cells) == 7 and all(len(rows) == 1 for rows in cells.values())
+    configs = [read_json(p)["settings"] for p in (tmp_path / "runs").glob("*/run/metrics.json")]
+    assert {(c["itc_weight"], c["itm_weight"], c["lm_weight"], c["alpha"]) for c in configs} == {
+        (1, 1, 1, 0.4), (0, 1, 1, 0.4), (1, 0, 1, 0.4), (1, 1, 0, 0.4), (1, 1, 1, 0.0)}
+    before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("checkpoint.pt")}
+    assert len(before) == 7 and ablate.main(flags) == 0
+    assert before == {p: p.stat().st_mtime_ns for p in tmp_path.rglob("checkpoint.pt")}
+
+
+def test_random_negatives_instead_of_hard_ones():
+    """--hard-negatives false: every other item of the batch is drawn alike."""
+    from conftest import toy_batch, toy_model
+
+    import losses
+    seen = []
+    original = losses.mine_hard_negatives
+    def mine(sim, *rest):
+        seen.append(sim)
+        return original(sim, *rest)
+    for hard in (True, False):
+        losses.mine_hard_negatives = mine
+        try:
+            toy_model(hard_negatives=hard)(**toy_batch())
+        finally:
+            losses.mine_hard_negatives = original
+    assert all(sim.std() > 0 for sim in seen[:2]) and all((sim == 0).all() for sim in seen[2:])
+    assert torch.equal(seen[2], torch.zeros(4, 4))
