@@ -88,17 +88,22 @@ class Role:
             digest.update(value.cpu().numpy().tobytes())
         return cls(digest.hexdigest()[:16], model, tokenizer, how, trained.get("max_tokens", 35))
 
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return next(self.model.parameters()).device
+
 
 @torch.no_grad()
 def matched(filter: Role, images: Tensor, texts: list[list[str]]) -> list[list[float]]:
     """images (B, 3, S, S) uint8, texts of each -> ITM's probability that they match. Each image is
     encoded and projected once, however many texts look at it."""
-    device, n = next(filter.model.parameters()).device, max(map(len, texts))
-    kv = filter.model.med.project(filter.model.vit(normalise(images.to(device))))
+    n = max(map(len, texts))
+    kv = filter.model.med.project(filter.model.vit(normalise(images.to(filter.device))))
     # As many texts for each image: a shorter row repeats its last one.
     flat = [clean_caption(text) for row in texts for text in row + row[-1:] * (n - len(row))]
     ids, mask = filter.tokenizer.encode(flat, filter.max_tokens)
-    logits = filter.model.match(kv, ids.to(device), mask.to(device)).float()
+    logits = filter.model.match(kv, ids.to(filter.device), mask.to(filter.device)).float()
     rows = logits.softmax(-1)[:, 1].view(-1, n).tolist()
     return [row[:len(known)] for row, known in zip(rows, texts)]
 
@@ -110,8 +115,7 @@ def caption_and_filter(pairs: list[Pair], pictures: dict[int, Tensor], captioner
     texts = [[{"caption": text, "source": "web"} for text in pair.captions] for pair in pairs]
     for number, captioner in enumerate(captioners):
         images = pictures[captioner.model.config.image_size]
-        found = captions_of(captioner.model, captioner.tokenizer, images,
-                            next(captioner.model.parameters()).device,
+        found = captions_of(captioner.model, captioner.tokenizer, images, captioner.device,
                             replace(captioner.how, seed=seed + number), config.captions)
         for row, captions in zip(texts, found):
             for caption, score in captions:
@@ -154,7 +158,7 @@ def capfilt(web: Rows, human: Rows | None, captioners: list[Role], filters: list
     if any(r.how.method == "beam" and r.how.beams < config.captions for r in captioners):
         raise InputError(f"--captions {config.captions} by beam search need --beams "
                          f"{config.captions} or more")
-    device = next(roles[0].model.parameters()).device
+    device = roles[0].device
     def judge(pairs, pictures, seed):
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
             return caption_and_filter(pairs, pictures, captioners, filters, config, seed)
@@ -199,8 +203,7 @@ class Loop:
     def pretrain(self, folder: Path, sources: list[str], root: str, *flags: str) -> str:
         """A new model on json lists or shards -> its checkpoint."""
         if self.pairs:
-            size = sum(len(Rows.of(source, root or None, folder.parent / "index"))
-                       for source in sources)
+            size = sum(len(open_rows(source, root, folder.parent / "index")) for source in sources)
             sources = [f"{source}:{self.pairs / size:.6f}" for source in sources]
         return trained(folder, "pretrain", "--data", ",".join(sources), "--image-root", root,
                        *self.flags, *flags)
@@ -265,14 +268,8 @@ def check(o: argparse.Namespace) -> None:
 
 def filter_web(o: argparse.Namespace, folder: Path, device: torch.device) -> dict:
     """One CapFilt with the command line's captioners and filters -> the report."""
-    index = Path(o.out) / "index"
-    def open_rows():
-        return [Rows.of(path, o.image_root or None, index) if path else None
-                for path in (o.web, o.human)]
-    if distributed.rank() == 0:
-        open_rows()  # builds what is not there yet, for all ranks
-    distributed.barrier()
-    web, human = open_rows()
+    web, human = (open_rows(path, o.image_root, Path(o.out) / "index") if path else None
+                  for path in (o.web, o.human))
     print0(f"== caption and filter {len(web)} web texts, writing to {folder}")
     captioners, filters = ([Role.open(path, task, vars(o), device) for path in paths]
                            for task, paths in (("caption", o.captioner), ("retrieval", o.filter)))
@@ -287,6 +284,14 @@ def filter_web(o: argparse.Namespace, folder: Path, device: torch.device) -> dic
            + "".join(f", {count} x {reason}" for reason, count in left.items()))
     print0(f"wrote {folder}/bootstrapped.json, rejected.json, report.json, sheet.png")
     return report
+
+
+def open_rows(source: str, root: str, index: Path) -> Rows:
+    """The rows of a source. All ranks call it: rank 0 builds the index if there is none yet."""
+    if distributed.rank() == 0:
+        Rows.of(source, root or None, index)
+    distributed.barrier()
+    return Rows.of(source, root or None, index)
 
 
 def own_fields(o: argparse.Namespace, config_class: type) -> dict:
@@ -345,9 +350,10 @@ def command_line() -> argparse.ArgumentParser:
     p.add_argument("--out", default="runs/capfilt", help="default runs/capfilt")
     p.add_argument("--init", default="", help="pretrained model that --finetune starts from")
     p.add_argument("--finetune", nargs="?", const="", metavar="FLAGS", help="make captioner and "
-                   "filter from --init and --human first; FLAGS of train.py for both, in quotes")
+                   "filter from --init and --human first; FLAGS of train.py for both, given as "
+                   "--finetune=\"--epochs 5\"")
     p.add_argument("--pretrain", nargs="?", const="", metavar="FLAGS", help="pretrain a new model "
-                   "on the bootstrapped set; FLAGS of train.py, in quotes")
+                   "on the bootstrapped set; FLAGS of train.py likewise")
     p.add_argument("--rounds", type=int, default=1, help="so many times: finetune, bootstrap, "
                    "pretrain (default 1, as in the paper)")
     p.add_argument("--pairs", type=int, default=0, help="pairs that --pretrain sees in an epoch, "
