@@ -103,6 +103,21 @@ class CaptionStep:
         return self.med.logits(states[:, -1])
 
 
+def make_vit(c: BLIPConfig) -> ViT:
+    """The image encoder that the configuration describes."""
+    return ViT(c.image_size, c.patch_size, c.vit_width, c.vit_depth, c.vit_heads, c.drop_path,
+               c.grad_checkpoint)
+
+
+def make_med(c: BLIPConfig, modes: tuple[str, ...], context_width: int = 0,
+             merge_from: int | None = None) -> MED:
+    """The text transformer that the configuration describes. context_width: of what its
+    cross-attention reads, 0: the ViT's; merge_from: as in MED."""
+    return MED(c.vocab_size, c.text_width, context_width or c.vit_width, c.text_depth,
+               c.text_heads, c.text_ffn, c.max_positions, c.dropout, c.enc_id, c.dec_id, c.share,
+               modes, merge_from)
+
+
 class BLIP(nn.Module):
     """vit, med, vision_proj, text_proj, itm_head; the twins vit_m, med_m, vision_proj_m,
     text_proj_m; the queues."""
@@ -110,9 +125,8 @@ class BLIP(nn.Module):
     def __init__(self, config: BLIPConfig):
         super().__init__()
         c = self.config = config
-        self.vit = ViT(c.image_size, c.patch_size, c.vit_width, c.vit_depth, c.vit_heads,
-                       c.drop_path, c.grad_checkpoint)
-        self.med = self._med(("text", "grounded", "decode"))
+        self.vit = make_vit(c)
+        self.med = make_med(c, ("text", "grounded", "decode"))
         self.vision_proj = nn.Linear(c.vit_width, c.embed_dim)
         self.text_proj = nn.Linear(c.text_width, c.embed_dim)
         self.itm_head = nn.Linear(c.text_width, 2)  # class 1 = matched
@@ -120,7 +134,7 @@ class BLIP(nn.Module):
         self.apply(init_weights)
         # Momentum twins hold only what ITC uses: no cross-attention, no decoder.
         self.vit_m = ViT(c.image_size, c.patch_size, c.vit_width, c.vit_depth, c.vit_heads)
-        self.med_m = self._med(("text",))
+        self.med_m = make_med(c, ("text",))
         self.vision_proj_m = nn.Linear(c.vit_width, c.embed_dim)
         self.text_proj_m = nn.Linear(c.text_width, c.embed_dim)
         self.twin_parameters = [(online.get_parameter(name), p_m) for online, twin in self.twins()
@@ -133,11 +147,6 @@ class BLIP(nn.Module):
         self.register_buffer("queue_ids", torch.full((c.queue_size,), -1))
         self.register_buffer("queue_ptr", torch.zeros((), dtype=torch.long))
         self.set_objectives(OBJECTIVES)
-
-    def _med(self, modes: tuple[str, ...]) -> MED:
-        c = self.config
-        return MED(c.vocab_size, c.text_width, c.vit_width, c.text_depth, c.text_heads, c.text_ffn,
-                   c.max_positions, c.dropout, c.enc_id, c.dec_id, c.share, modes)
 
     def train(self, mode: bool = True) -> "BLIP":
         """NOTE(differs from salesforce/BLIP): the twins stay in eval mode; dropout would only add

@@ -19,6 +19,7 @@ import torch
 
 from blip import BLIP, BLIPConfig
 from data import InputError, Tokenizer
+from tasks import make_model
 from vit import resize_positions
 from weights import export_transformers, load_released, read
 
@@ -78,7 +79,8 @@ def open_model(path: str | Path, needs: tuple[str, ...] = (), vocab: str = "",
     if is_ours(state):
         settings, tokenizer = state.get("train_config", {}), Tokenizer(state["tokenizer"])
         known = {f.name for f in fields(BLIPConfig)}
-        model = BLIP(BLIPConfig(**{k: v for k, v in state["model_config"].items() if k in known}))
+        config = BLIPConfig(**{k: v for k, v in state["model_config"].items() if k in known})
+        model = make_model(settings.get("task", "pretrain"), config, state["model"])
         model.load_state_dict(state["model"])
     elif vocab:
         tokenizer = Tokenizer.from_file(vocab)

@@ -80,6 +80,16 @@ def lm_loss(logits: Tensor, targets: Tensor, label_smoothing: float = LABEL_SMOO
                            label_smoothing=label_smoothing)
 
 
+def text_nll(logits: Tensor, targets: Tensor, rows: Tensor, texts: int,
+             label_smoothing: float = 0.0) -> Tensor:
+    """logits (T, V) at the positions that have a target, targets (T,), rows (T,): which text each
+    belongs to -> (texts,): the negative log-likelihood of each text, in nats, summed over its
+    tokens. VQA trains and ranks answers by it (BLIP sec. 5.3)."""
+    loss = F.cross_entropy(logits.float(), targets, reduction="none",
+                           label_smoothing=label_smoothing)
+    return loss.new_zeros(texts).index_add(0, rows, loss)
+
+
 def next_token_targets(ids: Tensor, mask: Tensor, prompt_length: int = 0) -> Tensor:
     """ids, mask (B, L) -> targets (B, L-1): position t predicts token t+1; PAD and the prompt
     give no loss.

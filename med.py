@@ -68,17 +68,43 @@ class SelfAttentionLayer(nn.Module):
 
 
 class CrossAttentionLayer(nn.Module):
-    """Where the text looks at the image."""
+    """Where the text looks at the image, or at two images: `merge` says how these are put together
+    (None: there is one)."""
 
-    def __init__(self, width: int, context_width: int, heads: int, dropout: float):
+    def __init__(self, width: int, context_width: int, heads: int, dropout: float,
+                 merge: bool | None = None):
         super().__init__()
-        self.attn = CrossAttention(width, context_width, heads, dropout)
+        self.attn = (CrossAttention(width, context_width, heads, dropout) if merge is None else
+                     TwinCrossAttention(width, context_width, heads, dropout, merge))
         self.add = Residual(width, dropout)
 
     def forward(self, x: Tensor, kv: KeysValues, mask: Tensor | None,
                 probabilities: list | None = None) -> Tensor:
         """x (n*B, L, D), kv of B images -> (n*B, L, D)."""
         return self.add(x, self.attn(x, kv, mask, probabilities))
+
+
+class TwinCrossAttention(nn.Module):
+    """Two cross-attentions, one for each of two images, in the place of one (NLVR2; BLIP sec. 5.4,
+    Fig. 5). Their outputs are averaged or, with `merge`, concatenated and brought back to the width
+    by a Linear."""
+
+    def __init__(self, width: int, context_width: int, heads: int, dropout: float, merge: bool):
+        super().__init__()
+        self.twins = nn.ModuleList(CrossAttention(width, context_width, heads, dropout)
+                                   for _ in range(2))
+        self.merge = Linear(2 * width, width) if merge else None
+
+    def project(self, context: Tensor) -> tuple[KeysValues, KeysValues]:
+        """context (B, 2, N, context width) -> keys and values of the first images, of the
+        second."""
+        return tuple(twin.project(image) for twin, image in zip(self.twins, context.unbind(1)))
+
+    def forward(self, x: Tensor, kv: tuple[KeysValues, KeysValues], mask: Tensor | None = None,
+                probabilities: list | None = None) -> Tensor:
+        """x (n*B, L, D), kv of B pairs of images -> (n*B, L, D)."""
+        first, second = (twin(x, one, mask, probabilities) for twin, one in zip(self.twins, kv))
+        return self.merge(torch.cat([first, second], -1)) if self.merge else (first + second) / 2
 
 
 class FeedForward(nn.Module):
@@ -160,12 +186,12 @@ class MEDLayer(nn.Module):
     """
 
     def __init__(self, width: int, context_width: int, heads: int, hidden: int, dropout: float,
-                 share: str, modes):
+                 share: str, modes, merge: bool | None = None):
         super().__init__()
         def self_attention():
             return SelfAttentionLayer(width, heads, dropout)
         def cross_attention():
-            return CrossAttentionLayer(width, context_width, heads, dropout)
+            return CrossAttentionLayer(width, context_width, heads, dropout, merge)
         def feed_forward():
             return FeedForward(width, hidden, dropout)
         encodes, decodes = "text" in modes or "grounded" in modes, "decode" in modes
@@ -202,19 +228,21 @@ class MEDLayer(nn.Module):
 class MED(nn.Module):
     """Arguments: vocabulary V, width D, width of the context that cross-attention reads, depth,
     heads, FFN width, number of positions, dropout, ids of [CLS], [ENC] and [DEC], the sharing of
-    Table 3 (`SHARE`), the modes in use."""
+    Table 3 (`SHARE`), the modes in use; merge_from: for contexts that are pairs of images, the
+    layer from which what is seen in them is merged, not averaged (NLVR2)."""
 
     def __init__(self, vocab_size: int, width: int, context_width: int, depth: int, heads: int,
                  hidden: int, max_positions: int, dropout: float, enc_id: int, dec_id: int,
-                 share: str = "all_but_sa", modes=MODES):
+                 share: str = "all_but_sa", modes=MODES, merge_from: int | None = None):
         super().__init__()
         if share not in SHARE:
             raise ValueError(f"share is {share!r}; choose one of {', '.join(SHARE)}")
         self.enc_id, self.dec_id = enc_id, dec_id
         self.embeddings = Embeddings(vocab_size, width, max_positions, dropout)
         self.layers = nn.ModuleList(
-            MEDLayer(width, context_width, heads, hidden, dropout, share, modes)
-            for _ in range(depth))
+            MEDLayer(width, context_width, heads, hidden, dropout, share, modes,
+                     None if merge_from is None else i >= merge_from)
+            for i in range(depth))
         if "decode" in modes:
             separate = share == "none" and len(modes) > 1
             self.embeddings_dec = (Embeddings(vocab_size, width, max_positions, dropout)
@@ -222,8 +250,8 @@ class MED(nn.Module):
             self.lm_head = LMHead(vocab_size, width)
 
     def project(self, context: Tensor, context_mask: Tensor | None = None) -> ImageKV:
-        """context (B, N, context width), context_mask (B, N) -> its keys and values for every
-        layer, computed once."""
+        """context (B, N, context width), or (B, 2, N, context width) for pairs of images,
+        context_mask (B, N) -> its keys and values for every layer, computed once."""
         def keys_values(name):
             return [getattr(layer, name).attn.project(context) for layer in self.layers]
         first, mask = (self.layers[0],

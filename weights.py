@@ -2,8 +2,9 @@
 
     read(path)                     a state dict, without running any code in the file
     start_from(model, vit, text)   starting weights of a pretraining: ImageNet ViT, BERT (sec. 4.1)
-    load_released(path)            a released pretraining, retrieval, ITM or caption model, with the
-                                   released or transformers' key names -> (model, report)
+    load_released(path)            a released pretraining, retrieval, ITM, caption, VQA or NLVR2
+                                   model, with the released or transformers' key names
+                                   -> (model, report)
     export(model, kind)            -> state dict with the released key names
     export_transformers(...)       a folder that the transformers library loads
 
@@ -18,10 +19,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from blip import BLIP, BLIPConfig
 from data import InputError, Tokenizer
+from tasks import MODELS, make_model
 from vit import resize_positions
 
 Names = list[tuple[str, list[str]]]
@@ -56,13 +58,14 @@ class Report:
 
     missing: list[str] = field(default_factory=list)
     left_over: list[str] = field(default_factory=list)
-    kind: str = "pretrain"  # pretrain, retrieval (also ITM) or caption
+    kind: str = "pretrain"  # pretrain, retrieval (also ITM), caption, vqa or nlvr2
 
     def settings(self) -> dict:
         """What is known of its training, as a checkpoint's train_config tells it."""
         return {"pretrain": {}, "retrieval": {"task": "retrieval", "lm_weight": 0.0},
                 "caption": {"task": "caption", "itc_weight": 0.0, "itm_weight": 0.0,
-                            "prompt": "a picture of"}}[self.kind] | {"preset": "base"}
+                            "prompt": "a picture of"},
+                "vqa": {"task": "vqa"}, "nlvr2": {"task": "nlvr2"}}[self.kind] | {"preset": "base"}
 
     def __str__(self) -> str:
         lines = ([f"missing, left at their initial values: {shorten(self.missing)}"]
@@ -109,19 +112,34 @@ def self_attention_names(released: str, ours: str) -> list[tuple[str, list[str]]
             + same(f"{released}.output.LayerNorm", f"{ours}.add.norm"))
 
 
-def rest_of_layer_names(released: str, ours: str, cross: str,
-                        ffn: str) -> list[tuple[str, list[str]]]:
-    """Cross-attention (under our name `cross`, where there is one) and feed-forward (under `ffn`)
-    of a layer."""
+def rest_of_layer_names(released: str, ours: str, cross: str, ffn: str,
+                        twin: bool = False) -> list[tuple[str, list[str]]]:
+    """Cross-attention (under our name `cross`, where there is one; `twin`: two of them) and
+    feed-forward (under `ffn`) of a layer."""
     pairs = (same(f"{released}.intermediate.dense", f"{ours}.{ffn}.fc1")
              + same(f"{released}.output.dense", f"{ours}.{ffn}.fc2")
              + same(f"{released}.output.LayerNorm", f"{ours}.{ffn}.add.norm"))
     if cross:
         there, here = f"{released}.crossattention", f"{ours}.{cross}"
-        pairs += (same(f"{there}.self.query", f"{here}.attn.q")
-                  + fused(f"{there}.self", f"{here}.attn.kv", ("key", "value"))
-                  + same(f"{there}.output.dense", f"{here}.attn.out")
-                  + same(f"{there}.output.LayerNorm", f"{here}.add.norm"))
+        # NLVR2 has two of them (self0, self1), which are put together behind their projections.
+        for which, place in ((("", "attn"),) if not twin else (("0", "attn.twins.0"),
+                                                               ("1", "attn.twins.1"))):
+            pairs += (same(f"{there}.self{which}.query", f"{here}.{place}.q")
+                      + fused(f"{there}.self{which}", f"{here}.{place}.kv", ("key", "value"))
+                      + same(f"{there}.output.dense{which}", f"{here}.{place}.out"))
+        pairs += same(f"{there}.output.LayerNorm", f"{here}.add.norm")
+        pairs += same(f"{there}.output.merge_layer", f"{here}.attn.merge") if twin else []
+    return pairs
+
+
+def encoder_names(released: str, ours: str, depth: int, cross: str = "cross_attn",
+                  twin: bool = False) -> list[tuple[str, list[str]]]:
+    """An encoder: embeddings, bidirectional self-attention and the rest of each layer."""
+    pairs = embedding_names(f"{released}.embeddings", f"{ours}.embeddings")
+    for i in range(depth):
+        there, here = f"{released}.encoder.layer.{i}", f"{ours}.layers.{i}"
+        pairs += self_attention_names(f"{there}.attention", f"{here}.attn_bi")
+        pairs += rest_of_layer_names(there, here, cross, "ffn", twin)
     return pairs
 
 
@@ -130,31 +148,51 @@ def pretrain_names(config: BLIPConfig) -> list[tuple[str, list[str]]]:
     pretraining model."""
     pairs = [("temp", ["temp"])]
     for twin in ("", "_m"):
-        text, med = f"text_encoder{twin}", f"med{twin}"
         pairs += vit_names(f"visual_encoder{twin}.", f"vit{twin}.", config.vit_depth)
-        pairs += embedding_names(f"{text}.embeddings", f"{med}.embeddings")
+        pairs += encoder_names(f"text_encoder{twin}", f"med{twin}", config.text_depth,
+                               "" if twin else "cross_attn")
         pairs += (same(f"vision_proj{twin}", f"vision_proj{twin}")
                   + same(f"text_proj{twin}", f"text_proj{twin}"))
-        for i in range(config.text_depth):
-            there, here = f"{text}.encoder.layer.{i}", f"{med}.layers.{i}"
-            pairs += self_attention_names(f"{there}.attention", f"{here}.attn_bi")
-            pairs += rest_of_layer_names(there, here, "" if twin else "cross_attn", "ffn")
     pairs += same("itm_head", "itm_head")
     return pairs + decoder_names("text_decoder", config.text_depth)
 
 
-def decoder_names(released: str, depth: int) -> list[tuple[str, list[str]]]:
+def decoder_names(released: str, depth: int, ours: str = "med") -> list[tuple[str, list[str]]]:
     """(our name, released names) of a decoder. Its self-attention is its own; the rest is the
-    encoder's, stored twice."""
+    encoder's, stored twice (in VQA all is its own)."""
     there, head = f"{released}.bert", f"{released}.cls.predictions"
-    pairs = embedding_names(f"{there}.embeddings", "med.embeddings_dec")
+    pairs = embedding_names(f"{there}.embeddings", f"{ours}.embeddings_dec")
     for i in range(depth):
-        layer, here = f"{there}.encoder.layer.{i}", f"med.layers.{i}"
+        layer, here = f"{there}.encoder.layer.{i}", f"{ours}.layers.{i}"
         pairs += self_attention_names(f"{layer}.attention", f"{here}.attn_causal")
         pairs += rest_of_layer_names(layer, here, "cross_attn_dec", "ffn_dec")
-    return (pairs + same(f"{head}.transform.dense", "med.lm_head.dense")
-            + same(f"{head}.transform.LayerNorm", "med.lm_head.norm")
-            + [("med.lm_head.bias", [f"{head}.bias"])])
+    return (pairs + same(f"{head}.transform.dense", f"{ours}.lm_head.dense")
+            + same(f"{head}.transform.LayerNorm", f"{ours}.lm_head.norm")
+            + [(f"{ours}.lm_head.bias", [f"{head}.bias"])])
+
+
+def names_of(kind: str, config: BLIPConfig) -> Names:
+    """(our name, released names) for every tensor of a released model of this kind."""
+    vit, depth = vit_names("visual_encoder.", "vit.", config.vit_depth), config.text_depth
+    if kind == "vqa":
+        return (vit + encoder_names("text_encoder", "question", depth)
+                + decoder_names("text_decoder", depth, "answer"))
+    if kind == "nlvr2":
+        return (vit + encoder_names("text_encoder", "med", depth, twin=True)
+                + same("cls_head.0", "head.0") + same("cls_head.2", "head.2"))
+    return pretrain_names(config)
+
+
+def kind_of(weights: dict[str, Tensor]) -> str:
+    """What a released model was trained for."""
+    encodes = "text_encoder.embeddings.word_embeddings.weight" in weights
+    if "cls_head.0.weight" in weights:
+        return "nlvr2"
+    if "text_decoder.cls.predictions.bias" not in weights:
+        return "retrieval"
+    if not encodes:
+        return "caption"
+    return "pretrain" if "vision_proj.weight" in weights else "vqa"
 
 
 def fill(model: BLIP, weights: dict[str, Tensor], names: Names, path) -> tuple[set, set]:
@@ -270,8 +308,8 @@ def infer_config(weights: dict[str, Tensor], path, vit_heads: int | None,
         "text_decoder.bert.")
     def size(name, dim):
         if name not in weights:
-            raise InputError(f"{path} lacks {name}: this is not a released BLIP pretraining, "
-                             "retrieval or caption model")
+            raise InputError(f"{path} lacks {name}: this is not a released BLIP model of a "
+                             "task that is known here")
         return weights[name].shape[dim]
     def heads(given, width, flag):
         if given is None and width % 64:
@@ -303,8 +341,9 @@ def infer_config(weights: dict[str, Tensor], path, vit_heads: int | None,
 
 def load_released(path: str | Path, image_size: int | None = None, vit_heads: int | None = None,
                   text_heads: int | None = None,
-                  tokenizer: Tokenizer | None = None) -> tuple[BLIP, Report]:
-    """A released BLIP model, or one with transformers' key names -> model in eval mode, report.
+                  tokenizer: Tokenizer | None = None) -> tuple[nn.Module, Report]:
+    """A released BLIP model, or one with transformers' key names -> model of its task in eval mode,
+    report.
 
     Positions are resized when `image_size` (pixels) differs from the stored grid. The special ids
     are BERT's unless a tokenizer is given. Raises InputError where the file or a size does not fit.
@@ -319,8 +358,20 @@ def load_released(path: str | Path, image_size: int | None = None, vit_heads: in
                              f"[ENC], the word embeddings of {path} have {config.vocab_size}; give "
                              "the vocab.txt that it was trained with")
         config = replace(config, **tokenizer.config())
-    model = BLIP(config)
-    found, used = fill(model, weights, pretrain_names(config), path)
+    kind = kind_of(weights)
+    model = make_model(kind, config, weights)
+    found, used = fill(model, weights, names_of(kind, config), path)
+    if kind not in MODELS:
+        found, used = fill_twins(model, weights, found, used)
+    # Stored a second time, or constant: not information.
+    redundant = ("position_ids", "cls.predictions.decoder.weight", "cls.predictions.decoder.bias")
+    left_over = [name for name in weights if name not in used and not name.endswith(redundant)]
+    missing = [name for name, p in model.named_parameters() if p.data_ptr() not in found]
+    return model.eval(), Report(missing, left_over, kind)
+
+
+def fill_twins(model: BLIP, weights: dict[str, Tensor], found: set, used: set) -> tuple[set, set]:
+    """Momentum twins and queues, as far as they are there -> found and used, with them."""
     if not any(name.startswith("visual_encoder_m.") for name in weights):
         model.update_momentum(0.0)  # no twins there: they start equal
         found |= {p.data_ptr() for _, p in model.twin_parameters}
@@ -331,17 +382,7 @@ def load_released(path: str | Path, image_size: int | None = None, vit_heads: in
             ours.copy_(weights[name].T if name in ("image_queue", "text_queue")
                        else weights[name].reshape(ours.shape))
             used.add(name)
-    report = Report()
-    # Stored a second time, or constant: not information.
-    redundant = ("position_ids", "cls.predictions.decoder.weight", "cls.predictions.decoder.bias")
-    report.left_over = [name for name in weights
-                        if name not in used and not name.endswith(redundant)]
-    report.missing = [name for name, p in model.named_parameters() if p.data_ptr() not in found]
-    if "text_decoder.cls.predictions.bias" not in weights:
-        report.kind = "retrieval"
-    elif "text_encoder.embeddings.word_embeddings.weight" not in weights:
-        report.kind = "caption"
-    return model.eval(), report
+    return found, used
 
 
 # ---- and out -------------------------------------------------------------------------------------

@@ -1,0 +1,227 @@
+"""What can be asked of the picture world: questions about a scene (VQA), statements about two
+images (NLVR2).
+
+    ask(scene, rng)              -> Question: text, ten people's answers, kind
+    state(label, rng)            -> a statement, and pairs of scenes of which it is true and false
+    Questions, Statements        data sets of one split, items as task_data.py's
+"""
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch.utils.data import Dataset
+
+from world import (
+    BACKGROUNDS,
+    COLOURS,
+    COLUMNS,
+    ROWS,
+    SHAPES,
+    SIZES,
+    Scene,
+    Thing,
+    World,
+    random_scene,
+    render,
+    split_of,
+)
+
+KINDS = ("colour", "shape", "size", "count", "background", "yes/no", "where")
+NUMBERS = ("none", "one", "two", "three", "four")
+PEOPLE = 10  # answer each question, as in VQA
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question about an image, what each of several people answered, and what it asks for."""
+
+    text: str
+    answers: tuple[str, ...]
+    kind: str
+
+
+# ---- questions about one image -------------------------------------------------------------------
+
+def holds(thing: Thing, facts: dict[str, str]) -> bool:
+    """Whether the thing has all these attributes."""
+    return facts.items() <= thing.facts().items()
+
+
+def in_words(facts: dict[str, str], rng: random.Random) -> str:
+    """{"colour": "red", "shape": "circle"} -> "red disc"; without a shape "red thing"; a place
+    comes behind."""
+    words = [rng.choice(SIZES[facts["size"]]) if "size" in facts else "", facts.get("colour", ""),
+             rng.choice(SHAPES[facts["shape"]]) if "shape" in facts else "thing"]
+    if "row" in facts:
+        words += ["at the", rng.choice(ROWS[facts["row"]]), rng.choice(COLUMNS[facts["column"]])]
+    return " ".join(filter(None, words))
+
+
+def reference(scene: Scene, thing: Thing, about: tuple[str, ...],
+              rng: random.Random) -> str | None:
+    """Words for this thing and no other of the scene, without the attributes `about`; None if there
+    are none."""
+    facts = thing.facts()
+    ways = [("shape",), ("colour",), ("colour", "shape"), ("size", "shape"), ("row", "column")]
+    ways = [way for way in ways if not set(way) & set(about)]
+    rng.shuffle(ways)
+    for way in ways:
+        told = {name: facts[name] for name in way}
+        if sum(holds(other, told) for other in scene.things) == 1:
+            return in_words(told, rng)
+    return None
+
+
+def ask(scene: Scene, rng: random.Random, kind: str | None = None) -> Question:
+    """A question of a random kind (of KINDS) about the scene, and PEOPLE answers: who answers uses
+    synonyms as they come ("top left", "upper left")."""
+    while True:
+        chosen = kind or rng.choice(KINDS)
+        thing = rng.choice(scene.things)
+        facts = thing.facts()
+        about = {"where": ("row", "column")}.get(chosen, (chosen,))
+        name = reference(scene, thing, about, rng)
+        def people(*synonyms):
+            return tuple(rng.choice(synonyms) for _ in range(PEOPLE))
+        if chosen == "count":
+            told = rng.choice(({}, {"colour": facts["colour"]}, {"size": rng.choice(list(SIZES))}))
+            what = in_words(told, rng) if told else "thing"
+            number = sum(holds(other, told) for other in scene.things)
+            return Question(f"how many {what}s are there?", people(NUMBERS[number]), chosen)
+        if chosen == "background":
+            text = rng.choice(("what colour is the background?", "which background is it?"))
+            return Question(text, people(scene.background), chosen)
+        if chosen == "yes/no":
+            return yes_or_no(scene, thing, rng)
+        if name is None:  # the things differ in nothing but what is asked for
+            if kind:
+                return ask(scene, rng)
+            continue
+        if chosen == "where":
+            return Question(f"where is the {name}?", people(*(
+                f"{row} {column}" for row in ROWS[facts["row"]]
+                for column in COLUMNS[facts["column"]])), chosen)
+        said = {"colour": ("what colour is the {}?",), "size": ("how large is the {}?",),
+                "shape": ("what is the {}?", "what shape is the {}?")}[chosen]
+        synonyms = {"colour": {c: (c,) for c in COLOURS}, "shape": SHAPES, "size": SIZES}[chosen]
+        return Question(rng.choice(said).format(name), people(*synonyms[facts[chosen]]), chosen)
+
+
+def yes_or_no(scene: Scene, thing: Thing, rng: random.Random) -> Question:
+    """Half of the answers are yes; a no is wrong in one attribute."""
+    facts = thing.facts()
+    told = {name: facts[name] for name in rng.choice((("colour", "shape"), ("size", "shape"),
+                                                      ("colour", "row", "column")))}
+    if rng.random() < 0.5:
+        name = rng.choice([name for name in told if name not in ("row", "column")])
+        values = {"colour": COLOURS, "shape": SHAPES, "size": SIZES}[name]
+        told[name] = rng.choice([value for value in values if value != told[name]])
+    answer = "yes" if any(holds(other, told) for other in scene.things) else "no"
+    return Question(f"is there a {in_words(told, rng)}?", (answer,) * PEOPLE, "yes/no")
+
+
+class Questions(Dataset):
+    """`size` questions about scenes of one split, a function of (seed, split, index) alone. Items
+    as those of task_data.QuestionDataset: {image, question, answers, question_id, kind, index}."""
+
+    def __init__(self, split: str, size: int, image_size: int = 64, seed: int = 0):
+        self.world = World(split, size, image_size, seed)
+
+    def __len__(self) -> int:
+        return len(self.world)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called before each epoch: new questions about the same training scenes."""
+        self.world.set_epoch(epoch)
+
+    def question(self, index: int) -> Question:
+        """What is asked about item `index` in this epoch; the kinds take turns."""
+        rng = self.world.rng(index, f"question {self.world.epoch}")
+        return ask(self.world.scene(index), rng, KINDS[index % len(KINDS)])
+
+    def __getitem__(self, index: int) -> dict:
+        asked = self.question(index)
+        return {"image": self.world[index]["image"], "question": asked.text,
+                "answers": asked.answers, "question_id": index, "kind": asked.kind, "index": index,
+                "weight": 1.0, "broken": []}
+
+
+# ---- statements about two images -----------------------------------------------------------------
+
+def draw_statement(rng: random.Random) -> tuple[str, Callable[[Scene, Scene], bool]]:
+    """-> a statement about a left and a right image, and whether it is true of two scenes."""
+    shape, colour = rng.choice(list(SHAPES)), rng.choice(list(COLOURS))
+    ground, number = rng.choice(list(BACKGROUNDS)), rng.choice((2, 3, 4))
+    said = rng.choice(SHAPES[shape])
+    def has(scene, **facts):
+        return any(holds(thing, facts) for thing in scene.things)
+    return rng.choice((
+        (f"the left image shows a {said}", lambda a, b: has(a, shape=shape)),
+        (f"the right image shows a {said}", lambda a, b: has(b, shape=shape)),
+        (f"the left image shows a {colour} thing", lambda a, b: has(a, colour=colour)),
+        (f"the right image shows a {colour} thing", lambda a, b: has(b, colour=colour)),
+        (f"both images show a {said}", lambda a, b: has(a, shape=shape) and has(b, shape=shape)),
+        (f"both images show a {colour} thing",
+         lambda a, b: has(a, colour=colour) and has(b, colour=colour)),
+        (f"one of the images is {ground}, and only one",
+         lambda a, b: (a.background == ground) != (b.background == ground)),
+        (f"there is a {colour} thing in one of the images",
+         lambda a, b: has(a, colour=colour) or has(b, colour=colour)),
+        ("the images have the same background", lambda a, b: a.background == b.background),
+        ("the left image shows more things than the right",
+         lambda a, b: len(a.things) > len(b.things)),
+        (f"there are {NUMBERS[number]} things in all",
+         lambda a, b: len(a.things) + len(b.things) == number)))
+
+
+def draw_pair(true: Callable[[Scene, Scene], bool], label: bool, split: str,
+              rng: random.Random) -> tuple[Scene, Scene]:
+    """Two scenes of a split of which the statement is true, or false. Near misses are common: half
+    of the time the right image has the background, or a thing's looks, of the left one."""
+    while True:
+        left, right = random_scene(rng, split), random_scene(rng, split)
+        if rng.random() < 0.25:
+            right = replace(right, background=left.background)
+        elif rng.random() < 0.33:
+            first, *rest = right.things
+            looks = rng.choice(left.things)
+            right = replace(right, things=(replace(looks, place=first.place), *rest))
+        if true(left, right) == label and split_of(right) == split:
+            return left, right
+
+
+class Statements(Dataset):
+    """`size` statements, each with two images, of one split. Four items in a row have one statement
+    with different images, two of them true, for consistency. Items as those of
+    task_data.StatementDataset: {image (2, 3, S, S), sentence, label, identifier, index}."""
+
+    GROUP = 4
+
+    def __init__(self, split: str, size: int, image_size: int = 64, seed: int = 0):
+        self.split, self.size, self.image_size, self.seed = split, size, image_size, seed
+        self.epoch = 0
+
+    def __len__(self) -> int:
+        return self.size
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called before each epoch."""
+        self.epoch = epoch
+
+    def statement(self, index: int) -> tuple[str, bool, tuple[Scene, Scene]]:
+        """-> the sentence of item `index`, its label, its two scenes."""
+        group = f"statement {self.seed} {self.split} {self.epoch} {index // self.GROUP}"
+        sentence, true = draw_statement(random.Random(group))
+        label = index % self.GROUP < self.GROUP // 2
+        pair = draw_pair(true, label, self.split, random.Random(f"{group} {index}"))
+        return sentence, label, pair
+
+    def __getitem__(self, index: int) -> dict:
+        sentence, label, scenes = self.statement(index)
+        rng = random.Random(f"image {self.seed} {self.split} {index}")
+        images = [torch.from_numpy(render(scene, self.image_size, rng)) for scene in scenes]
+        return {"image": torch.stack(images), "sentence": sentence, "label": label,
+                "identifier": f"{index // self.GROUP}-{index % self.GROUP}", "index": index,
+                "broken": []}
