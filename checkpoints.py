@@ -16,6 +16,7 @@ from dataclasses import fields
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from blip import BLIP, BLIPConfig
 from data import InputError, Tokenizer
@@ -68,12 +69,13 @@ def load_model(path: str | Path, device: str | torch.device = "cpu") -> tuple[BL
 
 
 def open_model(path: str | Path, needs: tuple[str, ...] = (), vocab: str = "",
-               device: str | torch.device = "cpu") -> tuple[BLIP, Tokenizer, dict]:
+               device: str | torch.device = "cpu",
+               kinds: tuple[type, ...] = (BLIP,)) -> tuple[nn.Module, Tokenizer, dict]:
     """A checkpoint of this project or released weights (these need BERT's vocab.txt as `vocab`) ->
     the model, in eval mode, its tokenizer, and the settings that it was trained with.
 
     `needs` names the objectives that must have been trained: a model finetuned for captions can no
-    longer match. Raises InputError.
+    longer match. `kinds`: the classes that the model may have (tasks.MODELS). Raises InputError.
     """
     state = read(path)
     if is_ours(state):
@@ -90,6 +92,9 @@ def open_model(path: str | Path, needs: tuple[str, ...] = (), vocab: str = "",
     else:
         raise InputError(f"{path} is not a checkpoint of this project; if it holds released "
                          "weights, give --vocab with the vocab.txt of bert-base-uncased")
+    if not isinstance(model, kinds):
+        raise InputError(f"{path} is a checkpoint of another task ({settings.get('task')}); give "
+                         f"one of {' or '.join(kind.__name__ for kind in kinds)}")
     untrained = [name for name in needs if not settings.get(f"{name}_weight", 1.0)]
     if untrained:
         losses = " and ".join(map(str.upper, untrained))
@@ -99,16 +104,18 @@ def open_model(path: str | Path, needs: tuple[str, ...] = (), vocab: str = "",
     return model.to(device).eval(), tokenizer, settings
 
 
-def initialise(model: BLIP, source: BLIP) -> None:
+def initialise(model: nn.Module, source: nn.Module) -> None:
     """Copy the weights of `source`, positions resized to the model's grid; the queues too unless
-    their length differs, which then start anew."""
-    ours = model.state_dict()  # aliases the parameters
-    for name, value in source.state_dict().items():
-        if name.endswith("pos_embed"):
-            value = resize_positions(value, ours[name].shape[1])
-        if ours[name].shape == value.shape:
-            ours[name].copy_(value)
-    if model.config.queue_size != source.config.queue_size:
+    their length differs, which then start anew. A task's model takes from a pretrained one what it
+    has a place for (tasks.py)."""
+    theirs, alike = source.state_dict(), type(model) is type(source)
+    for name, ours in model.state_dict().items():  # aliases the parameters
+        value = theirs.get(name if alike else model.pretrained_name(name))
+        if value is not None and name.endswith("pos_embed"):
+            value = resize_positions(value, ours.shape[1])
+        if value is not None and ours.shape == value.shape:
+            ours.copy_(value)
+    if isinstance(model, BLIP) and model.config.queue_size != source.config.queue_size:
         model.queue_ptr.zero_()
 
 

@@ -20,7 +20,7 @@ from blip import OBJECTIVES, SIZES, BLIPConfig
 class TrainConfig:
     """The recipe. The defaults are the paper's for pretraining ViT-B (BLIP sec. 4.1)."""
 
-    task: str = "pretrain"  # pretrain, retrieval or caption: the first word of the command
+    task: str = "pretrain"  # what is trained (of TASKS): the first word of the command
     init: str = ""  # checkpoint whose model and tokenizer a finetuning starts from
     init_vit: str = ""  # DeiT or timm ViT weights that pretraining starts from (paper: ImageNet)
     init_text: str = ""  # BERT weights that pretraining starts from; needs --vocab
@@ -98,6 +98,8 @@ TASKS = {
                       alpha_epochs=1.0, lm_weight=0.0, eval_top_k=128),  # k: Flickr; COCO 256
     "caption": dict(FINETUNE, out="runs/caption", lr=1e-5, epochs=5, max_tokens=40,
                     itc_weight=0.0, itm_weight=0.0, prompt="a picture of"),
+    "vqa": dict(FINETUNE, out="runs/vqa", lr=2e-5, epochs=10, max_tokens=35),
+    "nlvr2": dict(FINETUNE, out="runs/nlvr2", lr=3e-5, epochs=15, max_tokens=40),
 }
 # The tiny ones are measured, not the paper's: see "The tiny preset" in the README.
 TINY = dict(batch_size=32, schedule="cosine", warmup_steps=100, beta2=0.98, grad_clip=1.0,
@@ -110,10 +112,14 @@ PRESETS = {
     ("retrieval", "tiny"): dict(TINY, epochs=2, world_size=6400, lr=5e-4),
     ("caption", "large"): dict(lr=2e-6),
     ("caption", "tiny"): dict(TINY, epochs=2, world_size=12800, lr=5e-4, prompt=""),
+    ("vqa", "tiny"): dict(TINY, epochs=1, world_size=44800, lr=1e-3),
+    ("nlvr2", "tiny"): dict(TINY, epochs=1, world_size=38400, lr=1e-3),
 }
 # Finetuning takes the model from the checkpoint and changes only this much of it on its own; the
 # rest of what may be changed is not visible in the weights.
-FINETUNE_IMAGE_SIZE = {"base": 384, "large": 384}
+FINETUNE_MODEL = {  # presets base and large (BLIP, appendix A; released configurations)
+    "retrieval": dict(image_size=384), "caption": dict(image_size=384),
+    "vqa": dict(image_size=480, drop_path=0.1), "nlvr2": dict(image_size=384, drop_path=0.1)}
 FREE_IN_FINETUNING = {"image_size", "drop_path", "grad_checkpoint", "dropout", "queue_size",
                       "momentum", "temp_min", "temp_max", "label_smoothing", "hard_negatives"}
 # What may differ from the checkpoint when a run is resumed: nothing that the result depends on.
@@ -201,8 +207,8 @@ def resolve(given: dict, start: dict | None = None) -> tuple[BLIPConfig, TrainCo
     if fixed:
         raise ValueError(f"--{fixed[0].replace('_', '-')} is {model[fixed[0]]} in the weights of "
                          f"--init and cannot be {given[fixed[0]]}; leave it out")
-    if task != "pretrain" and preset in FINETUNE_IMAGE_SIZE:
-        model = {**model, "image_size": FINETUNE_IMAGE_SIZE[preset]}
+    if task != "pretrain" and preset != "tiny":
+        model = {**model, **FINETUNE_MODEL[task]}
     return BLIPConfig(**{**model, **own(BLIPConfig)}), recipe
 
 

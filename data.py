@@ -38,10 +38,18 @@ class InputError(ValueError):
 
 # ---- text ----------------------------------------------------------------------------------------
 
+SIGNS = r"[.!\"()*#:;~]"  # which are no words (released code)
+
+
 def clean_caption(text: str, max_words: int = MAX_WORDS) -> str:
     """Lower case, the signs . ! " ( ) * # : ; ~ become spaces, spaces collapsed, cut after
     max_words (released code)."""
-    return " ".join(re.sub(r"[.!\"()*#:;~]", " ", text.lower()).split()[:max_words])
+    return " ".join(re.sub(SIGNS, " ", text.lower()).split()[:max_words])
+
+
+def clean_question(text: str, max_words: int = 50) -> str:
+    """As a caption, but the signs vanish, and "?" stays (released code)."""
+    return " ".join(re.sub(SIGNS, "", text.lower()).split()[:max_words])
 
 
 class Tokenizer:
@@ -266,16 +274,27 @@ class PairDataset(Dataset):
         for i in range(index, index + (100 if self.augment else 1)):
             pair = self.pairs[i % len(self)]
             rng = random.Random(f"{self.seed} {self.epoch} {index}") if self.augment else None
-            text = clean_caption(pair.captions[0]) if pair.captions else ""
-            flip = not re.search(r"\b(left|right)\b", text)
+            item = self.item(pair, rng)
             try:
-                image = load_image(open_member(self.root / pair.image), self.image_size, rng,
-                                   self.crop, flip)
+                image = self.load(pair, item["text"], rng)
                 break
             except OSError as error:
                 broken.append(f"{pair.image} ({error})")
-        return {"image": image, "text": text, "texts": pair.captions, "image_id": pair.image_id,
-                "index": index, "broken": broken}
+        return {**item, "image": image, "index": index, "broken": broken}
+
+    def item(self, pair, rng: random.Random | None) -> dict:
+        """What goes with the image."""
+        text = clean_caption(pair.captions[0]) if pair.captions else ""
+        return {"text": text, "texts": pair.captions, "image_id": pair.image_id}
+
+    def load(self, pair, text: str, rng: random.Random | None) -> Tensor:
+        """-> (3, S, S) uint8; never flipped where the text says left or right. Raises OSError."""
+        return self.load_one(pair.image, text, rng)
+
+    def load_one(self, image: str, text: str, rng: random.Random | None) -> Tensor:
+        """One picture of a record."""
+        flip = not re.search(r"\b(left|right)\b", text)
+        return load_image(open_member(self.root / image), self.image_size, rng, self.crop, flip)
 
 
 class Collate:

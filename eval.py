@@ -17,10 +17,9 @@ METEOR need Java and WordNet: `caption` writes captions.json and references.json
 
 import argparse
 import json
-import random
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
@@ -37,6 +36,7 @@ from config import add_flags, objectives_of
 from data import Collate, InputError, PairDataset, Tokenizer, normalise
 from metrics import caption_scores
 from pairs import Pair, merge_captions, read_pairs
+from report import examples, mean, print_numbers, write_numbers
 from retrieval import Gallery, encode, retrieval, retrieval_chance, shared_batches
 from sheets import BLACK, GREEN, GREY, RED, Cell, draw_sheet
 from world import ATTRIBUTES, World, all_captions, describe, is_complete, is_true, swap
@@ -207,44 +207,6 @@ def evaluate_pretraining(model: BLIP, tokenizer: Tokenizer, dataset: Dataset, de
         numbers |= {"itm_swap_by": swaps, "itm_swap": mean(swaps.values())}
         numbers["chance"]["itm_swap"] = 0.5
     return numbers, more + sections
-
-
-# ---- small helpers -------------------------------------------------------------------------------
-
-def mean(values) -> float:
-    """Of numbers or truth values; 0 for none."""
-    values = list(map(float, values))
-    return sum(values) / max(len(values), 1)
-
-
-def examples(values: list[float], count: int) -> Iterator[tuple[str, list[int]]]:
-    """("best", indices), ("worst", indices), ("random", indices): at most `count` each, the same
-    random ones every time."""
-    order = sorted(range(len(values)), key=values.__getitem__)
-    yield "best", order[::-1][:count]
-    yield "worst", order[:count]
-    yield "random", random.Random("examples").sample(range(len(values)), min(count, len(values)))
-
-
-def print_numbers(numbers: dict) -> None:
-    """One line for each measure, with chance, or what the constant caption scores, beside it."""
-    trivial = numbers.get("chance", {}) | {k: v for k, v in numbers.get("constant", {}).items()
-                                           if k != "caption"}
-    for name, value in numbers.items():
-        if isinstance(value, float):
-            level = trivial.get(name.removesuffix("_rerank"))
-            known = "constant caption" if name in numbers.get("constant", {}) else "chance"
-            is_rank = "_rank" in name.removesuffix("_rerank")
-            shown = f"{value:8.2f}" if is_rank else f"{100 * value:8.1f}"
-            print(f"{name:24}{shown}" + (f"   ({known} {100 * level:.1f})"
-                                         if level is not None else ""))
-        elif name == "itm_swap_by":
-            print(f"{name:24}   " + ", ".join(f"{k} {100 * v:.1f}" for k, v in value.items()))
-
-
-def write_numbers(path: Path, numbers: dict, settings: dict) -> None:
-    """metrics.json: the numbers, and everything that they depend on."""
-    path.write_text(json.dumps(numbers | {"settings": settings}, indent=1) + "\n")
 
 
 # ---- command line --------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
     ranks, recall, rank_statistics   retrieval: R@K, median and mean rank
     bleu, rouge_l, cider             captions, from tokenised texts (`tokenise`)
     caption_scores                   all of them for one set of captions
+    vqa_accuracy, consistency        VQA's official measure; NLVR2's second one
 
 The caption measures follow the definitions of the COCO caption evaluation, so that their values can
 be compared with published ones. SPICE and METEOR are not here: they need Java and WordNet;
@@ -159,3 +160,56 @@ def caption_scores(predictions: Sequence[str],
     numbers = {f"bleu{n}": value for n, value in enumerate(bleu(told, true), 1)}
     return numbers | {"rouge_l": sum(rouge_l(told, true)) / len(told),
                       "cider": sum(each) / len(each)}, each
+
+
+# ---- visual question answering -------------------------------------------------------------------
+
+# Words that the official VQA script writes with their apostrophe whatever the answer has.
+CONTRACTED = """ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't
+    hadn't've hasn't haven't he'd he'd've he's how'd how'll how's isn't it'd it'd've
+    it'll let's ma'am mightn't mightn't've might've mustn't must've needn't not've o'clock oughtn't
+    shan't she'd've should've shouldn't shouldn't've somebody'd somebody'd've somebody'll somebody's
+    someone'd someone'd've someone'll someone's something'd something'd've something'll that's
+    there'd there'd've there're there's they'd they'd've they'll they're they've 'twas wasn't
+    we'd've we've weren't what'll what're what's what've when's where'd where's where've who'd
+    who'd've who'll who's who've why'll why're why's won't would've wouldn't wouldn't've y'all
+    y'all'll y'all'd've you'd you'd've you'll you're you've""".split()
+CONTRACTIONS = {word.replace("'", "").lower(): word for word in CONTRACTED}
+DIGITS = {word: str(number) for number, word in enumerate(
+    "zero one two three four five six seven eight nine ten".split())} | {"none": "0"}
+PUNCTUATION = ";/[]\"{}()=+\\_-><@`,?!"
+
+
+def normalise_answer(text: str) -> str:
+    """An answer as the official VQA evaluation compares it: punctuation removed (a sign inside a
+    word becomes a space), number words as digits, no articles, contractions with apostrophe."""
+    text = text.replace("\n", " ").replace("\t", " ").strip()
+    thousands, found = re.search(r"\d,\d", text), text
+    for sign in PUNCTUATION:
+        apart = f"{sign} " in text or f" {sign}" in text or thousands
+        found = found.replace(sign, "" if apart else " ")
+    found = re.sub(r"\.(?!\d)", "", found)
+    words = [DIGITS.get(word, word) for word in found.lower().split()]
+    return " ".join(CONTRACTIONS.get(word, word) for word in words
+                    if word not in ("a", "an", "the"))
+
+
+def vqa_accuracy(answer: str, people: Sequence[str]) -> float:
+    """The official measure: for each of the people's answers left out in turn, min(1, the same
+    answers among the others / 3), averaged. So three who say so make it right, one 30 %. Answers
+    are normalised where people disagree."""
+    people = [text.replace("\n", " ").replace("\t", " ").strip() for text in people]
+    if len(set(people)) > 1:
+        answer, people = normalise_answer(answer), [normalise_answer(text) for text in people]
+    same = sum(text == answer for text in people)
+    if len(people) == 1:  # nobody else was asked: Visual Genome
+        return float(same)
+    return sum(min(1.0, (same - (text == answer)) / 3) for text in people) / len(people)
+
+
+def consistency(right: Sequence[bool], groups: Sequence[str]) -> float:
+    """NLVR2: the share of sentences of which all image pairs were judged right."""
+    by_group: dict[str, bool] = {}
+    for ok, group in zip(right, groups):
+        by_group[group] = by_group.get(group, True) and bool(ok)
+    return sum(by_group.values()) / max(len(by_group), 1)

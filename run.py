@@ -8,21 +8,33 @@ chunks, number micro * world + rank for each micro-batch of each rank.
 
 import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
+from torch import nn
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 import checkpoints
 import distributed
-from blip import BLIP, BLIPConfig
+from blip import BLIPConfig
 from config import TrainConfig
 from data import Collate, InputError, PairDataset, Tokenizer
 from pairs import is_list, merge_captions, open_mixture, read_pairs
+from task_data import (
+    QuestionCollate,
+    QuestionDataset,
+    StatementCollate,
+    StatementDataset,
+    common_answers,
+    read_questions,
+    read_statements,
+)
+from tasks import make_model
 from weights import start_from
 from world import World, all_captions
+from world_tasks import Questions, Statements
 
 
 class EpochBatches(Sampler):
@@ -52,7 +64,7 @@ class EpochBatches(Sampler):
 @dataclass
 class Sets:
     """Training set; what checkpoints are chosen by (None: the last one is kept); what is judged at
-    the end (None: nothing is); the training texts."""
+    the end (None: nothing is); the training texts, or for VQA the answers that are ranked."""
 
     train: Dataset
     val: Dataset | None
@@ -60,8 +72,32 @@ class Sets:
     texts: list[str]
 
 
+def load_task_data(config: TrainConfig, image_size: int) -> Sets:
+    """The data sets of VQA or NLVR2."""
+    vqa = config.task == "vqa"
+    if not config.data:
+        kind = Questions if vqa else Statements
+        train, val, final = (kind(split, size, image_size, seed) for split, size, seed in (
+            ("train", config.world_size, config.seed), ("val", min(400, config.eval_size), 0),
+            ("held-out", config.eval_size, 0)))
+        some = [train.question(i).answers for i in range(min(5000, len(train)))] if vqa else []
+        return Sets(train, val, final, common_answers(some))
+    kind, read = (QuestionDataset, read_questions) if vqa else (StatementDataset, read_statements)
+    records, held_out = read(config.data), None
+    def root(source):
+        return config.image_root or Path(source.split(",")[0]).parent
+    train = kind(records, root(config.data), image_size, config.augment, (config.crop_min, 1.0),
+                 config.seed)
+    if config.val:
+        held_out = kind(read(config.val)[:config.eval_size], root(config.val), image_size)
+    return Sets(train, held_out, held_out,
+                common_answers(asked.answers for asked in records) if vqa else [])
+
+
 def load_data(config: TrainConfig, image_size: int) -> Sets:
     """The data sets of a run: the world without --data. One --val serves both purposes."""
+    if config.task in ("vqa", "nlvr2"):
+        return load_task_data(config, image_size)
     if not config.data:
         return Sets(World("train", config.world_size, image_size, config.seed, config.noise),
                     World("val", min(300, config.eval_size), image_size),
@@ -85,7 +121,7 @@ def load_data(config: TrainConfig, image_size: int) -> Sets:
     return Sets(train, held_out, held_out, [pairs[i].captions[0] for i in some])
 
 
-def make_optimizer(model: BLIP, config: TrainConfig) -> torch.optim.AdamW:
+def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
     """AdamW over everything but the twins. NOTE(differs from salesforce/BLIP): no weight decay on
     biases, LayerNorms and the temperature, which have nothing to gain from being small."""
     twins = {id(p) for _, twin in model.twins() for p in twin.parameters()}
@@ -100,7 +136,7 @@ class Run:
     """What a run consists of, and how it gets into a checkpoint and out of it."""
 
     def __init__(self, model_config: BLIPConfig, config: TrainConfig, device: torch.device,
-                 state: dict | None = None, source: tuple[BLIP, Tokenizer] | None = None):
+                 state: dict | None = None, source: tuple[nn.Module, Tokenizer] | None = None):
         """`state` is a checkpoint to continue; `source` a model to start from, and its
         tokenizer."""
         self.config, self.device, self.out = config, device, Path(config.out)
@@ -118,7 +154,8 @@ class Run:
         else:
             self.tokenizer = Tokenizer.train(self.sets.texts, config.vocab_pieces)
         torch.manual_seed(config.seed)  # the same on all ranks: weights and queues start equal
-        self.model = BLIP(replace(model_config, **self.tokenizer.config())).to(device)
+        self.model = make_model(config.task, replace(model_config, **self.tokenizer.config()),
+                                state and state["model"]).to(device)
         self.optimizer = make_optimizer(self.model, config)
         if source:
             checkpoints.initialise(self.model, source[0])
@@ -166,17 +203,27 @@ class Run:
 
     def weights(self) -> dict:
         """What rebuilds the model and its tokenizer, and says how they were trained."""
-        return {"model": self.model.state_dict(), "model_config": asdict(self.model.config),
+        ours = {"model": self.model.state_dict(), "model_config": asdict(self.model.config),
                 "tokenizer": self.tokenizer.state(), "train_config": asdict(self.config)}
+        return ours | ({"answers": self.sets.texts} if self.config.task == "vqa" else {})
+
+    def collate(self) -> Callable:
+        """What makes a batch of the task's items."""
+        c = self.config
+        if c.task == "vqa":
+            return QuestionCollate(self.tokenizer, c.max_tokens)
+        if c.task == "nlvr2":
+            return StatementCollate(self.tokenizer, c.max_tokens)
+        return Collate(self.tokenizer, c.max_tokens, c.prompt)
 
     def batches(self) -> Iterator[list[dict]]:
         """For each step from the current one to the end of the last epoch, its micro-batches."""
-        c, pictures = self.config, isinstance(self.train_set, PairDataset)
+        c, pictures, collate = self.config, isinstance(self.train_set, PairDataset), self.collate()
         while self.step < self.steps:
             epoch, first = divmod(self.step, self.steps_per_epoch)
             self.train_set.set_epoch(epoch)
             loader = iter(DataLoader(
-                self.train_set, collate_fn=Collate(self.tokenizer, c.max_tokens, c.prompt),
+                self.train_set, collate_fn=collate,
                 batch_sampler=EpochBatches(len(self.train_set), c.batch_size, c.seed, epoch, first,
                                            c.accumulate),
                 num_workers=c.workers if pictures else 0, pin_memory=self.device.type == "cuda",

@@ -4,6 +4,8 @@
     python train.py --data train.json --val val.json --image-root DIR --preset base    real pairs
     python train.py retrieval --init runs/pretrain/checkpoint.pt     finetune for retrieval
     python train.py caption --init runs/pretrain/checkpoint.pt       finetune for captions
+    python train.py vqa --init runs/pretrain/checkpoint.pt           answer questions
+    python train.py nlvr2 --init runs/pretrain/checkpoint.pt         judge statements
     python train.py --resume            continue the run in --out
     python train.py --itc-weight 0      an ablation: switch a loss off
 Every field of BLIPConfig and TrainConfig is a flag; `--help` lists them. In the run's folder:
@@ -25,7 +27,7 @@ from tqdm import tqdm
 
 import checkpoints
 import distributed
-from blip import BLIPConfig
+from blip import BLIP, BLIPConfig
 from captioning import Decoding
 from config import (
     FREE_ON_RESUME,
@@ -40,17 +42,13 @@ from config import (
 )
 from data import InputError, normalise
 from distributed import print0
-from eval import (
-    evaluate_captions,
-    evaluate_pretraining,
-    evaluate_retrieval,
-    mean,
-    print_numbers,
-    write_numbers,
-)
+from eval import evaluate_captions, evaluate_pretraining, evaluate_retrieval
 from logbook import Log
+from report import mean, print_numbers, write_numbers
 from run import Run
 from sheets import draw_sheet
+from task_eval import evaluate_nlvr2, evaluate_vqa
+from tasks import MODELS
 
 
 def use_bf16(precision: str, device: torch.device) -> bool:
@@ -94,15 +92,18 @@ def train(run: Run) -> bool:
             torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
         run.optimizer.step()
         run.optimizer.zero_grad(set_to_none=True)
-        model.update_momentum()
-        model.enqueue(keys)
-        model.clamp_temperature()
+        values = {"lr": lr, "alpha": alpha}
+        if model.twins():  # the other tasks' models have none
+            model.update_momentum()
+            model.enqueue(keys)
+            model.clamp_temperature()
+            values["temp"] = model.temp.detach()
 
         run.step += 1
         run.seconds = time.perf_counter() - start
         last = run.step == run.steps
-        log.add(losses, bar, run.step, last, config.batch_size, lr=lr, alpha=alpha,
-                temp=model.temp.detach(), minutes=round(run.seconds / 60, 3))
+        log.add(losses, bar, run.step, last, config.batch_size, **values,
+                minutes=round(run.seconds / 60, 3))
         # After each epoch of a finetuning, which may be the best one.
         chooses = (config.task != "pretrain" and run.sets.val is not None
                    and run.step % run.steps_per_epoch == 0)
@@ -138,19 +139,29 @@ def forward_backward(run: Run, net: torch.nn.Module, micro_batches: list[dict],
     means, all_keys = {}, []
     for number, batch in enumerate(micro_batches):
         run.count(batch)
-        image, ids, mask, image_ids = (batch[k].to(device, non_blocking=True)
-                                       for k in ("image", "ids", "mask", "image_id"))
-        if config.task != "retrieval":  # pretraining does not know which texts share an image
-            image_ids = None
+        inputs = inputs_of(run, batch, alpha)
         with distributed.no_sync(net, number < count - 1):
             with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-                losses, keys = net(normalise(image), ids, mask, alpha, image_ids,
-                                   run.prompt_length, config.all_negatives)
-            (sum(weights[name] * loss for name, loss in losses.items()) / count).backward()
+                losses, keys = net(**inputs)
+            (sum(weights.get(name, 1.0) * loss for name, loss in losses.items()) / count).backward()
         for name, loss in losses.items():
             means[name] = means.get(name, 0) + loss.detach() / count
         all_keys.append(keys)
     return means, {name: torch.cat([keys[name] for keys in all_keys]) for name in all_keys[0]}
+
+
+def inputs_of(run: Run, batch: dict, alpha: float) -> dict:
+    """What the model's forward wants of a batch: its tensors, on the device."""
+    inputs = {name: value.to(run.device, non_blocking=True) for name, value in batch.items()
+              if isinstance(value, torch.Tensor)}
+    inputs["image"] = normalise(inputs["image"])
+    if isinstance(run.model, BLIP):
+        image_ids = inputs.pop("image_id")
+        inputs |= {"alpha": alpha, "prompt_length": run.prompt_length,
+                   "all_negatives": run.config.all_negatives}
+        if run.config.task == "retrieval":  # pretraining does not know which texts share an image
+            inputs["image_ids"] = image_ids
+    return inputs
 
 
 def judge(run: Run, dataset: Dataset) -> tuple[dict, list]:
@@ -158,6 +169,10 @@ def judge(run: Run, dataset: Dataset) -> tuple[dict, list]:
     c = run.config
     shared = (run.model, run.tokenizer, dataset, run.device)
     how = Decoding(prompt=c.prompt, min_length=c.min_length, max_length=c.max_length)
+    if c.task == "vqa":
+        return evaluate_vqa(*shared, run.sets.texts, run.sets.train, c.max_tokens)[:2]
+    if c.task == "nlvr2":
+        return evaluate_nlvr2(*shared, c.max_tokens)[:2]
     if c.task == "retrieval":
         return evaluate_retrieval(*shared, c.eval_top_k, c.max_tokens)
     if c.task == "caption":
@@ -178,7 +193,10 @@ def choose(run: Run) -> dict:
 
 
 def selection_score(task: str, numbers: dict) -> float:
-    """By what the best epoch is chosen: CIDEr, or the mean of the six recalls that count."""
+    """By what the best epoch is chosen: accuracy, CIDEr, or the mean of the six recalls that
+    count."""
+    if task in MODELS:
+        return numbers["accuracy"]
     if task == "caption":
         return numbers["cider"]
     suffix = "_rerank" if numbers["top_k"] else ""
@@ -239,9 +257,10 @@ def start(arguments: list[str]) -> Run:
         model_config = BLIPConfig(**state["model_config"])
     else:
         if given.get("init"):
+            task = given.get("task", TrainConfig.task)
             *source, settings = checkpoints.open_model(
-                given["init"], objectives_of(given.get("task", TrainConfig.task)),
-                given.get("vocab", ""))
+                given["init"], objectives_of(task), given.get("vocab", ""),
+                kinds=(BLIP, MODELS.get(task, BLIP)))
             init = {"model_config": asdict(source[0].config), "train_config": settings}
         try:
             model_config, config = resolve(given, init)

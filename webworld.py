@@ -12,8 +12,9 @@ import checkpoints
 import distributed
 from captioning import Decoding
 from data import Tokenizer
-from eval import evaluate_pretraining, mean
+from eval import evaluate_pretraining
 from pairs import read_json
+from report import mean
 from shards import write_whole
 from world import World, all_captions, is_true
 

@@ -223,5 +223,5 @@ class Statements(Dataset):
         rng = random.Random(f"image {self.seed} {self.split} {index}")
         images = [torch.from_numpy(render(scene, self.image_size, rng)) for scene in scenes]
         return {"image": torch.stack(images), "sentence": sentence, "label": label,
-                "identifier": f"{index // self.GROUP}-{index % self.GROUP}", "index": index,
+                "identifier": f"world-{index // self.GROUP}-{index % self.GROUP}-0", "index": index,
                 "broken": []}

@@ -11,7 +11,7 @@ import bench
 ROOT = Path(__file__).parents[1]
 CORE = {"blip", "vit", "med", "attention", "decoding", "losses", "distributed", "data", "world",
         "metrics", "sheets", "checkpoints", "config", "retrieval", "captioning", "logbook",
-        "weights", "pairs"}
+        "weights", "pairs", "report", "task_data", "task_eval", "tasks", "world_tasks"}
 MAY_IMPORT = {
     "attention": set(), "decoding": set(), "losses": set(), "distributed": set(), "data": set(),
     "world": set(), "pairs": {"data"}, "metrics": set(), "sheets": set(),
@@ -23,7 +23,11 @@ MAY_IMPORT = {
     "checkpoints": {"blip", "data", "tasks", "vit", "weights"},
     "retrieval": {"blip", "data", "distributed", "metrics"},
     "captioning": {"blip", "data", "distributed", "med", "metrics", "pairs", "retrieval"},
-    "run": {"blip", "checkpoints", "config", "data", "distributed", "pairs", "weights", "world"},
+    "report": set(), "task_data": {"data", "pairs"},
+    "task_eval": {"data", "distributed", "metrics", "report", "retrieval", "sheets", "task_data",
+                  "tasks"},
+    "run": {"blip", "checkpoints", "config", "data", "distributed", "pairs", "task_data", "tasks",
+            "weights", "world", "world_tasks"},
     "logbook": {"data", "distributed"},
     "demo": {"blip", "captioning", "checkpoints", "data", "retrieval", "sheets"},
     "eval": CORE | {"demo"}, "train": CORE | {"eval", "run"},

@@ -1,0 +1,45 @@
+"""Numbers on the screen and in metrics.json, and which examples a sheet shows."""
+
+import json
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+
+def mean(values) -> float:
+    """Of numbers or truth values; 0 for none."""
+    values = list(map(float, values))
+    return sum(values) / max(len(values), 1)
+
+
+def examples(values: list[float], count: int) -> Iterator[tuple[str, list[int]]]:
+    """("best", indices), ("worst", indices), ("random", indices): at most `count` each, the same
+    random ones every time."""
+    order = sorted(range(len(values)), key=values.__getitem__)
+    yield "best", order[::-1][:count]
+    yield "worst", order[:count]
+    yield "random", random.Random("examples").sample(range(len(values)), min(count, len(values)))
+
+
+def print_numbers(numbers: dict) -> None:
+    """One line for each measure, with chance, or what the constant caption scores, beside it. A
+    measure NAME_by holds one value for each kind."""
+    trivial = numbers.get("chance", {}) | {k: v for k, v in numbers.get("constant", {}).items()
+                                           if k != "caption"}
+    for name, value in numbers.items():
+        level = trivial.get(name.removesuffix("_rerank"))
+        if isinstance(value, float):
+            known = "constant caption" if name in numbers.get("constant", {}) else "chance"
+            is_rank = "_rank" in name.removesuffix("_rerank")
+            shown = f"{value:8.2f}" if is_rank else f"{100 * value:8.1f}"
+            print(f"{name:24}{shown}" + (f"   ({known} {100 * level:.1f})"
+                                         if level is not None else ""))
+        elif name.endswith("_by"):
+            print(f"{name:24}   " + ", ".join(
+                f"{kind} {100 * v:.1f}" + (f" (chance {100 * level[kind]:.1f})" if level else "")
+                for kind, v in value.items()))
+
+
+def write_numbers(path: Path, numbers: dict, settings: dict) -> None:
+    """metrics.json: the numbers, and everything that they depend on."""
+    path.write_text(json.dumps(numbers | {"settings": settings}, indent=1) + "\n")

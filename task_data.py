@@ -1,0 +1,246 @@
+"""Files of questions about images and of statements about two images, as users bring them.
+
+    read_questions(data)     BLIP's VQA lists, VQAv2's questions and annotations -> list of Asked
+    read_statements(path)    BLIP's NLVR2 lists, the official jsonl -> list of Stated
+    QuestionDataset, StatementDataset, and a Collate for each, which makes the model's inputs
+
+A mistake in a file is an InputError that names the file, the record and the remedy.
+"""
+
+import random
+import re
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from data import InputError, PairDataset, Tokenizer, clean_question
+from pairs import is_list, read_json, stream_list
+
+GENOME_WEIGHT = 0.2  # of a Visual Genome answer, which one person gave (released code)
+MOST_ANSWERS = 3128  # as many as the list that the paper ranks has
+
+
+# ---- questions -----------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class Asked:
+    """A question about an image; its people's answers, none in a test set."""
+
+    image: str
+    question: str
+    question_id: int | str
+    answers: tuple[str, ...] = ()
+    weight: float = 1.0  # of all answers together
+    kind: str = ""  # VQAv2's answer type: yes/no, number, other
+
+
+def read_questions(data: str, need_answers: bool = True) -> list[Asked]:
+    """data: files with commas between them; BLIP's lists, or VQAv2's questions, each with its
+    annotations in another file -> all questions. Raises InputError."""
+    asked, annotations, official = [], {}, []
+    for path in data.split(","):
+        if is_list(path):
+            asked += [question_of(f"{path}, record {number}", record, need_answers)
+                      for number, record in enumerate(stream_list(path))]
+            continue
+        content = read_json(path)
+        if isinstance(content, dict) and isinstance(content.get("questions"), list):
+            official.append((path, content))
+        elif isinstance(content, dict) and isinstance(content.get("annotations"), list):
+            annotations |= {note.get("question_id"): note for note in content["annotations"]}
+        else:
+            raise InputError(f"{path} is neither a list of {{image, question, answer}} records nor "
+                             "VQAv2's questions or annotations")
+    for path, content in official:
+        subset = content.get("data_subtype", "")
+        for number, record in enumerate(content["questions"]):
+            where = f"{path}, question {number}"
+            try:
+                note = annotations.get(record["question_id"], {})
+                name = f"{subset}/COCO_{subset}_{record['image_id']:012d}.jpg"
+                record = {"image": name, "question": record["question"],
+                          "question_id": record["question_id"],
+                          "answer": [a["answer"] for a in note.get("answers", [])],
+                          "answer_type": note.get("answer_type", "")}
+            except (KeyError, TypeError, ValueError) as error:
+                raise InputError(f"{where}: {error} is missing or malformed; it needs image_id, "
+                                 "question and question_id")
+            asked.append(question_of(where, record, need_answers))
+    if not asked:
+        raise InputError(f"{data} holds no question")
+    return asked
+
+
+def question_of(where: str, record: dict, need_answers: bool) -> Asked:
+    """A BLIP record, checked. Raises InputError."""
+    try:
+        image, question = record["image"], record["question"]
+        answers = record.get("answer", [])
+        answers = [answers] if isinstance(answers, str) else answers
+        if not isinstance(image, str) or not isinstance(question, str) or not isinstance(
+                answers, list) or not all(isinstance(a, str) and a.strip() for a in answers):
+            raise TypeError("image and question must be texts, answer a text or a list of texts")
+        if need_answers and not answers:
+            raise TypeError("it has no answer to learn from or to compare with; VQAv2's answers "
+                            "are in its annotations file: give both, with a comma between them")
+        weight = GENOME_WEIGHT if record.get("dataset") == "vg" else 1.0
+        return Asked(image, question, record.get("question_id", where),
+                     tuple(a.strip().lower() for a in answers), weight,
+                     record.get("answer_type", ""))
+    except KeyError as error:
+        raise InputError(f"{where}: {error} is missing; a record needs image, question and answer")
+    except (TypeError, AttributeError) as error:
+        raise InputError(f"{where}: {error}")
+
+
+def common_answers(asked, count: int = MOST_ANSWERS) -> list[str]:
+    """The commonest answers of questions {answers}: the list that is ranked."""
+    found = Counter(answer for answers in asked for answer in dict.fromkeys(answers))
+    return [answer for answer, _ in found.most_common(count)]
+
+
+class QuestionDataset(PairDataset):
+    """Items {image, question, answers, question_id, kind, weight, index, broken}."""
+
+    def item(self, asked: Asked, rng: random.Random | None) -> dict:
+        """What goes with the image."""
+        return {"text": asked.question, "question": asked.question, "answers": asked.answers,
+                "question_id": asked.question_id, "kind": asked.kind, "weight": asked.weight}
+
+
+class QuestionCollate:
+    """Items -> what VQA.forward wants (image, ids, mask, answer_ids, answer_mask, counts, weights)
+    beside lists of question_id, questions, answers, kind, index, broken. Items without an image
+    are left out; a question longer than max_tokens is cut, and counted in `cut`."""
+
+    def __init__(self, tokenizer: Tokenizer, max_tokens: int = 35):
+        self.tokenizer, self.max_tokens = tokenizer, max_tokens
+
+    def __call__(self, items: list[dict]) -> dict:
+        broken = [name for item in items for name in item["broken"]]
+        items = [item for item in items if item["image"] is not None]
+        batch = {"broken": broken, "image": None, "index": [item["index"] for item in items]}
+        if not items:
+            return batch
+        questions = [clean_question(item["question"]) for item in items]
+        ids, mask = self.tokenizer.encode(questions, self.max_tokens)
+        batch |= {"image": torch.stack([item["image"] for item in items]), "ids": ids,
+                  "mask": mask, "questions": questions}
+        batch |= {name: [item[name] for item in items]
+                  for name in ("question_id", "answers", "kind")}
+        # Each distinct answer once, weighted by the share of people who gave it (BLIP sec. 5.3).
+        given = [Counter(item["answers"]) for item in items]
+        if all(given):
+            answer_ids, answer_mask = self.tokenizer.encode(
+                [answer for count in given for answer in count], self.max_tokens)
+            weights = [item["weight"] * n / len(item["answers"])
+                       for item, count in zip(items, given) for n in count.values()]
+            batch |= {"answer_ids": answer_ids, "answer_mask": answer_mask,
+                      "weights": torch.tensor(weights),
+                      "counts": torch.tensor([len(count) for count in given])}
+        return batch
+
+
+# ---- statements about two images -----------------------------------------------------------------
+
+@dataclass(frozen=True)
+class Stated:
+    """A sentence, the two images that it is about, whether it is true."""
+
+    images: tuple[str, str]
+    sentence: str
+    label: bool
+    identifier: str  # split-set-pair-sentence, as NLVR2 has it; pairs share a sentence
+
+    @property
+    def image(self) -> str:
+        """Both names, for messages."""
+        return " and ".join(self.images)
+
+
+def read_statements(path: str | Path) -> list[Stated]:
+    """BLIP's list of {images: [2], sentence, label} or NLVR2's jsonl of {sentence, identifier,
+    label}, whose images are identifier-img0.png and -img1.png. Raises InputError."""
+    if not is_list(path):
+        raise InputError(f"{path} is neither a list of {{images, sentence, label}} nor a jsonl of "
+                         "{identifier, sentence, label}")
+    found = []
+    for number, record in enumerate(stream_list(path)):
+        where = f"{path}, record {number}"
+        try:
+            images, label = record.get("images"), str(record["label"]).lower()
+            if images is None:
+                stem = record["identifier"].rpartition("-")[0]
+                images = [f"{stem}-img0.png", f"{stem}-img1.png"]
+            if not isinstance(images, list) or len(images) != 2 or not all(
+                    isinstance(image, str) for image in images):
+                raise InputError(f"{where}: images must name two images, not {str(images)[:60]}")
+            if label not in ("true", "false"):
+                raise InputError(f"{where}: label is {record['label']!r}; it must be True or False")
+            if not isinstance(record["sentence"], str) or not record["sentence"].strip():
+                raise InputError(f"{where}: the sentence is empty")
+            found.append(Stated(tuple(images), record["sentence"], label == "true",
+                                str(record.get("identifier", number))))
+        except (KeyError, AttributeError) as error:
+            raise InputError(f"{where}: {error} is missing; a record needs images, sentence and "
+                             "label (or identifier, sentence, label)")
+    if not found:
+        raise InputError(f"{path} holds no statement")
+    return found
+
+
+class StatementDataset(PairDataset):
+    """Items {image (2, 3, S, S), sentence, label, identifier, index, broken}. Images of different
+    sizes are no matter: each becomes a square. In training (`augment`) they are swapped half of the
+    time.
+
+    NOTE(differs from salesforce/BLIP): evaluation never swaps them.
+    """
+
+    def __getitem__(self, index: int) -> dict:
+        item = super().__getitem__(index)
+        rng = random.Random(f"swap {self.seed} {self.epoch} {index}")
+        swap = self.augment and item["image"] is not None and rng.random() < 0.5
+        return swap_images(item) if swap else item
+
+    def item(self, stated: Stated, rng: random.Random | None) -> dict:
+        """What goes with the images."""
+        return {"text": stated.sentence, "sentence": stated.sentence, "label": stated.label,
+                "identifier": stated.identifier}
+
+    def load(self, stated: Stated, text: str, rng: random.Random | None) -> Tensor:
+        """-> (2, 3, S, S) uint8. Raises OSError."""
+        return torch.stack([self.load_one(image, text, rng) for image in stated.images])
+
+
+OTHER_SIDE = {"left": "right", "right": "left"}
+
+
+def swap_images(item: dict) -> dict:
+    """The same statement with the images in the other order, and left and right in its words."""
+    words = re.sub(r"\b(left|right)\b", lambda m: OTHER_SIDE[m[0].lower()], item["sentence"],
+                   flags=re.I)
+    return {**item, "image": item["image"].flip(0), "sentence": words}
+
+
+class StatementCollate:
+    """Items -> what NLVR2.forward wants (image, ids, mask, label) beside sentences, identifier,
+    index, broken."""
+
+    def __init__(self, tokenizer: Tokenizer, max_tokens: int = 40):
+        self.tokenizer, self.max_tokens = tokenizer, max_tokens
+
+    def __call__(self, items: list[dict]) -> dict:
+        broken = [name for item in items for name in item["broken"]]
+        items = [item for item in items if item["image"] is not None]
+        batch = {"broken": broken, "image": None, "index": [item["index"] for item in items]}
+        if not items:
+            return batch
+        sentences = [clean_question(item["sentence"], 40) for item in items]
+        ids, mask = self.tokenizer.encode(sentences, self.max_tokens)
+        return batch | {"image": torch.stack([item["image"] for item in items]), "ids": ids,
+                        "mask": mask, "label": torch.tensor([int(i["label"]) for i in items]),
+                        "sentences": sentences, "identifier": [i["identifier"] for i in items]}

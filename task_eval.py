@@ -1,0 +1,169 @@
+"""Evaluation of the tasks of tasks.py: questions and statements, each with what a model that sees
+nothing would score beside it.
+
+    answer_questions     a data set -> {question_id, answer}: the result file of VQA's server
+    evaluate_vqa         accuracy, by kind; the commonest answer for each kind; a grey image
+    evaluate_nlvr2       accuracy, consistency; the commoner label; grey images
+"""
+
+from collections import Counter
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+import distributed
+from data import Tokenizer, normalise
+from metrics import consistency, vqa_accuracy
+from retrieval import shared_batches
+from sheets import BLACK, GREEN, GREY, RED, Cell
+from task_data import QuestionCollate, StatementCollate
+from tasks import NLVR2, VQA
+
+GREY_LEVEL = 128
+Sections = list[tuple[str, list[list[Cell]]]]
+
+
+def batches(dataset: Dataset, collate, about: str, device: torch.device,
+            blank: bool) -> Iterator[tuple[dict, Tensor, Tensor, Tensor]]:
+    """This rank's batches as (batch, image, ids, mask), the latter on the device; `blank`: every
+    image grey. What cannot be read is left out."""
+    loader = DataLoader(dataset, collate_fn=collate, batch_sampler=shared_batches(len(dataset)))
+    for batch in distributed.progress(loader, about, unit="batch"):
+        if batch["image"] is None:
+            continue
+        if blank:
+            batch["image"] = torch.full_like(batch["image"], GREY_LEVEL)
+        yield (batch, normalise(batch["image"].to(device)),
+               *(batch[name].to(device) for name in ("ids", "mask")))
+
+
+# ---- visual question answering -------------------------------------------------------------------
+
+@torch.no_grad()
+def answer_questions(model: VQA, tokenizer: Tokenizer, dataset: Dataset, device: torch.device,
+                     answers: list[str], max_tokens: int = 35, top_k: int = 128,
+                     blank: bool = False) -> list[dict]:
+    """-> {question_id, answer, index} of each question, by ranking `answers` (the top_k whose first
+    token is likeliest), or by generating where there are none."""
+    model.eval()
+    ids_mask = [x.to(device) for x in tokenizer.encode(answers, max_tokens)] if answers else None
+    found = []
+    for batch, image, ids, mask in batches(dataset, QuestionCollate(tokenizer, max_tokens),
+                                           "answers", device, blank):
+        kv = model.read(image, ids, mask)
+        if answers:
+            chosen, nll = model.rank(kv, *ids_mask, top_k)
+            best = chosen.gather(1, nll.argmin(1, keepdim=True)).flatten().tolist()
+            told = [answers[i] for i in best]
+        else:
+            told = [tokenizer.decode(tokens) for tokens, _ in model.generate(kv)]
+        found += [{"question_id": q, "answer": a, "index": i}
+                  for q, a, i in zip(batch["question_id"], told, batch["index"])]
+    return sorted(distributed.gather(found), key=lambda record: record["index"])
+
+
+def kind_of(item: dict) -> str:
+    """What a question asks for, as the prior knows it: its kind, or its first two words."""
+    return item["kind"] or " ".join(item["question"].lower().split()[:2])
+
+
+def commonest_answers(dataset: Dataset, count: int = 5000) -> dict[str, str]:
+    """Kind of question -> its commonest answer in the training set; "" -> the commonest of all."""
+    found: dict[str, Counter] = {"": Counter()}
+    for i in range(0, len(dataset), max(1, len(dataset) // count)):
+        item = facts_of(dataset, i)
+        for name in ("", kind_of(item)):
+            found.setdefault(name, Counter()).update(item["answers"])
+    return {name: counter.most_common(1)[0][0] for name, counter in found.items()}
+
+
+def facts_of(dataset: Dataset, index: int) -> dict:
+    """{question, answers, kind} of an item, without its image."""
+    if hasattr(dataset, "question"):  # the world's
+        asked = dataset.question(index)
+        return {"question": asked.text, "answers": asked.answers, "kind": asked.kind}
+    return dataset.item(dataset.pairs[index], None)
+
+
+def evaluate_vqa(model: VQA, tokenizer: Tokenizer, dataset: Dataset, device: torch.device,
+                 answers: list[str], training: Dataset | None = None, max_tokens: int = 35,
+                 top_k: int = 128, blank: bool = True) -> tuple[dict, Sections, list[dict]]:
+    """-> numbers (accuracy, accuracy_by kind; "chance": the commonest answer of the training set
+    for each kind of question; blank_accuracy: the same model on grey images), a sheet's sections,
+    the records."""
+    records = answer_questions(model, tokenizer, dataset, device, answers, max_tokens, top_k)
+    facts = [facts_of(dataset, record["index"]) for record in records]
+    if not all(fact["answers"] for fact in facts):  # a test set
+        return {"questions": len(records)}, [], records
+    def by_kind(told):
+        scores: dict[str, list[float]] = {}
+        for answer, fact in zip(told, facts):
+            scores.setdefault(fact["kind"], []).append(vqa_accuracy(answer, fact["answers"]))
+        each = [score for row in scores.values() for score in row]
+        return sum(each) / len(each), {kind: sum(row) / len(row)
+                                       for kind, row in sorted(scores.items())}
+    numbers = {}
+    numbers["accuracy"], numbers["accuracy_by"] = by_kind([r["answer"] for r in records])
+    if training is not None:
+        prior = commonest_answers(training)
+        told = [prior.get(kind_of(fact), prior[""]) for fact in facts]
+        overall, each = by_kind(told)
+        numbers["chance"] = {"accuracy": overall, "accuracy_by": each}
+    if blank:
+        grey = answer_questions(model, tokenizer, dataset, device, answers, max_tokens, top_k, True)
+        numbers["blank_accuracy"], numbers["blank_accuracy_by"] = by_kind(
+            [r["answer"] for r in grey])
+    numbers["questions"] = len(records)
+    for record, fact in zip(records, facts):
+        record["right"] = vqa_accuracy(record["answer"], fact["answers"])
+    cells = [Cell(dataset[record["index"]]["image"], [
+        (fact["question"], BLACK), (record["answer"], GREEN if record["right"] > 0.5 else RED),
+        (Counter(fact["answers"]).most_common(1)[0][0], GREY)])
+        for record, fact in list(zip(records, facts))[:24]]
+    rows = [cells[i:i + 8] for i in range(0, len(cells), 8)]
+    return numbers, [("questions, answers (green: right), what most people say", rows)], records
+
+
+# ---- statements about two images -----------------------------------------------------------------
+
+@torch.no_grad()
+def judge_statements(model: NLVR2, tokenizer: Tokenizer, dataset: Dataset, device: torch.device,
+                     max_tokens: int = 40, blank: bool = False) -> list[dict]:
+    """-> {identifier, sentence, label, told, index} of each statement."""
+    model.eval()
+    found = []
+    for batch, image, ids, mask in batches(dataset, StatementCollate(tokenizer, max_tokens),
+                                           "statements", device, blank):
+        told = model.logits(image, ids, mask).argmax(1).tolist()
+        found += [{"identifier": name, "sentence": text, "label": bool(label), "told": bool(t),
+                   "index": i} for name, text, label, t, i in zip(
+                       batch["identifier"], batch["sentences"], batch["label"].tolist(), told,
+                       batch["index"])]
+    return sorted(distributed.gather(found), key=lambda record: record["index"])
+
+
+def evaluate_nlvr2(model: NLVR2, tokenizer: Tokenizer, dataset: Dataset, device: torch.device,
+                   max_tokens: int = 40, blank: bool = True) -> tuple[dict, Sections, list[dict]]:
+    """-> numbers (accuracy; consistency: sentences of which all pairs are judged right; "chance":
+    the commoner label; blank_accuracy: on grey images), a sheet's sections, the records."""
+    records = judge_statements(model, tokenizer, dataset, device, max_tokens)
+    right = [record["told"] == record["label"] for record in records]
+    # NLVR2's identifiers are split-set-pair-sentence: one sentence with several pairs
+    parts = [record["identifier"].split("-") for record in records]
+    groups = ["-".join(p[:2] + p[3:]) if len(p) == 4 else record["sentence"]
+              for p, record in zip(parts, records)]
+    accuracy, share = sum(right) / len(right), sum(r["label"] for r in records) / len(records)
+    numbers = {"accuracy": accuracy, "consistency": consistency(right, groups),
+               "chance": {"accuracy": max(share, 1 - share)}, "statements": len(records)}
+    if blank:
+        grey = judge_statements(model, tokenizer, dataset, device, max_tokens, True)
+        numbers["blank_accuracy"] = sum(r["told"] == r["label"] for r in grey) / len(grey)
+    rows = []
+    for record, ok in list(zip(records, right))[:12]:
+        left, right_image = dataset[record["index"]]["image"]
+        told = f"{record['sentence']}: {'true' if record['told'] else 'false'}"
+        rows.append([Cell(None, [(told, GREEN if ok else RED)]), Cell(left, []),
+                     Cell(right_image, [])])
+    return numbers, [("statements about two images (green: judged right)", rows)], records
