@@ -2,11 +2,12 @@
 looks.
 
     describe      captions with scores: beam search, and samples with their likelihoods
+    ask           an answer to a question about a picture
     search        the pictures of a folder that fit a text best; features are cached on disk
     match         ITC similarity and ITM probability of a picture and a text
     attention     word by word, where cross-attention looks (gradient-weighted)
 
-`python eval.py describe|search|match|attend` calls these.
+`python eval.py describe|ask|search|match|attend` calls these.
 """
 
 import hashlib
@@ -23,9 +24,10 @@ from tqdm import tqdm
 import checkpoints
 from blip import BLIP
 from captioning import Decoding, captions_of
-from data import InputError, Tokenizer, clean_caption, load_image, normalise
+from data import InputError, Tokenizer, clean_caption, clean_question, load_image, normalise
 from retrieval import BATCH
 from sheets import BLACK, GREY, Cell, draw_sheet
+from tasks import VQA
 
 
 def pictures_in(paths: list[str | Path]) -> list[Path]:
@@ -85,6 +87,21 @@ def describe(model: BLIP, tokenizer: Tokenizer, paths: list[Path], device: torch
     if not records:
         raise InputError(f"none of the {len(paths)} pictures could be read")
     return records
+
+
+@torch.no_grad()
+def ask(model: VQA, tokenizer: Tokenizer, image: Tensor, question: str, answers: list[str],
+        max_tokens: int = 35) -> str:
+    """image (1, 3, S, S) -> the answer: the likeliest of `answers`, or generated where there are
+    none."""
+    ids, mask = (x.to(image.device) for x in tokenizer.encode([clean_question(question)],
+                                                              max_tokens))
+    kv = model.read(image, ids, mask)
+    if not answers:
+        return tokenizer.decode(model.generate(kv)[0][0])
+    known = (x.to(image.device) for x in tokenizer.encode(answers, max_tokens))
+    chosen, nll = model.rank(kv, *known)
+    return answers[int(chosen[0, nll[0].argmin()])]
 
 
 @torch.no_grad()

@@ -3,16 +3,21 @@
     python eval.py retrieval --checkpoint C              recall by ITC and after ITM's re-ranking
     python eval.py caption --checkpoint C                BLEU, ROUGE-L, CIDEr
     python eval.py nocaps --checkpoint C --data N.json   the same in, near and out of domain
+    python eval.py vqa --checkpoint C                    VQA accuracy, by kind of question
+    python eval.py nlvr2 --checkpoint C                  accuracy and consistency
     python eval.py score --predictions P --references R  the same for captions from anywhere
     python eval.py describe PICTURE... --checkpoint C    captions, and samples with likelihoods
+    python eval.py ask PICTURE QUESTION...               an answer
     python eval.py search TEXT --images DIR ...          a sheet of the best matches in a folder
     python eval.py match PICTURE TEXT ...                ITC similarity and ITM probability
     python eval.py attend PICTURE TEXT ...               where cross-attention looks, word by word
 
-Without --data, the first two run on held-out scenes of the built-in world, where every statement
-can be checked. With it: a BLIP, Karpathy or COCO json. Each writes its numbers beside all settings
-(metrics.json) and a sheet of best, worst and random examples (sheet.png) into --out. SPICE and
-METEOR need Java and WordNet: `caption` writes captions.json and references.json for their tools.
+Without --data, retrieval, caption, vqa and nlvr2 run on held-out scenes of the built-in world,
+where every statement can be checked. With it: a BLIP, Karpathy or COCO json; for vqa BLIP's lists,
+or VQAv2's "questions.json,annotations.json"; for nlvr2 BLIP's list or the official jsonl. Each
+writes its numbers beside all settings (metrics.json) and a sheet of examples (sheet.png) into
+--out. SPICE and METEOR need Java and WordNet: `caption` writes captions.json and references.json
+for their tools.
 """
 
 import argparse
@@ -30,6 +35,7 @@ from torch.utils.data import DataLoader, Dataset
 import checkpoints
 import demo
 import distributed
+import task_eval
 from blip import BLIP
 from captioning import Decoding, caption_all, read_scored, write_results
 from config import add_flags, objectives_of
@@ -242,6 +248,7 @@ def command_line() -> argparse.ArgumentParser:
     p = command("nocaps", "the same in, near and out of domain; repetition penalty 1.1 unless "
                 "given", data=True)
     add_flags(p, Decoding, {})
+    task_eval.add_commands(command)
     p = command("score", "score captions from anywhere; prints one json object", model=False)
     p.add_argument("--predictions", required=True, help="list of {image or image_id, caption}")
     p.add_argument("--references", required=True, help="list of {image or image_id, caption: []}")
@@ -317,6 +324,8 @@ def run(o: argparse.Namespace) -> None:
                           in caption_scores(told, true)[0].items()} | {"images": len(told)}))
         return
     device = distributed.init(o.device)
+    if o.command in task_eval.TASK_OF:
+        return task_eval.run(o, device)
     model, tokenizer, trained = checkpoints.open_model(o.checkpoint, NEEDS[o.command], o.vocab,
                                                        device)
     out, size = Path(o.out), model.config.image_size

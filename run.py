@@ -22,19 +22,10 @@ from blip import BLIPConfig
 from config import TrainConfig
 from data import Collate, InputError, PairDataset, Tokenizer
 from pairs import is_list, merge_captions, open_mixture, read_pairs
-from task_data import (
-    QuestionCollate,
-    QuestionDataset,
-    StatementCollate,
-    StatementDataset,
-    common_answers,
-    read_questions,
-    read_statements,
-)
+from task_data import COLLATE, common_answers, open_task
 from tasks import make_model
 from weights import start_from
 from world import World, all_captions
-from world_tasks import Questions, Statements
 
 
 class EpochBatches(Sampler):
@@ -74,29 +65,24 @@ class Sets:
 
 def load_task_data(config: TrainConfig, image_size: int) -> Sets:
     """The data sets of VQA or NLVR2."""
-    vqa = config.task == "vqa"
-    if not config.data:
-        kind = Questions if vqa else Statements
-        train, val, final = (kind(split, size, image_size, seed) for split, size, seed in (
-            ("train", config.world_size, config.seed), ("val", min(400, config.eval_size), 0),
-            ("held-out", config.eval_size, 0)))
-        some = [train.question(i).answers for i in range(min(5000, len(train)))] if vqa else []
-        return Sets(train, val, final, common_answers(some))
-    kind, read = (QuestionDataset, read_questions) if vqa else (StatementDataset, read_statements)
-    records, held_out = read(config.data), None
-    def root(source):
-        return config.image_root or Path(source.split(",")[0]).parent
-    train = kind(records, root(config.data), image_size, config.augment, (config.crop_min, 1.0),
-                 config.seed)
-    if config.val:
-        held_out = kind(read(config.val)[:config.eval_size], root(config.val), image_size)
-    return Sets(train, held_out, held_out,
-                common_answers(asked.answers for asked in records) if vqa else [])
+    c, val = config, None
+    train = open_task(c.task, c.data, c.image_root, image_size, 0 if c.data else c.world_size,
+                      "train", seed=c.seed, **({"augment": c.augment, "crop": (c.crop_min, 1.0)}
+                                               if c.data else {}))
+    def held_out(split, size):
+        return open_task(c.task, c.val, c.image_root, image_size, size, split)
+    if c.val or not c.data:
+        val = held_out("val", c.eval_size if c.val else min(400, c.eval_size))
+    final = val if c.data else held_out("held-out", c.eval_size)
+    if c.task != "vqa":
+        return Sets(train, val, final, [])
+    asked = train.pairs if c.data else map(train.question, range(min(5000, len(train))))
+    return Sets(train, val, final, common_answers(one.answers for one in asked))
 
 
 def load_data(config: TrainConfig, image_size: int) -> Sets:
     """The data sets of a run: the world without --data. One --val serves both purposes."""
-    if config.task in ("vqa", "nlvr2"):
+    if config.task in COLLATE:
         return load_task_data(config, image_size)
     if not config.data:
         return Sets(World("train", config.world_size, image_size, config.seed, config.noise),
@@ -210,10 +196,8 @@ class Run:
     def collate(self) -> Callable:
         """What makes a batch of the task's items."""
         c = self.config
-        if c.task == "vqa":
-            return QuestionCollate(self.tokenizer, c.max_tokens)
-        if c.task == "nlvr2":
-            return StatementCollate(self.tokenizer, c.max_tokens)
+        if c.task in COLLATE:
+            return COLLATE[c.task](self.tokenizer, c.max_tokens)
         return Collate(self.tokenizer, c.max_tokens, c.prompt)
 
     def batches(self) -> Iterator[list[dict]]:

@@ -3,6 +3,7 @@
     read_questions(data)     BLIP's VQA lists, VQAv2's questions and annotations -> list of Asked
     read_statements(path)    BLIP's NLVR2 lists, the official jsonl -> list of Stated
     QuestionDataset, StatementDataset, and a Collate for each, which makes the model's inputs
+    open_task(task, data)    the data set of a task, from files or from the world
 
 A mistake in a file is an InputError that names the file, the record and the remedy.
 """
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from data import InputError, PairDataset, Tokenizer, clean_question
 from pairs import is_list, read_json, stream_list
+from world_tasks import Questions, Statements
 
 GENOME_WEIGHT = 0.2  # of a Visual Genome answer, which one person gave (released code)
 MOST_ANSWERS = 3128  # as many as the list that the paper ranks has
@@ -244,3 +246,21 @@ class StatementCollate:
         return batch | {"image": torch.stack([item["image"] for item in items]), "ids": ids,
                         "mask": mask, "label": torch.tensor([int(i["label"]) for i in items]),
                         "sentences": sentences, "identifier": [i["identifier"] for i in items]}
+
+
+# ---- data sets by the task's name ----------------------------------------------------------------
+
+IN_FILES = {"vqa": (read_questions, QuestionDataset), "nlvr2": (read_statements, StatementDataset)}
+IN_WORLD = {"vqa": Questions, "nlvr2": Statements}
+COLLATE = {"vqa": QuestionCollate, "nlvr2": StatementCollate}
+
+
+def open_task(task: str, data: str, image_root: str, image_size: int, size: int = 0,
+              split: str = "held-out", **training):
+    """The data set of a task: what the files `data` hold, or without them `size` items of the
+    world's split. `training`: augment, crop, seed of a PairDataset. Raises InputError."""
+    if not data:
+        return IN_WORLD[task](split, size, image_size, training.get("seed", 0))
+    read, kind = IN_FILES[task]
+    root = image_root or Path(data.split(",")[0]).parent
+    return kind(read(data)[:size or None], root, image_size, **training)

@@ -4,22 +4,30 @@ nothing would score beside it.
     answer_questions     a data set -> {question_id, answer}: the result file of VQA's server
     evaluate_vqa         accuracy, by kind; the commonest answer for each kind; a grey image
     evaluate_nlvr2       accuracy, consistency; the commoner label; grey images
+    add_commands, run    their part of eval.py's command line
 """
 
+import argparse
+import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+import checkpoints
+import demo
 import distributed
-from data import Tokenizer, normalise
+from data import InputError, Tokenizer, normalise
 from metrics import consistency, vqa_accuracy
+from pairs import read_json
+from report import print_numbers, write_numbers
 from retrieval import shared_batches
-from sheets import BLACK, GREEN, GREY, RED, Cell
-from task_data import QuestionCollate, StatementCollate
-from tasks import NLVR2, VQA
+from sheets import BLACK, GREEN, GREY, RED, Cell, draw_sheet
+from task_data import QuestionCollate, StatementCollate, open_task
+from tasks import MODELS, NLVR2, VQA
 
 GREY_LEVEL = 128
 Sections = list[tuple[str, list[list[Cell]]]]
@@ -167,3 +175,69 @@ def evaluate_nlvr2(model: NLVR2, tokenizer: Tokenizer, dataset: Dataset, device:
         rows.append([Cell(None, [(told, GREEN if ok else RED)]), Cell(left, []),
                      Cell(right_image, [])])
     return numbers, [("statements about two images (green: judged right)", rows)], records
+
+
+# ---- command line --------------------------------------------------------------------------------
+
+TASK_OF = {"vqa": "vqa", "ask": "vqa", "nlvr2": "nlvr2"}  # command -> task of its checkpoint
+
+
+def add_commands(command: Callable) -> None:
+    """Add the tasks' commands to eval.py's; command(name, about, data=...) -> a parser."""
+    p = command("vqa", "VQA accuracy; answers.json is what the evaluation server reads", data=True)
+    p.add_argument("--generate", action="store_true", help="answer freely; default: rank the "
+                   "answers of the checkpoint, or of --answers")
+    p.add_argument("--answers", default="", help="json list of the answers that are ranked")
+    p.add_argument("--top-k", type=int, default=128, help="answers whose likelihood is computed, "
+                   "by their first token (default 128)")
+    command("nlvr2", "accuracy and consistency of judging statements", data=True)
+    p = command("ask", "an answer to a question about a picture")
+    p.add_argument("picture")
+    p.add_argument("question")
+    p.add_argument("--generate", action="store_true", help="answer freely, rank nothing")
+
+
+def run(o: argparse.Namespace, device: torch.device) -> None:
+    """Do what the command line asks: print, and write into --out."""
+    task, out = TASK_OF[o.command], Path(o.out)
+    model, tokenizer, trained = checkpoints.open_model(o.checkpoint, (), o.vocab, device,
+                                                       (MODELS[task],))
+    size, max_tokens = model.config.image_size, trained.get("max_tokens", 35)
+    known = answers_of(o) if task == "vqa" else []
+    if o.command == "ask":
+        image = normalise(demo.open_picture(o.picture, size)[None].to(device))
+        print(demo.ask(model, tokenizer, image, o.question, known, max_tokens))
+        return
+    data = open_task(task, o.data, o.image_root, size, o.size or (0 if o.data else 1000))
+    shared = (model, tokenizer, data, device)
+    if task == "vqa":
+        train = None if o.data else open_task(task, "", "", size, 5000, "train")
+        numbers, sections, records = evaluate_vqa(*shared, known, train, max_tokens, o.top_k,
+                                                  blank=not o.data)
+        results = [{"question_id": r["question_id"], "answer": r["answer"]} for r in records]
+    else:
+        numbers, sections, records = evaluate_nlvr2(*shared, max_tokens, blank=not o.data)
+        results = [{"identifier": r["identifier"], "answer": str(r["told"])} for r in records]
+    if distributed.rank() == 0:
+        out.mkdir(parents=True, exist_ok=True)
+        print_numbers(numbers)
+        write_numbers(out / "metrics.json", numbers, vars(o) | {"trained": trained})
+        (out / "answers.json").write_text(json.dumps(results) + "\n")
+        draw_sheet(out / "sheet.png", sections)
+        print(f"wrote {out}/" + ", ".join(sorted(p.name for p in out.iterdir())))
+
+
+def answers_of(o: argparse.Namespace) -> list[str]:
+    """The answers to rank: --answers, else those of the checkpoint; none with --generate."""
+    if o.generate:
+        return []
+    if getattr(o, "answers", ""):
+        known = read_json(o.answers)
+        if not isinstance(known, list) or not known or not all(
+                isinstance(answer, str) and answer for answer in known):
+            raise InputError(f"{o.answers} must be a json list of answers")
+        return known
+    known = checkpoints.read(o.checkpoint).get("answers", [])
+    if not known:
+        distributed.print0("the checkpoint has no list of answers: generating")
+    return known
