@@ -93,8 +93,9 @@ def open_model(path: str | Path, needs: tuple[str, ...] = (), vocab: str = "",
         raise InputError(f"{path} is not a checkpoint of this project; if it holds released "
                          "weights, give --vocab with the vocab.txt of bert-base-uncased")
     if not isinstance(model, kinds):
-        raise InputError(f"{path} is a checkpoint of another task ({settings.get('task', 'pretrain')})"
-                         f"; give one of {' or '.join(kind.__name__ for kind in kinds)}")
+        task = settings.get("task", "pretrain")
+        raise InputError(f"{path} is a checkpoint of another task ({task}); give one of "
+                         f"{' or '.join(kind.__name__ for kind in kinds)}")
     untrained = [name for name in needs if not settings.get(f"{name}_weight", 1.0)]
     if untrained:
         losses = " and ".join(map(str.upper, untrained))

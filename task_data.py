@@ -250,17 +250,18 @@ class StatementCollate:
 
 # ---- data sets by the task's name ----------------------------------------------------------------
 
-IN_FILES = {"vqa": (read_questions, QuestionDataset), "nlvr2": (read_statements, StatementDataset)}
+IN_FILES = {"vqa": QuestionDataset, "nlvr2": StatementDataset}
 IN_WORLD = {"vqa": Questions, "nlvr2": Statements}
 COLLATE = {"vqa": QuestionCollate, "nlvr2": StatementCollate}
 
 
 def open_task(task: str, data: str, image_root: str, image_size: int, size: int = 0,
-              split: str = "held-out", **training):
+              split: str = "held-out", need_answers: bool = True, **training):
     """The data set of a task: what the files `data` hold, or without them `size` items of the
-    world's split. `training`: augment, crop, seed of a PairDataset. Raises InputError."""
+    world's split. need_answers: an error where a question has none; `training`: augment, crop,
+    seed of a PairDataset. Raises InputError."""
     if not data:
         return IN_WORLD[task](split, size, image_size, training.get("seed", 0))
-    read, kind = IN_FILES[task]
+    records = read_questions(data, need_answers) if task == "vqa" else read_statements(data)
     root = image_root or Path(data.split(",")[0]).parent
-    return kind(read(data)[:size or None], root, image_size, **training)
+    return IN_FILES[task](records[:size or None], root, image_size, **training)

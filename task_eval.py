@@ -104,7 +104,7 @@ def evaluate_vqa(model: VQA, tokenizer: Tokenizer, dataset: Dataset, device: tor
     records = answer_questions(model, tokenizer, dataset, device, answers, max_tokens, top_k)
     facts = [facts_of(dataset, record["index"]) for record in records]
     if not all(fact["answers"] for fact in facts):  # a test set
-        return {"questions": len(records)}, [], records
+        return {"questions": len(records)}, answer_sections(dataset, records, facts), records
     def by_kind(told):
         scores: dict[str, list[float]] = {}
         for answer, fact in zip(told, facts):
@@ -126,12 +126,21 @@ def evaluate_vqa(model: VQA, tokenizer: Tokenizer, dataset: Dataset, device: tor
     numbers["questions"] = len(records)
     for record, fact in zip(records, facts):
         record["right"] = vqa_accuracy(record["answer"], fact["answers"])
-    cells = [Cell(dataset[record["index"]]["image"], [
-        (fact["question"], BLACK), (record["answer"], GREEN if record["right"] > 0.5 else RED),
-        (Counter(fact["answers"]).most_common(1)[0][0], GREY)])
-        for record, fact in list(zip(records, facts))[:24]]
-    rows = [cells[i:i + 8] for i in range(0, len(cells), 8)]
-    return numbers, [("questions, answers (green: right), what most people say", rows)], records
+    return numbers, answer_sections(dataset, records, facts), records
+
+
+def answer_sections(dataset: Dataset, records: list[dict], facts: list[dict]) -> Sections:
+    """The first questions with their answers, in green or red where people's are known, and what
+    most of them say."""
+    cells = []
+    for record, fact in list(zip(records, facts))[:24]:
+        colour = {None: BLACK, True: GREEN, False: RED}[
+            record["right"] > 0.5 if "right" in record else None]
+        known = [(text, GREY) for text, _ in Counter(fact["answers"]).most_common(1)]
+        cells.append(Cell(dataset[record["index"]]["image"],
+                          [(fact["question"], BLACK), (record["answer"], colour), *known]))
+    return [("questions, answers (green: right), what most people say",
+             [cells[i:i + 8] for i in range(0, len(cells), 8)])]
 
 
 # ---- statements about two images -----------------------------------------------------------------
@@ -208,7 +217,8 @@ def run(o: argparse.Namespace, device: torch.device) -> None:
         image = normalise(demo.open_picture(o.picture, size)[None].to(device))
         print(demo.ask(model, tokenizer, image, o.question, known, max_tokens))
         return
-    data = open_task(task, o.data, o.image_root, size, o.size or (0 if o.data else 1000))
+    data = open_task(task, o.data, o.image_root, size, o.size or (0 if o.data else 1000),
+                     need_answers=False)
     shared = (model, tokenizer, data, device)
     if task == "vqa":
         train = None if o.data else open_task(task, "", "", size, 5000, "train")
