@@ -13,11 +13,13 @@ log.jsonl (one line per logged step), checkpoint.pt (everything), best.pt (finet
 after the epoch that did best on the validation split), metrics.json and samples.png (at the end).
 """
 
+import contextlib
 import os
 import signal
 import sys
 import time
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
@@ -62,67 +64,74 @@ def use_bf16(precision: str, device: torch.device) -> bool:
     return device.type == "cpu" and bool(capabilities.get("amx_bf16"))
 
 
+@contextlib.contextmanager
+def signals_noted() -> Iterator[list]:
+    """Within it, SIGINT and SIGTERM put something into the list instead of ending the program."""
+    noted = []
+    before = {number: signal.signal(number, lambda *_: noted.append(True))
+              for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield noted
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def train(run: Run) -> bool:
     """Train to the end -> True, or until a signal asks to stop -> False; either way the checkpoint
     is written."""
     config, model = run.config, run.model
-    log, stop = Log(run.out, run.step, config.log_every), []
-    before = {number: signal.signal(number, lambda *_: stop.append(True))
-              for number in (signal.SIGINT, signal.SIGTERM)}
+    log = Log(run.out, run.step, config.log_every)
     net, objectives, stopping = None, None, False
     if config.compile:  # the ViT alone: it is most of the work, and its shapes never change
         model.vit.compile()
     model.train()
-    bar = tqdm(run.batches(), "training", run.steps, initial=run.step,
-               disable=distributed.rank() > 0, unit="step")
     saved = time.perf_counter()
     start = saved - run.seconds
-    for micro_batches in bar:
-        if objectives != objectives_at(config, run.step):
-            objectives = objectives_at(config, run.step)
-            model.set_objectives(objectives)
-            net = distributed.wrap(model)  # again, because other parameters are trained now
-        lr = learning_rate(config, run.step, run.steps_per_epoch)
-        for group in run.optimizer.param_groups:
-            group["lr"] = lr
-        alpha = alpha_at(config, run.step, run.steps_per_epoch)
+    with signals_noted() as stop, tqdm(run.batches(), "training", run.steps, initial=run.step,
+                                       disable=distributed.rank() > 0, unit="step") as bar:
+        for micro_batches in bar:
+            if objectives != objectives_at(config, run.step):
+                objectives = objectives_at(config, run.step)
+                model.set_objectives(objectives)
+                net = distributed.wrap(model)  # again, because other parameters are trained now
+            values = {"lr": learning_rate(config, run.step, run.steps_per_epoch),
+                      "alpha": alpha_at(config, run.step, run.steps_per_epoch)}
+            for group in run.optimizer.param_groups:
+                group["lr"] = values["lr"]
 
-        losses, keys = forward_backward(run, net, micro_batches, alpha)
-        if config.grad_clip:
-            torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
-        run.optimizer.step()
-        run.optimizer.zero_grad(set_to_none=True)
-        values = {"lr": lr, "alpha": alpha}
-        if model.twins():  # the other tasks' models have none
-            model.update_momentum()
-            model.enqueue(keys)
-            model.clamp_temperature()
-            values["temp"] = model.temp.detach()
+            losses, keys = forward_backward(run, net, micro_batches, values["alpha"])
+            if config.grad_clip:
+                torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
+            run.optimizer.step()
+            run.optimizer.zero_grad(set_to_none=True)
+            if model.twins():  # the other tasks' models have none
+                model.update_momentum()
+                model.enqueue(keys)
+                model.clamp_temperature()
+                values["temp"] = model.temp.detach()
 
-        run.step += 1
-        run.seconds = time.perf_counter() - start
-        last = run.step == run.steps
-        log.add(losses, bar, run.step, last, config.batch_size, **values,
-                minutes=round(run.seconds / 60, 3))
-        # After each epoch of a finetuning, which may be the best one.
-        chooses = (config.task != "pretrain" and run.sets.val is not None
-                   and run.step % run.steps_per_epoch == 0)
-        due = False
-        if chooses:
-            log.write(choose(run))
-        # What the clock or a signal decides, all ranks must decide alike: they talk about it at
-        # logged steps only, because talking waits for the device.
-        if distributed.world_size() == 1 or run.step % config.log_every == 0:
-            stopping = distributed.any_rank(bool(stop))
-            due = distributed.any_rank(time.perf_counter() - saved > 60 * config.save_minutes)
-        if run.step % config.save_every == 0 or due or chooses or stopping or last:
-            run.save()
-            saved = time.perf_counter()
-        if stopping:
-            break
-    bar.close()
-    for number, handler in before.items():
-        signal.signal(number, handler)
+            run.step += 1
+            run.seconds = time.perf_counter() - start
+            last = run.step == run.steps
+            log.add(losses, bar, run.step, last, config.batch_size, **values,
+                    minutes=round(run.seconds / 60, 3))
+            # After each epoch of a finetuning, which may be the best one.
+            chooses = (config.task != "pretrain" and run.sets.val is not None
+                       and run.step % run.steps_per_epoch == 0)
+            due = False
+            if chooses:
+                log.write(choose(run))
+            # What the clock or a signal decides, all ranks must decide alike: they talk about it at
+            # logged steps only, because talking waits for the device.
+            if distributed.world_size() == 1 or run.step % config.log_every == 0:
+                stopping = distributed.any_rank(bool(stop))
+                due = distributed.any_rank(time.perf_counter() - saved > 60 * config.save_minutes)
+            if run.step % config.save_every == 0 or due or chooses or stopping or last:
+                run.save()
+                saved = time.perf_counter()
+            if stopping:
+                break
     return run.step == run.steps
 
 
@@ -157,10 +166,10 @@ def inputs_of(run: Run, batch: dict, alpha: float) -> dict:
     inputs["image"] = normalise(inputs["image"])
     if isinstance(run.model, BLIP):
         image_ids = inputs.pop("image_id")
-        inputs |= {"alpha": alpha, "prompt_length": run.prompt_length,
+        if run.config.task != "retrieval":  # pretraining does not know which texts share an image
+            image_ids = None
+        inputs |= {"alpha": alpha, "image_ids": image_ids, "prompt_length": run.prompt_length,
                    "all_negatives": run.config.all_negatives}
-        if run.config.task == "retrieval":  # pretraining does not know which texts share an image
-            inputs["image_ids"] = image_ids
     return inputs
 
 
