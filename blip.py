@@ -188,7 +188,11 @@ class BLIP(nn.Module):
     # ---- the parts a user calls ------------------------------------------------------------------
 
     def encode_image(self, image: Tensor) -> tuple[Tensor, Tensor]:
-        """image (B, 3, S, S) -> tokens (B, N, D) and unit features (B, E)."""
+        """image (B, 3, S, S) -> tokens (B, N, D) and unit features (B, E); clips (B, F, 3, S, S) ->
+        the tokens of all frames (B, F * N, D), the mean of their features (BLIP sec. 5.6)."""
+        if image.ndim == 5:
+            tokens = self.vit(image.flatten(0, 1)).unflatten(0, image.shape[:2])
+            return tokens.flatten(1, 2), unit(self.vision_proj(tokens[:, :, 0]).mean(1))
         tokens = self.vit(image)
         return tokens, unit(self.vision_proj(tokens[:, 0]))
 

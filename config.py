@@ -100,6 +100,8 @@ TASKS = {
                     itc_weight=0.0, itm_weight=0.0, prompt="a picture of"),
     "vqa": dict(FINETUNE, out="runs/vqa", lr=2e-5, epochs=10, max_tokens=35),
     "nlvr2": dict(FINETUNE, out="runs/nlvr2", lr=3e-5, epochs=15, max_tokens=40),
+    "visdial": dict(FINETUNE, out="runs/visdial", lr=2e-5, epochs=20, batch_size=240,
+                    max_tokens=160),
 }
 # The tiny ones are measured, not the paper's: see "The tiny preset" in the README.
 TINY = dict(batch_size=32, schedule="cosine", warmup_steps=100, beta2=0.98, grad_clip=1.0,
@@ -114,12 +116,15 @@ PRESETS = {
     ("caption", "tiny"): dict(TINY, epochs=2, world_size=12800, lr=5e-4, prompt=""),
     ("vqa", "tiny"): dict(TINY, epochs=1, world_size=44800, lr=1e-3),
     ("nlvr2", "tiny"): dict(TINY, epochs=1, world_size=38400, lr=1e-3),
+    ("visdial", "tiny"): dict(TINY, epochs=1, world_size=38400, lr=1e-3, max_tokens=60,
+                              eval_size=200),
 }
 # Finetuning takes the model from the checkpoint and changes only this much of it on its own; the
 # rest of what may be changed is not visible in the weights.
 FINETUNE_MODEL = {  # presets base and large (BLIP, appendix A; released configurations)
     "retrieval": dict(image_size=384), "caption": dict(image_size=384),
-    "vqa": dict(image_size=480, drop_path=0.1), "nlvr2": dict(image_size=384, drop_path=0.1)}
+    "vqa": dict(image_size=480, drop_path=0.1), "nlvr2": dict(image_size=384, drop_path=0.1),
+    "visdial": dict(image_size=384)}
 FREE_IN_FINETUNING = {"image_size", "drop_path", "grad_checkpoint", "dropout", "queue_size",
                       "momentum", "temp_min", "temp_max", "label_smoothing", "hard_negatives"}
 # What may differ from the checkpoint when a run is resumed: nothing that the result depends on.

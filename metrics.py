@@ -4,6 +4,7 @@
     bleu, rouge_l, cider             captions, from tokenised texts (`tokenise`)
     caption_scores                   all of them for one set of captions
     vqa_accuracy, consistency        VQA's official measure; NLVR2's second one
+    dialog_scores, ndcg              visual dialog: MRR, R@K, mean rank; NDCG
 
 The caption measures follow the definitions of the COCO caption evaluation, so that their values can
 be compared with published ones. SPICE and METEOR are not here: they need Java and WordNet;
@@ -213,3 +214,24 @@ def consistency(right: Sequence[bool], groups: Sequence[str]) -> float:
     for ok, group in zip(right, groups):
         by_group[group] = by_group.get(group, True) and bool(ok)
     return sum(by_group.values()) / max(len(by_group), 1)
+
+
+# ---- visual dialog -------------------------------------------------------------------------------
+
+def dialog_scores(found: Sequence[int]) -> dict[str, float]:
+    """Rank of each round's answer among its candidates, 0 = first -> MRR, R@1, 5, 10 and mean rank
+    (1 = first), as VisDial reports them."""
+    count = max(len(found), 1)
+    return {"mrr": sum(1 / (rank + 1) for rank in found) / count,
+            **{f"r{k}": sum(rank < k for rank in found) / count for k in (1, 5, 10)},
+            "mean_rank": sum(rank + 1 for rank in found) / count}
+
+
+def ndcg(scores: Sequence[float], relevance: Sequence[float]) -> float:
+    """VisDial's NDCG of one round: the candidates' dense relevance, discounted by 1 / log2(1 +
+    rank) over the first K ranks, K the number of relevant ones, relative to the best order."""
+    k = sum(value > 0 for value in relevance)
+    def gain(order):
+        return sum(relevance[i] / math.log2(rank + 2) for rank, i in enumerate(order[:k]))
+    best = gain(sorted(range(len(relevance)), key=lambda i: -relevance[i]))
+    return gain(sorted(range(len(scores)), key=lambda i: -scores[i])) / best if best else 0.0

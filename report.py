@@ -32,8 +32,8 @@ def print_numbers(numbers: dict) -> None:
             known = "constant caption" if name in numbers.get("constant", {}) else "chance"
             is_rank = "_rank" in name.removesuffix("_rerank")
             shown = f"{value:8.2f}" if is_rank else f"{100 * value:8.1f}"
-            print(f"{name:24}{shown}" + (f"   ({known} {100 * level:.1f})"
-                                         if level is not None else ""))
+            level = level if is_rank or level is None else 100 * level
+            print(f"{name:24}{shown}" + ("" if level is None else f"   ({known} {level:.1f})"))
         elif name.endswith("_by"):
             print(f"{name:24}   " + ", ".join(
                 f"{kind} {100 * v:.1f}" + (f" (chance {100 * level[kind]:.1f})" if level else "")

@@ -67,7 +67,8 @@ def encode(model: BLIP, tokenizer: Tokenizer, dataset: Dataset, device: torch.de
     model.eval()
     found, broken = [], []
     loader = DataLoader(dataset, collate_fn=Collate(tokenizer, max_tokens),
-                        batch_sampler=shared_batches(len(dataset)))
+                        batch_sampler=shared_batches(
+                            len(dataset), max(1, BATCH // getattr(dataset, "frames", 1))))
     for batch in distributed.progress(loader, "images"):
         broken += batch["broken"]
         if batch["image"] is not None:
@@ -124,7 +125,7 @@ def rerank(model: BLIP, gallery: Gallery, top_k: int, device: torch.device, imag
     with distributed.progress(about="re-ranking", unit="pair",
                               total=sum(int(counts[block].sum()) for block in blocks)) as bar:
         for block in blocks:
-            tokens = model.vit(normalise(gallery.images(block.tolist()).to(device)))
+            tokens, _ = model.encode_image(normalise(gallery.images(block.tolist()).to(device)))
             kv = model.med.project(tokens)
             rows = [wanted[:, i].nonzero().flatten() for i in block]
             longest = len(rows[0])

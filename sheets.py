@@ -16,8 +16,8 @@ SIDE, GAP, FONT, LINE = 128, 14, 12, 15
 
 @dataclass
 class Cell:
-    """A picture (3, S, S) uint8 or None, lines of (text, colour) under it or in its place, a
-    frame's colour or None."""
+    """A picture (3, S, S) uint8, or a clip (F, 3, S, S) of which the middle is shown, or None; lines
+    of (text, colour) under it or in its place; a frame's colour or None."""
 
     image: Tensor | None
     lines: list[tuple[str, tuple]]
@@ -44,8 +44,8 @@ def draw_sheet(path: str | Path, sections: list[tuple[str, list[list[Cell]]]]) -
         for row in rows:
             for x, cell in zip(range(GAP, width, SIDE + GAP), row):
                 if cell.image is not None:
-                    picture = Image.fromarray(
-                        np.ascontiguousarray(cell.image.permute(1, 2, 0).numpy()))
+                    shown = cell.image if cell.image.ndim == 3 else cell.image[len(cell.image) // 2]
+                    picture = Image.fromarray(np.ascontiguousarray(shown.permute(1, 2, 0).numpy()))
                     sheet.paste(picture.resize((SIDE, SIDE)), (x, y))
                     draw.rectangle((x - 2, y - 2, x + SIDE + 1, y + SIDE + 1),
                                    outline=cell.frame or (200, 200, 200),

@@ -1,8 +1,10 @@
-"""Files of questions about images and of statements about two images, as users bring them.
+"""Files of questions about images, statements about two images and dialogs, as users bring them.
 
     read_questions(data)     BLIP's VQA lists, VQAv2's questions and annotations -> list of Asked
     read_statements(path)    BLIP's NLVR2 lists, the official jsonl -> list of Stated
-    QuestionDataset, StatementDataset, and a Collate for each, which makes the model's inputs
+    read_dialogs(data)       VisDial 1.0, with its dense relevance -> list of Dialog
+    QuestionDataset, StatementDataset, DialogDataset, and a Collate for each, which makes the
+                             model's inputs
     open_task(task, data)    the data set of a task, from files or from the world
 
 A mistake in a file is an InputError that names the file, the record and the remedy.
@@ -19,7 +21,7 @@ from torch import Tensor
 
 from data import InputError, PairDataset, Tokenizer, clean_question
 from pairs import is_list, read_json, stream_list
-from world_tasks import Questions, Statements
+from world_tasks import Dialogs, Questions, Round, Statements
 
 GENOME_WEIGHT = 0.2  # of a Visual Genome answer, which one person gave (released code)
 MOST_ANSWERS = 3128  # as many as the list that the paper ranks has
@@ -248,11 +250,135 @@ class StatementCollate:
                         "sentences": sentences, "identifier": [i["identifier"] for i in items]}
 
 
+# ---- dialogs -------------------------------------------------------------------------------------
+
+CANDIDATES = 100  # of a round, in VisDial
+
+
+@dataclass(frozen=True)
+class Dialog:
+    """A captioned image and its rounds."""
+
+    image: str
+    caption: str
+    rounds: tuple[Round, ...]
+    dialog: int | str  # the image's id
+    relevance: tuple[int, tuple[float, ...]] | None = None  # of a round's candidates, dense
+
+
+def read_dialogs(data: str) -> list[Dialog]:
+    """data: VisDial 1.0's file, and perhaps behind a comma its dense annotations. Images are
+    VisualDialog_SPLIT_ID.jpg, or COCO's for the training split. Raises InputError."""
+    path, _, dense = data.partition(",")
+    content, marked = read_json(path), {}
+    try:
+        questions, answers = content["data"]["questions"], content["data"]["answers"]
+        dialogs, split = content["data"]["dialogs"], content.get("split", "val2018")
+    except (KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{path} is no VisDial 1.0 file: {error} is missing; it needs data with "
+                         "questions, answers and dialogs")
+    for note in read_json(dense) if dense else []:
+        marked[note["image_id"]] = (note["round_id"] - 1,
+                                    tuple(note.get("gt_relevance", note.get("relevance"))))
+    found = []
+    for number, record in enumerate(dialogs):
+        where = f"{path}, dialog {number}"
+        try:
+            rounds = []
+            for turn, r in enumerate(record["dialog"]):
+                options = r.get("answer_options", [])
+                if len(options) != CANDIDATES:
+                    raise InputError(f"{where}, round {turn + 1}: it has {len(options)} candidate "
+                                     f"answers and must have {CANDIDATES}")
+                rounds.append(Round(questions[r["question"]], answers[r["answer"]],
+                                    tuple(answers[i] for i in options), r["gt_index"]))
+            image = record.get("image") or (f"VisualDialog_{split}_{record['image_id']:012d}.jpg")
+            found.append(Dialog(image, record["caption"], tuple(rounds), record["image_id"],
+                                marked.get(record["image_id"])))
+        except (KeyError, IndexError, TypeError, ValueError) as error:
+            raise InputError(f"{where}: {error!r}; a dialog needs image_id, caption and rounds of "
+                             "question, answer, answer_options and gt_index")
+    if not found:
+        raise InputError(f"{path} holds no dialog")
+    return found
+
+
+class DialogDataset(PairDataset):
+    """Items {image, caption, rounds, relevance, dialog, seed, index, broken}, one for each
+    dialog."""
+
+    def __getitem__(self, index: int) -> dict:
+        return {**super().__getitem__(index), "seed": f"dialog {self.seed} {self.epoch} {index}"}
+
+    def item(self, dialog: Dialog, rng: random.Random | None) -> dict:
+        """What goes with the image."""
+        return {"text": dialog.caption, "caption": dialog.caption, "rounds": dialog.rounds,
+                "relevance": dialog.relevance, "dialog": dialog.dialog}
+
+
+def dialog_ids(tokenizer: Tokenizer, rounds, turn: int, candidates, limit: int) -> list[list[int]]:
+    """For each candidate the ids of [CLS] history [SEP] question [SEP] candidate [SEP]. Where that
+    is longer than `limit`, the beginning of the history is left out; then the question's."""
+    def ids(text):
+        return tokenizer.pieces_of(clean_question(text))
+    history = [i for r in rounds[:turn] for i in ids(r.question) + ids(r.answer)]
+    question, sep = ids(rounds[turn].question), tokenizer.sep
+    rows = []
+    for candidate in candidates:
+        behind = ids(candidate)[:limit // 2] + [sep]
+        asked = question[-(limit - len(behind) - 3):] + [sep]
+        room = limit - len(behind) - len(asked) - 2
+        rows.append([tokenizer.cls, *history[max(0, len(history) - room):], sep, *asked, *behind])
+    return rows
+
+
+def pad(rows: list[list[int]], padding: int) -> tuple[Tensor, Tensor]:
+    """Rows of ids -> ids and mask (B, longest)."""
+    longest = max(map(len, rows))
+    return (torch.tensor([row + [padding] * (longest - len(row)) for row in rows]),
+            torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows]))
+
+
+class DialogCollate:
+    """Items -> what VisDial.forward wants: image, caption_ids, caption_mask, and of one round of
+    each dialog, drawn by its `seed`, the answer and WRONG other candidates as ids, mask, label."""
+
+    WRONG = 3
+
+    def __init__(self, tokenizer: Tokenizer, max_tokens: int = 160):
+        self.tokenizer, self.max_tokens = tokenizer, max_tokens
+
+    def __call__(self, items: list[dict]) -> dict:
+        broken = [name for item in items for name in item["broken"]]
+        items = [item for item in items if item["image"] is not None]
+        batch = {"broken": broken, "image": None, "items": items,
+                 "index": [item["index"] for item in items]}
+        if not items:
+            return batch
+        caption_ids, caption_mask = self.tokenizer.encode(
+            [clean_question(item["caption"], 40) for item in items], self.max_tokens)
+        rows, labels = [], []
+        for item in items:
+            rounds, rng = item["rounds"], random.Random(item["seed"])
+            turn = rng.randrange(len(rounds))
+            right = rounds[turn].target
+            wrong = rng.sample([i for i in range(len(rounds[turn].candidates)) if i != right],
+                               self.WRONG)
+            rows += dialog_ids(self.tokenizer, rounds, turn,
+                               [rounds[turn].candidates[i] for i in (right, *wrong)],
+                               self.max_tokens)
+            labels += [1] + [0] * self.WRONG
+        ids, mask = pad(rows, self.tokenizer.pad)
+        return batch | {"image": torch.stack([item["image"] for item in items]),
+                        "caption_ids": caption_ids, "caption_mask": caption_mask, "ids": ids,
+                        "mask": mask, "label": torch.tensor(labels)}
+
+
 # ---- data sets by the task's name ----------------------------------------------------------------
 
-IN_FILES = {"vqa": QuestionDataset, "nlvr2": StatementDataset}
-IN_WORLD = {"vqa": Questions, "nlvr2": Statements}
-COLLATE = {"vqa": QuestionCollate, "nlvr2": StatementCollate}
+IN_FILES = {"vqa": QuestionDataset, "nlvr2": StatementDataset, "visdial": DialogDataset}
+IN_WORLD = {"vqa": Questions, "nlvr2": Statements, "visdial": Dialogs}
+COLLATE = {"vqa": QuestionCollate, "nlvr2": StatementCollate, "visdial": DialogCollate}
 
 
 def open_task(task: str, data: str, image_root: str, image_size: int, size: int = 0,
@@ -262,6 +388,7 @@ def open_task(task: str, data: str, image_root: str, image_size: int, size: int 
     seed of a PairDataset. Raises InputError."""
     if not data:
         return IN_WORLD[task](split, size, image_size, training.get("seed", 0))
-    records = read_questions(data, need_answers) if task == "vqa" else read_statements(data)
+    read = {"vqa": read_questions, "nlvr2": read_statements, "visdial": read_dialogs}[task]
+    records = read(data, need_answers) if task == "vqa" else read(data)
     root = image_root or Path(data.split(",")[0]).parent
     return IN_FILES[task](records[:size or None], root, image_size, **training)

@@ -4,6 +4,8 @@ nothing would score beside it.
     answer_questions     a data set -> {question_id, answer}: the result file of VQA's server
     evaluate_vqa         accuracy, by kind; the commonest answer for each kind; a grey image
     evaluate_nlvr2       accuracy, consistency; the commoner label; grey images
+    evaluate_visdial     MRR, R@K, mean rank, NDCG; a random order; grey images
+    evaluate_clips       retrieval of clips with a model of images
     add_commands, run    their part of eval.py's command line
 """
 
@@ -20,14 +22,24 @@ from torch.utils.data import DataLoader, Dataset
 import checkpoints
 import demo
 import distributed
+from blip import BLIP
 from data import InputError, Tokenizer, normalise
-from metrics import consistency, vqa_accuracy
+from metrics import consistency, dialog_scores, ndcg, ranks, vqa_accuracy
 from pairs import read_json
 from report import print_numbers, write_numbers
-from retrieval import shared_batches
+from retrieval import encode, retrieval, retrieval_chance, shared_batches
 from sheets import BLACK, GREEN, GREY, RED, Cell, draw_sheet
-from task_data import QuestionCollate, StatementCollate, open_task
-from tasks import MODELS, NLVR2, VQA
+from task_data import (
+    DialogCollate,
+    QuestionCollate,
+    StatementCollate,
+    dialog_ids,
+    open_task,
+    pad,
+)
+from tasks import MODELS, NLVR2, VQA, VisDial
+from video import ClipDataset, ClipQuestionDataset, read_clip_questions, read_clips
+from world_tasks import ClipQuestions, Clips
 
 GREY_LEVEL = 128
 Sections = list[tuple[str, list[list[Cell]]]]
@@ -186,9 +198,132 @@ def evaluate_nlvr2(model: NLVR2, tokenizer: Tokenizer, dataset: Dataset, device:
     return numbers, [("statements about two images (green: judged right)", rows)], records
 
 
+# ---- visual dialog -------------------------------------------------------------------------------
+
+@torch.no_grad()
+def rank_candidates(model: VisDial, tokenizer: Tokenizer, dataset: Dataset, device: torch.device,
+                    max_tokens: int = 160, blank: bool = False) -> list[dict]:
+    """-> {dialog, round, scores, target, relevance, index} of each round. Image and caption are
+    projected once for a dialog; all candidates of a round look at them in one pass."""
+    model.eval()
+    found = []
+    collate = DialogCollate(tokenizer, max_tokens)
+    for index in distributed.progress(distributed.share(list(range(len(dataset)))), "dialogs",
+                                      unit="dialog"):
+        batch = collate([dataset[index]])
+        if batch["image"] is None:
+            continue
+        item, image = batch["items"][0], batch["image"]
+        image = torch.full_like(image, GREY_LEVEL) if blank else image
+        kv = model.read(normalise(image.to(device)), batch["caption_ids"].to(device),
+                        batch["caption_mask"].to(device))
+        for turn, asked in enumerate(item["rounds"]):
+            ids, mask = pad(dialog_ids(tokenizer, item["rounds"], turn, asked.candidates,
+                                       max_tokens), tokenizer.pad)
+            logits = model.logits(kv, ids.to(device), mask.to(device)).float()
+            dense = item.get("relevance")
+            found.append({"dialog": item["dialog"], "round": turn, "index": index,
+                          "scores": (logits[:, 1] - logits[:, 0]).tolist(), "target": asked.target,
+                          "relevance": dense[1] if dense and dense[0] == turn else None})
+    return sorted(distributed.gather(found), key=lambda record: (record["index"], record["round"]))
+
+
+def evaluate_visdial(model: VisDial, tokenizer: Tokenizer, dataset: Dataset, device: torch.device,
+                     max_tokens: int = 160,
+                     blank: bool = True) -> tuple[dict, Sections, list[dict]]:
+    """-> numbers (mrr, r1, r5, r10, mean_rank; ndcg where there is dense relevance; "chance": a
+    random order; blank_...: on grey images), a sheet's sections, the records."""
+    records = rank_candidates(model, tokenizer, dataset, device, max_tokens)
+    def places(rows):  # a tie counts against the answer
+        return [sum(score >= row["scores"][row["target"]] for score in row["scores"]) - 1
+                for row in rows]
+    numbers = dialog_scores(places(records))
+    dense = [ndcg(r["scores"], r["relevance"]) for r in records if r["relevance"]]
+    numbers |= {"ndcg": sum(dense) / len(dense)} if dense else {}
+    n = len(records[0]["scores"])
+    numbers["chance"] = {"mrr": sum(1 / k for k in range(1, n + 1)) / n, "mean_rank": (n + 1) / 2,
+                         **{f"r{k}": min(1.0, k / n) for k in (1, 5, 10)}}
+    if blank:
+        grey = rank_candidates(model, tokenizer, dataset, device, max_tokens, True)
+        numbers |= {f"blank_{name}": value for name, value in dialog_scores(places(grey)).items()}
+    numbers["rounds"] = len(records)
+    cells = []
+    for index in dict.fromkeys(record["index"] for record in records[:50]):
+        item, lines = dataset[index], []
+        for row in (r for r in records if r["index"] == index):
+            asked = item["rounds"][row["round"]]
+            best = max(range(n), key=row["scores"].__getitem__)
+            lines += [(asked.question, BLACK),
+                      (asked.candidates[best], GREEN if best == asked.target else RED)]
+        cells.append(Cell(item["image"], [(item["caption"], GREY), *lines]))
+    rows = [cells[i:i + 6] for i in range(0, len(cells), 6)]
+    return numbers, [("dialogs: caption, questions, best candidates (green: right)", rows)], records
+
+
+# ---- clips, without training on any --------------------------------------------------------------
+
+def evaluate_clips(model: BLIP, tokenizer: Tokenizer, dataset: Dataset, device: torch.device,
+                   top_k: int = 128, max_tokens: int = 40) -> tuple[dict, Sections]:
+    """Retrieval of clips -> as evaluate_retrieval; in the world also t2i_several_r1, of the clips
+    of which no one frame shows all."""
+    gallery = encode(model, tokenizer, dataset, device, max_tokens)
+    numbers, scores = retrieval(model, gallery, min(top_k, len(gallery.index)), device)
+    if hasattr(dataset, "needs_time"):
+        several = torch.tensor([dataset.needs_time(i) for i in gallery.index])[gallery.image_of]
+        for suffix, (t2i, _) in scores.items():
+            first = ranks(t2i, gallery.positives()) == 0
+            numbers[f"t2i_several_r1{suffix}"] = first[several].float().mean().item()
+    chance = retrieval_chance(gallery)
+    numbers |= {"chance": chance | {"t2i_several_r1": chance["t2i_r1"]},
+                "clips": len(gallery.index), "broken": len(gallery.broken)}
+    t2i = scores["_rerank" if top_k else ""][0]
+    rows = []
+    for t in range(0, len(t2i), max(1, len(t2i) // 8)):
+        best = t2i[t].topk(min(5, t2i.shape[1])).indices.tolist()
+        rows.append([Cell(None, [(gallery.texts[t], BLACK)])] + [
+            Cell(gallery.images([i])[0], [], GREEN if gallery.image_of[t] == i else RED)
+            for i in best])
+    return numbers, [("clips found for a text (their middle frames; green: right)", rows)]
+
+
+def run_clips(o: argparse.Namespace, device: torch.device) -> None:
+    """video-retrieval, video-qa: print, and write into --out."""
+    asks, out = o.command == "video-qa", Path(o.out)
+    model, tokenizer, trained = checkpoints.open_model(
+        o.checkpoint, () if asks else ("itc", "itm"), o.vocab, device, (VQA if asks else BLIP,))
+    size = model.config.image_size
+    if o.data:
+        read, kind = ((read_clip_questions, ClipQuestionDataset) if asks
+                      else (read_clips, ClipDataset))
+        data = kind(read(o.data)[:o.size or None], o.image_root or Path(o.data).parent, size,
+                    o.frames)
+    else:
+        data = (ClipQuestions if asks else Clips)("held-out", o.size or 500, size,
+                                                  frames=o.frames)
+    shared = (model, tokenizer, data, device)
+    if asks:
+        train = None if o.data else open_task("vqa", "", "", size, 5000, "train")
+        numbers, sections, records = evaluate_vqa(*shared, answers_of(o), train,
+                                                  trained.get("max_tokens", 35), o.top_k,
+                                                  blank=not o.data)
+        if not o.data:
+            several = [r["right"] for r in records if data.needs_time(r["index"])]
+            numbers["accuracy_several"] = sum(several) / len(several)
+    else:
+        numbers, sections = evaluate_clips(*shared, o.top_k)
+    if distributed.rank() == 0:
+        out.mkdir(parents=True, exist_ok=True)
+        print_numbers(numbers)
+        write_numbers(out / "metrics.json", numbers, vars(o) | {"trained": trained})
+        draw_sheet(out / "sheet.png", sections)
+        print(f"wrote {out}/metrics.json, sheet.png")
+
+
 # ---- command line --------------------------------------------------------------------------------
 
-TASK_OF = {"vqa": "vqa", "ask": "vqa", "nlvr2": "nlvr2"}  # command -> task of its checkpoint
+# command -> task of its checkpoint
+TASK_OF = {"vqa": "vqa", "ask": "vqa", "nlvr2": "nlvr2", "visdial": "visdial",
+           "video-retrieval": "", "video-qa": ""}
 
 
 def add_commands(command: Callable) -> None:
@@ -200,6 +335,17 @@ def add_commands(command: Callable) -> None:
     p.add_argument("--top-k", type=int, default=128, help="answers whose likelihood is computed, "
                    "by their first token (default 128)")
     command("nlvr2", "accuracy and consistency of judging statements", data=True)
+    command("visdial", "MRR, recall and mean rank of 100 candidate answers", data=True)
+    for name, about, frames in (
+            ("video-retrieval", "clips found by text, with a model of images", 8),
+            ("video-qa", "questions about clips, with a VQA model of images", 16)):
+        p = command(name, about, data=True)
+        p.add_argument("--frames", type=int, default=frames, help="drawn uniformly from a clip "
+                       f"(default {frames}; 1: the middle one)")
+        p.add_argument("--top-k", type=int, default=128, help="clips that ITM re-ranks, or answers "
+                       "whose likelihood is computed (default 128)")
+    p.add_argument("--generate", action="store_true", help="answer freely")
+    p.add_argument("--answers", default="", help="json list of the answers that are ranked")
     p = command("ask", "an answer to a question about a picture")
     p.add_argument("picture")
     p.add_argument("question")
@@ -209,6 +355,8 @@ def add_commands(command: Callable) -> None:
 def run(o: argparse.Namespace, device: torch.device) -> None:
     """Do what the command line asks: print, and write into --out."""
     task, out = TASK_OF[o.command], Path(o.out)
+    if o.command.startswith("video"):
+        return run_clips(o, device)
     model, tokenizer, trained = checkpoints.open_model(o.checkpoint, (), o.vocab, device,
                                                        (MODELS[task],))
     size, max_tokens = model.config.image_size, trained.get("max_tokens", 35)
@@ -225,6 +373,10 @@ def run(o: argparse.Namespace, device: torch.device) -> None:
         numbers, sections, records = evaluate_vqa(*shared, known, train, max_tokens, o.top_k,
                                                   blank=not o.data)
         results = [{"question_id": r["question_id"], "answer": r["answer"]} for r in records]
+    elif task == "visdial":
+        numbers, sections, records = evaluate_visdial(*shared, max_tokens, blank=not o.data)
+        results = [{"image_id": r["dialog"], "round_id": r["round"] + 1, "ranks": ranks_of(
+            r["scores"])} for r in records]
     else:
         numbers, sections, records = evaluate_nlvr2(*shared, max_tokens, blank=not o.data)
         results = [{"identifier": r["identifier"], "answer": str(r["told"])} for r in records]
@@ -235,6 +387,12 @@ def run(o: argparse.Namespace, device: torch.device) -> None:
         (out / "answers.json").write_text(json.dumps(results) + "\n")
         draw_sheet(out / "sheet.png", sections)
         print(f"wrote {out}/" + ", ".join(sorted(p.name for p in out.iterdir())))
+
+
+def ranks_of(scores: list[float]) -> list[int]:
+    """Scores -> the rank of each, 1 = highest, as VisDial's server reads them."""
+    order = sorted(range(len(scores)), key=lambda i: -scores[i])
+    return [order.index(i) + 1 for i in range(len(scores))]
 
 
 def answers_of(o: argparse.Namespace) -> list[str]:

@@ -3,6 +3,8 @@
     VQA       question encoder (grounded in the image) and answer decoder that reads its states
               (BLIP sec. 5.3, Fig. 5a)
     NLVR2     a statement about two images: two cross-attentions a layer, merged (sec. 5.4, Fig. 5b)
+    VisDial   history, question and candidate answer judged against image and caption (sec. 5.5,
+              Fig. 5c)
 
 Each model's forward returns ({task: loss}, {}) for the training loop; nothing in it changes.
 `pretrained_name` says where a parameter comes from in a pretrained BLIP; what has no place there
@@ -149,7 +151,46 @@ class NLVR2(TaskModel):
         return {"nlvr2": F.cross_entropy(self.logits(image, ids, mask), label)}, {}
 
 
-MODELS = {"vqa": VQA, "nlvr2": NLVR2}
+class VisDial(TaskModel):
+    """vit, med (unimodal for the caption, grounded for the dialog), head. What the dialog encoder
+    looks at is the image's tokens and behind them the caption's states."""
+
+    def __init__(self, config: BLIPConfig):
+        super().__init__(config)
+        if config.vit_width != config.text_width:
+            raise ValueError("visual dialog puts image tokens and caption states side by side: "
+                             f"vit_width {config.vit_width} and text_width {config.text_width} "
+                             "must be equal")
+        self.med = make_med(config, ("text", "grounded"))
+        self.head = nn.Linear(config.text_width, 2)
+        self.apply(init_weights)
+
+    def pretrained_name(self, name: str) -> str:
+        """The head comes from ITM's."""
+        return name.replace("head.", "itm_head.") if name.startswith("head.") else name
+
+    def read(self, image: Tensor, caption_ids: Tensor, caption_mask: Tensor) -> ImageKV:
+        """image (B, 3, S, S), captions ids and mask (B, Lc) -> keys and values of both, projected
+        once for all rounds and candidates of a dialog; a caption's padding is masked."""
+        tokens = self.vit(image)
+        states = self.med.encode_text(caption_ids, caption_mask)
+        mask = torch.cat([caption_mask.new_ones(tokens.shape[:2]), caption_mask], 1)
+        return self.med.project(torch.cat([tokens, states], 1), mask)
+
+    def logits(self, kv: ImageKV, ids: Tensor, mask: Tensor) -> Tensor:
+        """kv of B dialogs, history + question + candidate ids and mask (n*B, L) -> (n*B, 2); class
+        1 = the answer. Text i belongs to dialog i // n."""
+        return self.head(self.med.encode_grounded(ids, mask, kv)[:, 0])
+
+    def forward(self, image: Tensor, caption_ids: Tensor, caption_mask: Tensor, ids: Tensor,
+                mask: Tensor, label: Tensor) -> tuple[dict, dict]:
+        """n candidates for each of B rounds: ids and mask (n*B, L), label (n*B,) -> cross-entropy,
+        as ITM's."""
+        kv = self.read(image, caption_ids, caption_mask)
+        return {"visdial": F.cross_entropy(self.logits(kv, ids, mask), label)}, {}
+
+
+MODELS = {"vqa": VQA, "nlvr2": NLVR2, "visdial": VisDial}
 
 
 def make_model(task: str, config: BLIPConfig, weights: dict | None = None) -> nn.Module:

@@ -6,6 +6,7 @@
     python train.py caption --init runs/pretrain/checkpoint.pt       finetune for captions
     python train.py vqa --init runs/pretrain/checkpoint.pt           answer questions
     python train.py nlvr2 --init runs/pretrain/checkpoint.pt         judge statements
+    python train.py visdial --init runs/pretrain/checkpoint.pt       hold a dialog
     python train.py --resume            continue the run in --out
     python train.py --itc-weight 0      an ablation: switch a loss off
 Every field of BLIPConfig and TrainConfig is a flag; `--help` lists them. In the run's folder:
@@ -49,7 +50,7 @@ from logbook import Log
 from report import mean, print_numbers, write_numbers
 from run import Run
 from sheets import draw_sheet
-from task_eval import evaluate_nlvr2, evaluate_vqa
+from task_eval import evaluate_nlvr2, evaluate_visdial, evaluate_vqa
 from tasks import MODELS
 
 
@@ -180,8 +181,9 @@ def judge(run: Run, dataset: Dataset) -> tuple[dict, list]:
     how = Decoding(prompt=c.prompt, min_length=c.min_length, max_length=c.max_length)
     if c.task == "vqa":
         return evaluate_vqa(*shared, run.sets.texts, run.sets.train, c.max_tokens)[:2]
-    if c.task == "nlvr2":
-        return evaluate_nlvr2(*shared, c.max_tokens)[:2]
+    if c.task in MODELS:
+        return {"nlvr2": evaluate_nlvr2, "visdial": evaluate_visdial}[c.task](
+            *shared, c.max_tokens)[:2]
     if c.task == "retrieval":
         return evaluate_retrieval(*shared, c.eval_top_k, c.max_tokens)
     if c.task == "caption":
@@ -202,10 +204,10 @@ def choose(run: Run) -> dict:
 
 
 def selection_score(task: str, numbers: dict) -> float:
-    """By what the best epoch is chosen: accuracy, CIDEr, or the mean of the six recalls that
+    """By what the best epoch is chosen: accuracy, MRR, CIDEr, or the mean of the six recalls that
     count."""
     if task in MODELS:
-        return numbers["accuracy"]
+        return numbers["mrr" if task == "visdial" else "accuracy"]
     if task == "caption":
         return numbers["cider"]
     suffix = "_rerank" if numbers["top_k"] else ""

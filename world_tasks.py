@@ -1,9 +1,12 @@
 """What can be asked of the picture world: questions about a scene (VQA), statements about two
-images (NLVR2).
+images (NLVR2), dialogs about a scene (visual dialog), clips of a few frames (video).
 
     ask(scene, rng)              -> Question: text, ten people's answers, kind
-    state(label, rng)            -> a statement, and pairs of scenes of which it is true and false
-    Questions, Statements        data sets of one split, items as task_data.py's
+    draw_statement, draw_pair    a statement, and pairs of scenes of which it is true or false
+    converse(scene, rng)         -> a caption and rounds of question, answer, candidates
+    film(scene, rng)             -> the scene that each frame of a clip shows
+    Questions, Statements, Dialogs, Clips, ClipQuestions    data sets of one split, items as
+                                 task_data.py's
 """
 
 import random
@@ -20,6 +23,7 @@ from world import (
     ROWS,
     SHAPES,
     SIZES,
+    WORDS,
     Scene,
     Thing,
     World,
@@ -224,4 +228,165 @@ class Statements(Dataset):
         images = [torch.from_numpy(render(scene, self.image_size, rng)) for scene in scenes]
         return {"image": torch.stack(images), "sentence": sentence, "label": label,
                 "identifier": f"world-{index // self.GROUP}-{index % self.GROUP}-0", "index": index,
+                "broken": []}
+
+
+# ---- dialogs -------------------------------------------------------------------------------------
+
+ROUNDS, CANDIDATES = 5, 100
+SAME = [set(words) for words in (*SHAPES.values(), *SIZES.values())] + [
+    {f"{row} {column}" for row in rows for column in columns}
+    for rows in ROWS.values() for columns in COLUMNS.values()]  # answers that mean the same
+FOLLOW_UPS = {"colour": "what colour is it?", "size": "how large is it?", "shape": "what is it?",
+              "where": "where is it?"}
+
+
+@dataclass(frozen=True)
+class Round:
+    """A question of a dialog, its answer, and the candidates among which `target` is that
+    answer."""
+
+    question: str
+    answer: str
+    candidates: tuple[str, ...]
+    target: int
+
+
+def all_answers() -> list[str]:
+    """What an answer may be: short, or a whole thing."""
+    short = [*COLOURS, *BACKGROUNDS, *NUMBERS[:3], "yes", "no", *(word for words in SAME
+                                                                 for word in sorted(words))]
+    long = [f"a {size} {colour} {shape}" for size in SIZES for colour in COLOURS
+            for shape in SHAPES]
+    return short + [f"it is {word}" for word in short[:14]] + long
+
+
+def candidates_of(answer: str, kind: str, rng: random.Random) -> tuple[tuple[str, ...], int]:
+    """CANDIDATES answers, of which one is right, and its place. The others are wrong: none means
+    the same."""
+    meant = next((words for words in SAME if answer in words), {answer})
+    meant = meant | {f"it is {word}" for word in meant}
+    pool = [text for text in ALL_ANSWERS if text not in meant]
+    chosen = rng.sample(pool[:60], 50) + rng.sample(pool[60:], CANDIDATES - 51) + [answer]
+    rng.shuffle(chosen)
+    return tuple(chosen), chosen.index(answer)
+
+
+ALL_ANSWERS = all_answers()
+
+
+def converse(scene: Scene, rng: random.Random) -> tuple[str, list[Round]]:
+    """-> a caption that tells a part of the scene, and ROUNDS of a dialog. A question may ask about
+    "it": the thing that the question before was about, so that the history is needed."""
+    told = replace(scene, things=(rng.choice(scene.things),))
+    caption = f"a {in_words({'colour': told.things[0].colour}, rng)} on {scene.background}"
+    rounds, topic = [], None
+    for _ in range(ROUNDS):
+        if topic is not None and rng.random() < 0.5:
+            kind = rng.choice([kind for kind in FOLLOW_UPS if kind != topic[1]])
+            asked = Question(FOLLOW_UPS[kind], (answer_about(topic[0], kind, rng),), kind)
+            thing = topic[0]
+        else:
+            kind = rng.choice(KINDS)
+            asked = ask(scene, rng, kind)
+            thing = thing_asked(scene, asked.text)
+            kind = asked.kind
+        topic = (thing, kind) if thing else None
+        rounds.append(Round(asked.text, asked.answers[0],
+                            *candidates_of(asked.answers[0], asked.kind, rng)))
+    return caption, rounds
+
+
+def answer_about(thing: Thing, kind: str, rng: random.Random) -> str:
+    """What is asked of one thing."""
+    if kind == "where":
+        row, column = thing.place.split()
+        return f"{rng.choice(ROWS[row])} {rng.choice(COLUMNS[column])}"
+    value = thing.facts()[kind]
+    return rng.choice({"colour": {value: (value,)}, "shape": SHAPES, "size": SIZES}[kind][value])
+
+
+def thing_asked(scene: Scene, question: str) -> Thing | None:
+    """The thing that a question of `ask` is about ("the small circle"), if it is about one."""
+    facts = dict(WORDS[word] for word in question.rstrip("?").split() if word in WORDS)
+    found = [thing for thing in scene.things if holds(thing, facts)]
+    return found[0] if facts and len(found) == 1 else None
+
+
+class Dialogs(Dataset):
+    """`size` dialogs about scenes of one split. Items as those of task_data.DialogDataset: {image,
+    caption, rounds, dialog, index}."""
+
+    def __init__(self, split: str, size: int, image_size: int = 64, seed: int = 0):
+        self.world = World(split, size, image_size, seed)
+
+    def __len__(self) -> int:
+        return len(self.world)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called before each epoch: new dialogs about the same training scenes."""
+        self.world.set_epoch(epoch)
+
+    def __getitem__(self, index: int) -> dict:
+        world, purpose = self.world, f"dialog {self.world.epoch}"
+        caption, rounds = converse(world.scene(index), world.rng(index, purpose))
+        return {"image": world[index]["image"], "caption": caption, "rounds": rounds,
+                "dialog": index, "seed": f"{purpose} {world.seed} {index}", "index": index,
+                "broken": []}
+
+
+# ---- clips ---------------------------------------------------------------------------------------
+
+FRAMES = 8  # of a clip
+
+
+def film(scene: Scene) -> list[Scene]:
+    """What each of FRAMES shows. With two things, the first half shows one and the second half the
+    other: no frame alone tells all of it."""
+    if len(scene.things) == 1:
+        return [scene] * FRAMES
+    first, second = (replace(scene, things=(thing,)) for thing in scene.things)
+    return [first] * (FRAMES // 2) + [second] * (FRAMES - FRAMES // 2)
+
+
+class Clips(Dataset):
+    """`size` clips of one split with captions. Items are those of data.PairDataset, but for image
+    (F, 3, S, S): `frames` of them, uniformly drawn (1: the middle one)."""
+
+    def __init__(self, split: str, size: int, image_size: int = 64, seed: int = 0,
+                 frames: int = FRAMES):
+        self.world, self.frames = World(split, size, image_size, seed), frames
+
+    def __len__(self) -> int:
+        return len(self.world)
+
+    def needs_time(self, index: int) -> bool:
+        """Whether one frame does not tell all."""
+        return len(self.world.scene(index).things) > 1
+
+    def clip(self, index: int) -> torch.Tensor:
+        """-> (frames, 3, S, S) uint8."""
+        shown, rng = film(self.world.scene(index)), self.world.rng(index, "clip")
+        chosen = [int((i + 0.5) * FRAMES / self.frames) for i in range(self.frames)]
+        return torch.stack([torch.from_numpy(render(shown[i], self.world.image_size, rng))
+                            for i in chosen])
+
+    def __getitem__(self, index: int) -> dict:
+        text = self.world.text(index)
+        return {"image": self.clip(index), "text": text, "texts": (text,), "image_id": index,
+                "index": index, "broken": []}
+
+
+class ClipQuestions(Clips):
+    """Questions about clips, which one frame may not answer; items as those of Questions."""
+
+    def question(self, index: int) -> Question:
+        """What is asked about clip `index`."""
+        rng = self.world.rng(index, "clip question")
+        return ask(self.world.scene(index), rng, KINDS[index % len(KINDS)])
+
+    def __getitem__(self, index: int) -> dict:
+        asked = self.question(index)
+        return {"image": self.clip(index), "question": asked.text, "answers": asked.answers,
+                "question_id": index, "kind": asked.kind, "index": index, "weight": 1.0,
                 "broken": []}

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tarfile
 import time
+import tracemalloc
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -251,6 +252,43 @@ def test_nucleus_by_default_and_other_samples_with_another_seed(files, whole, tm
     # no two batches draw the same numbers
     assert len(set(texts(whole))) > 40
     assert read_json(whole / "settings.json")["captioners"][0]["method"] == "nucleus"
+
+
+def test_in_bfloat16(files, whole, tmp_path):
+    """Scores move by rounding only; another precision is another set."""
+    run(files, tmp_path / "b", "--precision", "bf16", "--threshold", THRESHOLD)
+    def web(folder):
+        return {(r["image"], r["caption"]): r["itm"][0] for name in ("bootstrapped", "rejected")
+                for r in read_json(folder / f"{name}.json") if r["source"] == "web"}
+    ours, exact = web(tmp_path / "b"), web(whole)
+    assert ours.keys() == exact.keys() and ours != exact
+    assert sum(abs(ours[key] - exact[key]) for key in exact) / len(exact) < 0.05
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_web(files, tmp_path):
+    """Ten times as many images: the same peak."""
+    def peak(count):
+        folder = tmp_path / str(count)
+        folder.mkdir()
+        (folder / "web.json").write_text(json.dumps(
+            [{"image": f"web/000000.png?{i}", "caption": f"text {i}"} for i in range(count)]))
+        web = Rows.of(str(folder / "web.json"), files, folder)
+        def judge(pairs, pictures, seed):
+            return [[{"caption": p.captions[0], "source": "web", "kept": True}] for p in pairs]
+        tracemalloc.start()
+        paths = shards.judge_all(web, judge, {16}, folder, {}, 500, 32, 0, 0)
+        report = shards.merge(paths, web, None, folder)
+        found = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert report["web_kept"] == count
+        return found
+    shards.load_image = lambda source, size: torch.zeros(3, size, size, dtype=torch.uint8)
+    try:
+        few, many = peak(2000), peak(20000)
+    finally:
+        shards.load_image = load_image
+    assert many < 1.1 * few
 
 
 def test_an_images_rows_are_never_parted():

@@ -11,7 +11,7 @@ import bench
 ROOT = Path(__file__).parents[1]
 CORE = {"blip", "vit", "med", "attention", "decoding", "losses", "distributed", "data", "world",
         "metrics", "sheets", "checkpoints", "config", "retrieval", "captioning", "logbook",
-        "weights", "pairs", "report", "task_data", "task_eval", "tasks", "world_tasks"}
+        "weights", "pairs", "report", "task_data", "task_eval", "tasks", "video", "world_tasks"}
 MAY_IMPORT = {
     "attention": set(), "decoding": set(), "losses": set(), "distributed": set(), "data": set(),
     "world": set(), "pairs": {"data"}, "metrics": set(), "sheets": set(),
@@ -25,6 +25,7 @@ MAY_IMPORT = {
     "captioning": {"blip", "data", "distributed", "med", "metrics", "pairs", "retrieval"},
     "report": set(), "task_data": {"data", "pairs", "world_tasks"},
     "task_eval": CORE - {"task_eval"} | {"demo"},
+    "video": {"data", "pairs", "task_data"},
     "run": {"blip", "checkpoints", "config", "data", "distributed", "pairs", "task_data", "tasks",
             "weights", "world"},
     "logbook": {"data", "distributed"},
