@@ -16,7 +16,7 @@ SIDE, GAP, FONT, LINE = 128, 14, 12, 15
 
 @dataclass
 class Cell:
-    """A picture (3, S, S) uint8, or a clip (F, 3, S, S) of which the middle is shown, or None; lines
+    """A picture (3, S, S) uint8, a clip (F, 3, S, S) whose middle frame is shown, or None; lines
     of (text, colour) under it or in its place; a frame's colour or None."""
 
     image: Tensor | None

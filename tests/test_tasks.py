@@ -447,3 +447,247 @@ def test_a_blind_model_falls_to_its_prior(monkeypatch):
     numbers, _, _ = task_eval.evaluate_nlvr2(stub, tokenizer, data, torch.device("cpu"))
     assert numbers["accuracy"] == 1.0 and numbers["consistency"] == 1.0
     assert numbers["blank_accuracy"] == 0.5 == numbers["chance"]["accuracy"]
+
+
+# ---- visual dialog -------------------------------------------------------------------------------
+
+def visdial_file(folder, candidates: int = 100) -> str:
+    """A dialog of two rounds in VisDial's format, with dense relevance for the second."""
+    (folder / "d.json").write_text(json.dumps({"split": "val2018", "data": {
+        "questions": ["is it red", "what is it"], "answers": [f"answer {i}" for i in range(120)],
+        "dialogs": [{"image_id": 7, "caption": "a red thing", "dialog": [
+            {"question": 0, "answer": 3, "gt_index": 3, "answer_options": list(range(candidates))},
+            {"question": 1, "answer": 12, "gt_index": 2,
+             "answer_options": list(range(10, 10 + candidates))}]}]}}))
+    (folder / "dense.json").write_text(json.dumps(
+        [{"image_id": 7, "round_id": 2, "gt_relevance": [0.0] * 98 + [1.0, 0.5]}]))
+    return f"{folder}/d.json,{folder}/dense.json"
+
+
+def test_dialog_measures_by_hand():
+    from metrics import dialog_scores, ndcg
+    found = dialog_scores([0, 1, 9, 99])
+    assert found["mrr"] == pytest.approx((1 + 1 / 2 + 1 / 10 + 1 / 100) / 4)
+    assert (found["r1"], found["r5"], found["r10"]) == (0.25, 0.5, 0.75)
+    assert found["mean_rank"] == pytest.approx((1 + 2 + 10 + 100) / 4)
+    # two relevant ones: K = 2; found at ranks 1 (0.5) and 3 (not counted)
+    import math
+    expected = (0.5 / math.log2(2)) / (1.0 / math.log2(2) + 0.5 / math.log2(3))
+    assert ndcg([0.9, 0.1, 0.5, 0.2], [0.5, 1.0, 0.0, 0.0]) == pytest.approx(expected)
+    assert ndcg([3.0, 2.0, 1.0], [1.0, 0.5, 0.0]) == 1.0 and ndcg([1.0, 2.0], [0.0, 0.0]) == 0.0
+
+
+def test_visdial_files(tmp_path):
+    dialog, = task_data.read_dialogs(visdial_file(tmp_path))
+    assert dialog.image == "VisualDialog_val2018_000000000007.jpg"
+    first, second = dialog.rounds
+    assert first.candidates[first.target] == first.answer == "answer 3"
+    assert second.question == "what is it" and second.candidates[second.target] == "answer 12"
+    assert dialog.relevance[0] == 1 and sum(dialog.relevance[1]) == 1.5
+    with pytest.raises(InputError, match="dialog 0, round 1: it has 99 candidate answers and must"):
+        task_data.read_dialogs(visdial_file(tmp_path, 99))
+    (tmp_path / "x.json").write_text("{}")
+    with pytest.raises(InputError, match="is no VisDial 1.0 file"):
+        task_data.read_dialogs(str(tmp_path / "x.json"))
+
+
+def test_what_the_dialog_encoder_reads():
+    """[CLS] history [SEP] question [SEP] candidate [SEP]; a history that is too long loses its
+    beginning."""
+    tokenizer = Tokenizer.train(["is it red yes no what where a circle top left"] * 3, 200)
+    rounds = [world_tasks.Round("is it red?", "yes", (), 0),
+              world_tasks.Round("where is it?", "top left", (), 0),
+              world_tasks.Round("what is it?", "a circle", (), 0)]
+    (row,) = task_data.dialog_ids(tokenizer, rounds, 2, ["a circle"], 60)
+    assert tokenizer.decode(row).replace("[UNK] ", "") == (
+        "is it red yes where is it top left what is it a circle")
+    assert row.count(tokenizer.sep) == 3 and row[-1] == tokenizer.sep
+    short, = task_data.dialog_ids(tokenizer, rounds, 2, ["a circle"], len(row) - 3)
+    assert short[0] == tokenizer.cls and short[-8:] == row[-8:] and len(short) == len(row) - 3
+    assert all(len(r) <= 12 for r in task_data.dialog_ids(tokenizer, rounds, 2, ["a circle"] * 3,
+                                                          12))
+
+
+def test_a_dialogs_candidates_are_judged_as_one_by_one():
+    """Stacked, padded and with the caption's padding in the context: as each by itself."""
+    model = toy_task("visdial", vit_width=48, vit_heads=4)
+    batch = toy_batch(6, 7)
+    caption = toy_batch(2, 5)
+    padded = [torch.nn.functional.pad(caption[name], (0, 4)) for name in ("ids", "mask")]
+    together = model.logits(model.read(batch["image"][:2], *padded), batch["ids"], batch["mask"])
+    for i in range(6):
+        d = i // 3
+        real = int(caption["mask"][d].sum())
+        alone = model.read(batch["image"][d:d + 1], caption["ids"][d:d + 1, :real],
+                           caption["mask"][d:d + 1, :real])
+        length = int(batch["mask"][i].sum())
+        one = model.logits(alone, batch["ids"][i:i + 1, :length], batch["mask"][i:i + 1, :length])
+        assert torch.allclose(together[i:i + 1], one, atol=1e-5)
+
+
+def test_the_caption_and_the_image_both_matter():
+    model, batch = toy_task("visdial", vit_width=48, vit_heads=4), toy_batch(4, 7)
+    def logits(image, ids):
+        kv = model.read(image, ids, torch.ones_like(ids))
+        return model.logits(kv, batch["ids"], batch["mask"])
+    ids = batch["ids"][:, :4]
+    base = logits(batch["image"], ids)
+    assert not torch.allclose(base, logits(batch["image"].flip(0), ids), atol=1e-3)
+    assert not torch.allclose(base, logits(batch["image"], ids.flip(0)), atol=1e-3)
+    with pytest.raises(ValueError, match="must be equal"):
+        toy_task("visdial")
+
+
+def test_image_and_caption_are_projected_once_for_a_dialog(monkeypatch):
+    model = toy_task("visdial", vit_width=48, vit_heads=4, image_size=64, vocab_size=300)
+    tokenizer = Tokenizer.train(world_tasks.ALL_ANSWERS * 2, 290)
+    seen = []
+    for module, name in ((model.vit, "forward"), (model.med, "project"),
+                         (model.med, "encode_grounded")):
+        original = getattr(module, name)
+        def counting(x, *rest, original=original, label=name):
+            seen.append((label, len(x)))
+            return original(x, *rest)
+        monkeypatch.setattr(module, name, counting)
+    records = task_eval.rank_candidates(model, tokenizer, world_tasks.Dialogs("val", 2),
+                                        torch.device("cpu"), 30)
+    assert len(records) == 10 and seen.count(("forward", 1)) == 2 == seen.count(("project", 1))
+    assert seen.count(("encode_grounded", 100)) == 10
+
+
+def test_the_worlds_dialogs():
+    data = world_tasks.Dialogs("val", 40)
+    needs_history = 0
+    for i in range(40):
+        item = data[i]
+        for turn, asked in enumerate(item["rounds"]):
+            assert len(set(asked.candidates)) == 100
+            assert asked.candidates[asked.target] == asked.answer
+            meant = next((words for words in world_tasks.SAME if asked.answer in words), set())
+            assert not (meant - {asked.answer}) & set(asked.candidates)
+            needs_history += "it?" in asked.question.split() and turn > 0
+    assert needs_history > 30
+
+
+def test_train_and_evaluate_a_dialog(pretrained, tmp_path, capsys):
+    assert train.main(["visdial", "--init", str(pretrained), "--out", str(tmp_path / "r"), *TASK,
+                       "--world-size", "16", "--eval-size", "2", "--max-tokens", "40"]) == 0
+    best = str(tmp_path / "r" / "best.pt")
+    folder = tmp_path / "d"
+    folder.mkdir()
+    data = visdial_file(folder)
+    Image.new("RGB", (40, 30)).save(folder / "VisualDialog_val2018_000000000007.jpg")
+    assert eval_.main(["visdial", "--checkpoint", best, "--data", data, "--out",
+                       str(tmp_path / "e")]) == 0
+    numbers = json.loads((tmp_path / "e" / "metrics.json").read_text())
+    assert 0 <= numbers["ndcg"] <= 1 and numbers["rounds"] == 2 and "blank_mrr" not in numbers
+    told = json.loads((tmp_path / "e" / "answers.json").read_text())
+    assert [(r["image_id"], r["round_id"]) for r in told] == [(7, 1), (7, 2)]
+    assert sorted(told[0]["ranks"]) == list(range(1, 101))
+
+
+# ---- clips ---------------------------------------------------------------------------------------
+
+def test_uniform_frames():
+    from video import frame_numbers
+    assert frame_numbers(8, 8) == list(range(8)) and frame_numbers(8, 1) == [4]
+    assert frame_numbers(100, 4) == [12, 37, 62, 87] and frame_numbers(1, 8) == [0] * 8
+    assert frame_numbers(3, 6) == [0, 0, 1, 1, 2, 2]
+
+
+def test_clips_in_every_form_are_the_same_frames(tmp_path):
+    import numpy as np
+
+    from video import load_clip
+    shades = [0, 60, 120, 180, 240]
+    frames = [Image.new("RGB", (20, 10), (shade, 255 - shade, 30)) for shade in shades]
+    (tmp_path / "folder").mkdir()
+    for i, frame in enumerate(frames):
+        frame.save(tmp_path / "folder" / f"{i:03d}.png")
+    (tmp_path / "folder" / "notes.txt").write_text("no frame")
+    array = np.stack([np.asarray(frame) for frame in frames])
+    np.save(tmp_path / "array.npy", array)
+    np.save(tmp_path / "other.npy", array.transpose(0, 3, 1, 2))
+    frames[0].save(tmp_path / "moving.webp", save_all=True, append_images=frames[1:],
+                   lossless=True)
+    frames[0].save(tmp_path / "gif.gif", save_all=True, append_images=frames[1:])
+    expected = load_clip(tmp_path / "folder", 3, 8)
+    assert expected.shape == (3, 3, 8, 8) and expected[:, 0, 0, 0].tolist() == [0, 120, 240]
+    for name in ("array", "array.npy", "other.npy", "moving.webp", "moving", "gif.gif"):
+        clip = load_clip(tmp_path / name, 3, 8)
+        assert (clip.int() - expected.int()).abs().max() <= (8 if "gif" in name else 0), name
+
+
+def test_clips_that_cannot_be_read(tmp_path):
+    import numpy as np
+
+    from video import load_clip
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "x.gif").write_bytes(b"nothing")
+    (tmp_path / "x.mp4").write_bytes(b"nothing")
+    np.save(tmp_path / "flat.npy", np.zeros((4, 8, 8), np.uint8))
+    for name, reason in (("empty", "a folder without pictures"), ("nowhere", "missing"),
+                         ("x.gif", "damaged or no clip"), ("flat.npy", "damaged or no clip"),
+                         ("x.mp4", "the package av|damaged")):
+        with pytest.raises(OSError, match=reason):
+            load_clip(tmp_path / name, 2, 8)
+    one = Image.new("RGB", (9, 9), (5, 6, 7))
+    one.save(tmp_path / "one.png")
+    assert load_clip(tmp_path / "one", 4, 8).shape == (4, 3, 8, 8)  # a clip of one frame
+
+
+def test_a_clips_features_are_the_mean_and_its_tokens_all():
+    model = toy_model().eval()
+    clip = torch.randn(2, 3, 3, 32, 32)
+    tokens, feat = model.encode_image(clip)
+    each = [model.encode_image(clip[:, f])[0] for f in range(3)]
+    assert torch.allclose(tokens, torch.cat(each, 1), atol=1e-5)
+    mean = torch.stack([model.vision_proj(t[:, 0]) for t in each]).mean(0)
+    assert torch.allclose(feat, mean / mean.norm(dim=-1, keepdim=True), atol=1e-5)
+    one, one_feat = model.encode_image(clip[:, :1])
+    assert torch.allclose(one_feat, model.encode_image(clip[:, 0])[1], atol=1e-5)
+    vqa, batch = toy_task("vqa"), toy_batch(2, 5)
+    def states(image):
+        return vqa.read(image, batch["ids"], batch["mask"]).dec[0][0]
+    still = clip[:, :1].expand(-1, 4, -1, -1, -1)
+    assert torch.allclose(states(still), states(clip[:, 0]), atol=1e-5)
+    assert not torch.allclose(states(clip), states(clip[:, 1]), atol=1e-3)
+
+
+def test_the_worlds_clips_need_several_frames():
+    from world import is_true
+    data = world_tasks.Clips("held-out", 30)
+    several = [i for i in range(30) if data.needs_time(i)]
+    assert 8 < len(several) < 26
+    for i in several:
+        shown = world_tasks.film(data.world.scene(i))
+        assert not any(is_true(data[i]["text"], frame) for frame in shown)
+    assert data[0]["image"].shape == (8, 3, 64, 64)
+    assert world_tasks.Clips("held-out", 30, frames=1)[0]["image"].shape == (1, 3, 64, 64)
+
+
+def test_video_commands(pretrained, tmp_path, capsys):
+    import numpy as np
+    for i in range(6):
+        np.save(tmp_path / f"video{i}.npy", np.random.default_rng(i).integers(
+            0, 255, (5, 20, 20, 3), dtype=np.uint8))
+    (tmp_path / "t.jsonl").write_text("\n".join(
+        json.dumps({"clip_name": f"video{i}", "caption": f"a red circle {i}"}) for i in range(6)))
+    assert eval_.main(["video-retrieval", "--checkpoint", str(pretrained), "--data",
+                       f"{tmp_path}/t.jsonl", "--frames", "4", "--out", str(tmp_path / "e")]) == 0
+    numbers = json.loads((tmp_path / "e" / "metrics.json").read_text())
+    assert numbers["clips"] == 6 and 1 <= numbers["t2i_median_rank"] <= 6
+    assert eval_.main(["video-retrieval", "--checkpoint", str(pretrained), "--size", "8", "--out",
+                       str(tmp_path / "w")]) == 0
+    assert "t2i_several_r1" in capsys.readouterr().out
+    (tmp_path / "bad.jsonl").write_text('{"caption": "a dog"}')
+    assert eval_.main(["video-retrieval", "--checkpoint", str(pretrained), "--data",
+                       f"{tmp_path}/bad.jsonl"]) == 2
+    assert "record 0: it names no clip; give clip_name" in capsys.readouterr().err
+    assert train.main(["vqa", "--init", str(pretrained), "--out", str(tmp_path / "r"), *TASK,
+                       "--world-size", "16"]) == 0
+    (tmp_path / "q.json").write_text(json.dumps(
+        [{"video_id": i, "question": "what is it?", "answer": "small"} for i in range(6)]))
+    assert eval_.main(["video-qa", "--checkpoint", str(tmp_path / "r/best.pt"), "--data",
+                       f"{tmp_path}/q.json", "--frames", "2", "--out", str(tmp_path / "q")]) == 0
+    assert "accuracy" in json.loads((tmp_path / "q" / "metrics.json").read_text())
