@@ -95,7 +95,8 @@ def load_data(config: TrainConfig, image_size: int) -> Sets:
     pairs = open_mixture(config.data, root, index)
     train = PairDataset(pairs, "", image_size, config.augment, (config.crop_min, 1.0), config.seed)
     val, held_out = config.val, None
-    if not val and config.data.endswith(".json") and not is_list(config.data):
+    alone = config.data.endswith(".json") and "," not in config.data
+    if not val and alone and not is_list(config.data):
         val = config.data  # a Karpathy file holds all splits
     if val:
         known = merge_captions(read_pairs(val, root, config.val_split))[:config.eval_size]

@@ -312,3 +312,10 @@ def test_too_many_unreadable_images_stop_the_run(tmp_path, capsys):
         (folder / f"{i}.jpg").unlink()
     assert run(tmp_path / "run", "--data", folder / "train.json", "--epochs", 5) == 2
     assert "images could not be read, more than --max-broken 0.1 allows" in capsys.readouterr().err
+
+
+def test_two_lists_are_a_mixture_without_validation(tmp_path):
+    folder = photographs(tmp_path / "photos", 16)
+    both = f"{folder}/train.json,{folder}/val.json"
+    assert run(tmp_path / "a", "--data", both) == 0
+    assert json.loads((tmp_path / "a" / "metrics.json").read_text())["steps"] == (16 + 20) // 8
