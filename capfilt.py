@@ -222,8 +222,8 @@ def run(o: argparse.Namespace) -> None:
         world = WorldSets(**own_fields(o, WorldSets))
         use_world(o, world, out / "data")
     check(o)
-    loop = Loop(o.web, o.human, o.image_root, ["--seed", str(o.seed), "--device", o.device],
-                o.pairs)
+    flags = ["--seed", str(o.seed), "--device", o.device, "--precision", o.precision]
+    loop = Loop(o.web, o.human, o.image_root, flags + ["--vocab", o.vocab] * bool(o.vocab), o.pairs)
     pretrain, finetune = shlex.split(o.pretrain or ""), shlex.split(o.finetune or "")
     model, models = o.init, {}
     if o.finetune is not None and not model:
