@@ -82,5 +82,7 @@ def test_counting_without_computing_counts_the_same():
 def test_the_benchmarks_run():
     seconds = bench.generation_seconds("tiny", batch=1, repeats=1)
     assert all(0 < value < 60 for value in seconds.values()) and "beam 3" in seconds
+    answering = bench.answering_seconds("tiny", repeats=1)
+    assert all(0 < value < 60 for value in answering.values()) and "rank 128" in answering
     found = bench.step_speed("tiny", 2, "cpu", False, False, False, repeats=1)
     assert 0 < found["share_of_peak"] < 1.5 and found["pairs_per_s"] > 0
