@@ -53,8 +53,8 @@ from capfilt import (
     trained,
 )
 from config import add_flags
-from data import InputError
 from pairs import Rows, read_json
+from report import exit_status
 from shards import write_whole
 from webworld import MEASURES, WorldSets, judge_in_world, truth
 
@@ -391,8 +391,8 @@ def machine() -> str:
 
 # ---- command line --------------------------------------------------------------------------------
 
-def main(arguments: list[str] | None = None) -> int:
-    """-> exit status."""
+def command_line() -> argparse.ArgumentParser:
+    """The experiments and the flags of the regime."""
     p = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("experiments", nargs="+", choices=[*EXPERIMENTS, "all"], metavar="EXPERIMENT",
@@ -412,30 +412,32 @@ def main(arguments: list[str] | None = None) -> int:
     p.add_argument("--losses", default=WORLD_FLAGS, metavar="FLAGS",
                    help=f"of train.py for `losses` (default {WORLD_FLAGS!r})")
     add_flags(p.add_argument_group("the built-in world"), WorldSets, {})
-    o = p.parse_args(arguments)
+    return p
+
+
+def run(o: argparse.Namespace, command: str) -> None:
+    """Make the tables that the command line asks for."""
     settings = Settings(str(Path(o.out).resolve()), WorldSets(**own_fields(o, WorldSets)), o.pairs,
                         o.pretrain, o.finetune, o.losses)
     names = list(EXPERIMENTS) if "all" in o.experiments else o.experiments
     seeds, device = list(range(o.seeds)), o.device or (
         "cuda" if torch.cuda.is_available() else "cpu")
-    command = shlex.join(["python", "ablate.py", *(sys.argv[1:] if arguments is None
-                                                   else arguments)])
-    try:
-        for name, cells in run_all(settings, names, seeds, device, o.jobs):
-            text = markdown(EXPERIMENTS[name], cells, command, settings, seeds)
-            Path(o.results).mkdir(parents=True, exist_ok=True)
-            write_whole(Path(o.results) / f"{name}.md", [text])
-            write_whole(Path(o.results) / f"{name}.json", [json.dumps(
-                {"command": command, "machine": machine(), "seeds": seeds, "cells": cells,
-                 "verdicts": verdicts(EXPERIMENTS[name], cells)}, indent=1) + "\n"])
-            print(f"{text}\nwrote {o.results}/{name}.md, {name}.json", flush=True)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on from here", file=sys.stderr)
-        return 130
-    return 0
+    for name, cells in run_all(settings, names, seeds, device, o.jobs):
+        text = markdown(EXPERIMENTS[name], cells, command, settings, seeds)
+        Path(o.results).mkdir(parents=True, exist_ok=True)
+        write_whole(Path(o.results) / f"{name}.md", [text])
+        write_whole(Path(o.results) / f"{name}.json", [json.dumps(
+            {"command": command, "machine": machine(), "seeds": seeds, "cells": cells,
+             "verdicts": verdicts(EXPERIMENTS[name], cells)}, indent=1) + "\n"])
+        print(f"{text}\nwrote {o.results}/{name}.md, {name}.json", flush=True)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """-> exit status."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    command = shlex.join(["python", "ablate.py", *arguments])
+    return exit_status(lambda: run(command_line().parse_args(arguments), command),
+                       "interrupted; the same command goes on from here")
 
 
 if __name__ == "__main__":

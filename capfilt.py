@@ -41,6 +41,7 @@ from config import add_flags, objectives_of
 from data import InputError, Tokenizer, clean_caption, normalise
 from distributed import print0
 from pairs import Pair, Rows
+from report import exit_status
 from shards import judge_all, merge, write_whole
 from webworld import MEASURES, WorldSets, judge_in_world, print_truth, truth
 
@@ -373,17 +374,8 @@ def command_line() -> argparse.ArgumentParser:
 
 def main(arguments: list[str] | None = None) -> int:
     """-> exit status."""
-    try:
-        run(command_line().parse_args(arguments))
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on from here", file=sys.stderr)
-        return 130
-    finally:
-        distributed.finish()
-    return 0
+    return exit_status(lambda: run(command_line().parse_args(arguments)),
+                       "interrupted; the same command goes on from here")
 
 
 if __name__ == "__main__":

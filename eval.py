@@ -42,7 +42,7 @@ from config import add_flags, objectives_of
 from data import Collate, InputError, PairDataset, Tokenizer, normalise
 from metrics import caption_scores
 from pairs import Pair, merge_captions, read_pairs
-from report import examples, mean, print_numbers, write_numbers
+from report import examples, exit_status, mean, print_numbers, write_numbers
 from retrieval import Gallery, encode, retrieval, retrieval_chance, shared_batches
 from sheets import BLACK, GREEN, GREY, RED, Cell, draw_sheet
 from world import ATTRIBUTES, World, all_captions, describe, is_complete, is_true, swap
@@ -376,17 +376,7 @@ def decoding(o: argparse.Namespace, trained: dict) -> Decoding:
 
 def main(arguments: list[str] | None = None) -> int:
     """-> exit status."""
-    try:
-        run(command_line().parse_args(arguments))
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
-    finally:
-        distributed.finish()
-    return 0
+    return exit_status(lambda: run(command_line().parse_args(arguments)))
 
 
 if __name__ == "__main__":

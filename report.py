@@ -1,9 +1,15 @@
-"""Numbers on the screen and in metrics.json, and which examples a sheet shows."""
+"""What the programs tell a person: numbers on the screen and in metrics.json, which examples a
+sheet shows, how a program ends.
+"""
 
 import json
 import random
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
+
+import distributed
+from data import InputError
 
 
 def mean(values) -> float:
@@ -43,3 +49,18 @@ def print_numbers(numbers: dict) -> None:
 def write_numbers(path: Path, numbers: dict, settings: dict) -> None:
     """metrics.json: the numbers, and everything that they depend on."""
     path.write_text(json.dumps(numbers | {"settings": settings}, indent=1) + "\n")
+
+
+def exit_status(program: Callable[[], int | None], interrupted: str = "interrupted") -> int:
+    """Run a program's main part -> its exit status: what it returns, 2 after a user's mistake,
+    which is one sentence, 130 after an interrupt."""
+    try:
+        return program() or 0
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(interrupted, file=sys.stderr)
+        return 130
+    finally:
+        distributed.finish()

@@ -27,6 +27,26 @@ GENOME_WEIGHT = 0.2  # of a Visual Genome answer, which one person gave (release
 MOST_ANSWERS = 3128  # as many as the list that the paper ranks has
 
 
+class TaskCollate:
+    """Items -> a batch: what the model's forward wants (`inputs`) beside lists of index and broken.
+    Items without an image are left out; a text longer than max_tokens is cut."""
+
+    def __init__(self, tokenizer: Tokenizer, max_tokens: int = 35):
+        self.tokenizer, self.max_tokens = tokenizer, max_tokens
+
+    def __call__(self, items: list[dict]) -> dict:
+        broken = [name for item in items for name in item["broken"]]
+        items = [item for item in items if item["image"] is not None]
+        batch = {"broken": broken, "index": [item["index"] for item in items], "image": None}
+        if items:
+            batch |= {"image": torch.stack([item["image"] for item in items]), **self.inputs(items)}
+        return batch
+
+    def inputs(self, items: list[dict]) -> dict:
+        """The task's own part."""
+        raise NotImplementedError
+
+
 # ---- questions -----------------------------------------------------------------------------------
 
 @dataclass(frozen=True)
@@ -115,37 +135,28 @@ class QuestionDataset(PairDataset):
                 "question_id": asked.question_id, "kind": asked.kind, "weight": asked.weight}
 
 
-class QuestionCollate:
-    """Items -> what VQA.forward wants (image, ids, mask, answer_ids, answer_mask, counts, weights)
-    beside lists of question_id, questions, answers, kind, index, broken. Items without an image
-    are left out; a question longer than max_tokens is cut, and counted in `cut`."""
+class QuestionCollate(TaskCollate):
+    """ids, mask, answer_ids, answer_mask, counts, weights for VQA.forward, beside lists of
+    question_id, questions, answers, kind."""
 
-    def __init__(self, tokenizer: Tokenizer, max_tokens: int = 35):
-        self.tokenizer, self.max_tokens = tokenizer, max_tokens
-
-    def __call__(self, items: list[dict]) -> dict:
-        broken = [name for item in items for name in item["broken"]]
-        items = [item for item in items if item["image"] is not None]
-        batch = {"broken": broken, "image": None, "index": [item["index"] for item in items]}
-        if not items:
-            return batch
+    def inputs(self, items: list[dict]) -> dict:
+        """The questions, and each distinct answer once, weighted by the share of people who gave it
+        (BLIP sec. 5.3); no answers if some question has none."""
         questions = [clean_question(item["question"]) for item in items]
         ids, mask = self.tokenizer.encode(questions, self.max_tokens)
-        batch |= {"image": torch.stack([item["image"] for item in items]), "ids": ids,
-                  "mask": mask, "questions": questions}
-        batch |= {name: [item[name] for item in items]
+        found = {"ids": ids, "mask": mask, "questions": questions}
+        found |= {name: [item[name] for item in items]
                   for name in ("question_id", "answers", "kind")}
-        # Each distinct answer once, weighted by the share of people who gave it (BLIP sec. 5.3).
         given = [Counter(item["answers"]) for item in items]
         if all(given):
             answer_ids, answer_mask = self.tokenizer.encode(
                 [answer for count in given for answer in count], self.max_tokens)
             weights = [item["weight"] * n / len(item["answers"])
                        for item, count in zip(items, given) for n in count.values()]
-            batch |= {"answer_ids": answer_ids, "answer_mask": answer_mask,
+            found |= {"answer_ids": answer_ids, "answer_mask": answer_mask,
                       "weights": torch.tensor(weights),
                       "counts": torch.tensor([len(count) for count in given])}
-        return batch
+        return found
 
 
 # ---- statements about two images -----------------------------------------------------------------
@@ -230,24 +241,16 @@ def swap_images(item: dict) -> dict:
     return {**item, "image": item["image"].flip(0), "sentence": words}
 
 
-class StatementCollate:
-    """Items -> what NLVR2.forward wants (image, ids, mask, label) beside sentences, identifier,
-    index, broken."""
+class StatementCollate(TaskCollate):
+    """ids, mask, label for NLVR2.forward, beside lists of sentences and identifier."""
 
-    def __init__(self, tokenizer: Tokenizer, max_tokens: int = 40):
-        self.tokenizer, self.max_tokens = tokenizer, max_tokens
-
-    def __call__(self, items: list[dict]) -> dict:
-        broken = [name for item in items for name in item["broken"]]
-        items = [item for item in items if item["image"] is not None]
-        batch = {"broken": broken, "image": None, "index": [item["index"] for item in items]}
-        if not items:
-            return batch
+    def inputs(self, items: list[dict]) -> dict:
+        """The statements."""
         sentences = [clean_question(item["sentence"], 40) for item in items]
         ids, mask = self.tokenizer.encode(sentences, self.max_tokens)
-        return batch | {"image": torch.stack([item["image"] for item in items]), "ids": ids,
-                        "mask": mask, "label": torch.tensor([int(i["label"]) for i in items]),
-                        "sentences": sentences, "identifier": [i["identifier"] for i in items]}
+        return {"ids": ids, "mask": mask, "sentences": sentences,
+                "label": torch.tensor([int(item["label"]) for item in items]),
+                "identifier": [item["identifier"] for item in items]}
 
 
 # ---- dialogs -------------------------------------------------------------------------------------
@@ -339,24 +342,15 @@ def pad(rows: list[list[int]], padding: int) -> tuple[Tensor, Tensor]:
             torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows]))
 
 
-class DialogCollate:
-    """Items -> what VisDial.forward wants: image, caption_ids, caption_mask, and of one round of
-    each dialog, drawn by its `seed`, the answer and WRONG other candidates as ids, mask, label."""
+class DialogCollate(TaskCollate):
+    """caption_ids, caption_mask, ids, mask, label for VisDial.forward: of one round of each dialog,
+    drawn by its `seed`, the answer and WRONG other candidates."""
 
     WRONG = 3
 
-    def __init__(self, tokenizer: Tokenizer, max_tokens: int = 160):
-        self.tokenizer, self.max_tokens = tokenizer, max_tokens
-
-    def __call__(self, items: list[dict]) -> dict:
-        broken = [name for item in items for name in item["broken"]]
-        items = [item for item in items if item["image"] is not None]
-        batch = {"broken": broken, "image": None, "items": items,
-                 "index": [item["index"] for item in items]}
-        if not items:
-            return batch
-        caption_ids, caption_mask = self.tokenizer.encode(
-            [clean_question(item["caption"], 40) for item in items], self.max_tokens)
+    def inputs(self, items: list[dict]) -> dict:
+        """Captions, and the candidates with their history and question."""
+        caption_ids, caption_mask = self.captions(items)
         rows, labels = [], []
         for item in items:
             rounds, rng = item["rounds"], random.Random(item["seed"])
@@ -369,9 +363,13 @@ class DialogCollate:
                                self.max_tokens)
             labels += [1] + [0] * self.WRONG
         ids, mask = pad(rows, self.tokenizer.pad)
-        return batch | {"image": torch.stack([item["image"] for item in items]),
-                        "caption_ids": caption_ids, "caption_mask": caption_mask, "ids": ids,
-                        "mask": mask, "label": torch.tensor(labels)}
+        return {"caption_ids": caption_ids, "caption_mask": caption_mask, "ids": ids,
+                "mask": mask, "label": torch.tensor(labels)}
+
+    def captions(self, items: list[dict]) -> tuple[Tensor, Tensor]:
+        """ids and mask (B, Lc)."""
+        return self.tokenizer.encode([clean_question(item["caption"], 40) for item in items],
+                                     self.max_tokens)
 
 
 # ---- data sets by the task's name ----------------------------------------------------------------

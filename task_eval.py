@@ -210,13 +210,12 @@ def rank_candidates(model: VisDial, tokenizer: Tokenizer, dataset: Dataset, devi
     collate = DialogCollate(tokenizer, max_tokens)
     for index in distributed.progress(distributed.share(list(range(len(dataset)))), "dialogs",
                                       unit="dialog"):
-        batch = collate([dataset[index]])
-        if batch["image"] is None:
+        item = dataset[index]
+        if item["image"] is None:
             continue
-        item, image = batch["items"][0], batch["image"]
-        image = torch.full_like(image, GREY_LEVEL) if blank else image
-        kv = model.read(normalise(image.to(device)), batch["caption_ids"].to(device),
-                        batch["caption_mask"].to(device))
+        image = torch.full_like(item["image"], GREY_LEVEL) if blank else item["image"]
+        kv = model.read(normalise(image[None].to(device)),
+                        *(x.to(device) for x in collate.captions([item])))
         for turn, asked in enumerate(item["rounds"]):
             ids, mask = pad(dialog_ids(tokenizer, item["rounds"], turn, asked.candidates,
                                        max_tokens), tokenizer.pad)

@@ -47,7 +47,7 @@ from data import InputError, normalise
 from distributed import print0
 from eval import evaluate_captions, evaluate_pretraining, evaluate_retrieval
 from logbook import Log
-from report import mean, print_numbers, write_numbers
+from report import exit_status, mean, print_numbers, write_numbers
 from run import Run
 from sheets import draw_sheet
 from task_eval import evaluate_nlvr2, evaluate_visdial, evaluate_vqa
@@ -313,25 +313,23 @@ def prepare_folder(out: Path, resume: bool) -> None:
         raise InputError(f"the run's folder {out} cannot be made ({error}); give another --out")
 
 
+def whole_run(arguments: list[str]) -> int:
+    """Set up, train, evaluate -> exit status."""
+    run = start(arguments)
+    if not train(run):
+        print0(f"stopped at step {run.step} of {run.steps}; continue with: python train.py "
+               f"--resume --out {run.config.out}")
+        return 130
+    print0(f"trained for {run.seconds / 60:.1f} minutes; evaluating")
+    evaluate(run)
+    print0("wrote " + f"{run.out}/" + ", ".join(
+        p.name for p in sorted(run.out.iterdir()) if p.is_file()))
+    return 0
+
+
 def main(arguments: list[str] | None = None) -> int:
     """-> exit status."""
-    try:
-        run = start(sys.argv[1:] if arguments is None else arguments)
-        finished = train(run)
-        if not finished:
-            print0(f"stopped at step {run.step} of {run.steps}; continue with: python train.py "
-                   f"--resume --out {run.config.out}")
-            return 130
-        print0(f"trained for {run.seconds / 60:.1f} minutes; evaluating")
-        evaluate(run)
-        print0("wrote " + f"{run.out}/" + ", ".join(
-            p.name for p in sorted(run.out.iterdir()) if p.is_file()))
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    finally:
-        distributed.finish()
-    return 0
+    return exit_status(lambda: whole_run(sys.argv[1:] if arguments is None else arguments))
 
 
 if __name__ == "__main__":

@@ -126,9 +126,9 @@ def yes_or_no(scene: Scene, thing: Thing, rng: random.Random) -> Question:
     return Question(f"is there a {in_words(told, rng)}?", (answer,) * PEOPLE, "yes/no")
 
 
-class Questions(Dataset):
-    """`size` questions about scenes of one split, a function of (seed, split, index) alone. Items
-    as those of task_data.QuestionDataset: {image, question, answers, question_id, kind, index}."""
+class OfWorld(Dataset):
+    """Something that is asked about each of `size` scenes of one split, a function of (seed, split,
+    index), and in training of the epoch."""
 
     def __init__(self, split: str, size: int, image_size: int = 64, seed: int = 0):
         self.world = World(split, size, image_size, seed)
@@ -137,8 +137,13 @@ class Questions(Dataset):
         return len(self.world)
 
     def set_epoch(self, epoch: int) -> None:
-        """Called before each epoch: new questions about the same training scenes."""
+        """Called before each epoch: something new is asked about the same training scenes."""
         self.world.set_epoch(epoch)
+
+
+class Questions(OfWorld):
+    """Items as those of task_data.QuestionDataset: {image, question, answers, question_id, kind,
+    index}."""
 
     def question(self, index: int) -> Question:
         """What is asked about item `index` in this epoch; the kinds take turns."""
@@ -313,19 +318,8 @@ def thing_asked(scene: Scene, question: str) -> Thing | None:
     return found[0] if facts and len(found) == 1 else None
 
 
-class Dialogs(Dataset):
-    """`size` dialogs about scenes of one split. Items as those of task_data.DialogDataset: {image,
-    caption, rounds, dialog, index}."""
-
-    def __init__(self, split: str, size: int, image_size: int = 64, seed: int = 0):
-        self.world = World(split, size, image_size, seed)
-
-    def __len__(self) -> int:
-        return len(self.world)
-
-    def set_epoch(self, epoch: int) -> None:
-        """Called before each epoch: new dialogs about the same training scenes."""
-        self.world.set_epoch(epoch)
+class Dialogs(OfWorld):
+    """Items as those of task_data.DialogDataset: {image, caption, rounds, dialog, seed, index}."""
 
     def __getitem__(self, index: int) -> dict:
         world, purpose = self.world, f"dialog {self.world.epoch}"
@@ -349,16 +343,14 @@ def film(scene: Scene) -> list[Scene]:
     return [first] * (FRAMES // 2) + [second] * (FRAMES - FRAMES // 2)
 
 
-class Clips(Dataset):
+class Clips(OfWorld):
     """`size` clips of one split with captions. Items are those of data.PairDataset, but for image
     (F, 3, S, S): `frames` of them, uniformly drawn (1: the middle one)."""
 
     def __init__(self, split: str, size: int, image_size: int = 64, seed: int = 0,
                  frames: int = FRAMES):
-        self.world, self.frames = World(split, size, image_size, seed), frames
-
-    def __len__(self) -> int:
-        return len(self.world)
+        super().__init__(split, size, image_size, seed)
+        self.frames = frames
 
     def needs_time(self, index: int) -> bool:
         """Whether one frame does not tell all."""

@@ -23,7 +23,7 @@ MAY_IMPORT = {
     "checkpoints": {"blip", "data", "tasks", "vit", "weights"},
     "retrieval": {"blip", "data", "distributed", "metrics"},
     "captioning": {"blip", "data", "distributed", "med", "metrics", "pairs", "retrieval"},
-    "report": set(), "task_data": {"data", "pairs", "world_tasks"},
+    "report": {"data", "distributed"}, "task_data": {"data", "pairs", "world_tasks"},
     "task_eval": CORE - {"task_eval"} | {"demo"},
     "video": {"data", "pairs", "task_data"},
     "run": {"blip", "checkpoints", "config", "data", "distributed", "pairs", "task_data", "tasks",
