@@ -291,6 +291,21 @@ def test_memory_does_not_grow_with_the_web(files, tmp_path):
     assert many < 1.1 * few
 
 
+def test_every_batch_draws_other_numbers_and_the_same_ones_again(files, tmp_path):
+    """The seed of a batch is a function of the seed, the shard and the batch."""
+    def seeds(folder, seed):
+        found = []
+        def judge(pairs, pictures, batch_seed):
+            found.append(batch_seed)
+            return [[] for _ in pairs]
+        web = Rows.of(str(files / "web.json"), None, tmp_path / "index")
+        shards.judge_all(web, judge, {16}, folder, {}, 10, 4, seed, 0)
+        return found
+    first = seeds(tmp_path / "a", 0)
+    assert len(first) == len(set(first)) > 10 and first == seeds(tmp_path / "b", 0)
+    assert not set(first) & set(seeds(tmp_path / "c", 1))
+
+
 def test_an_images_rows_are_never_parted():
     rows = [Pair(image, ("t",), 0) for image in "aabbbbccdd"]
     assert shards.shard_bounds(rows, 3) == [(0, 6), (6, 10)]
@@ -408,6 +423,8 @@ def test_two_rounds_in_the_world(tmp_path, capsys):
     assert len(re.findall("% true before", out)) == 4
     second = read_json(tmp_path / "round2" / "captioner" / "metrics.json")["settings"]
     assert second["init"] == str(tmp_path / "round1" / "model" / "checkpoint.pt")
+    base = read_json(tmp_path / "base" / "metrics.json")
+    assert base["steps"] == 4  # --pairs 32, though there are 40
     trained = read_json(tmp_path / "round2" / "model" / "metrics.json")
     assert trained["steps"] == 4 and "round2/bootstrapped.json" in trained["settings"]["data"]
     before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("checkpoint.pt")}
