@@ -270,7 +270,8 @@ def run_cell(settings: Settings, name: str, cell: str, seed: int, device: str,
         found = {measure: numbers[measure] for measure in MEASURES}
         found["minutes"] = read_json(Path(checkpoint).with_name("metrics.json"))["train_minutes"]
         if cell in experiment.sets:
-            found["set"] = read_json(experiment.sets[cell](lab) / "report.json")
+            report = read_json(experiment.sets[cell](lab) / "report.json")
+            found["set"] = {k: v for k, v in report.items() if k != "image_root"}
     return found
 
 

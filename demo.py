@@ -94,8 +94,11 @@ def ask(model: VQA, tokenizer: Tokenizer, image: Tensor, question: str, answers:
         max_tokens: int = 35) -> str:
     """image (1, 3, S, S) -> the answer: the likeliest of `answers`, or generated where there are
     none."""
-    ids, mask = (x.to(image.device) for x in tokenizer.encode([clean_question(question)],
-                                                              max_tokens))
+    length = 2 + len(tokenizer.pieces_of(clean_question(question)))
+    if length > max_tokens:
+        raise InputError(f"the question has {length} tokens, more than the {max_tokens} that the "
+                         "model reads; shorten it")
+    ids, mask = (x.to(image.device) for x in tokenizer.encode([clean_question(question)]))
     kv = model.read(image, ids, mask)
     if not answers:
         return tokenizer.decode(model.generate(kv)[0][0])

@@ -23,7 +23,7 @@ import checkpoints
 import demo
 import distributed
 from blip import BLIP
-from data import InputError, Tokenizer, normalise
+from data import InputError, Tokenizer, clean_question, normalise
 from metrics import consistency, dialog_scores, ndcg, ranks, vqa_accuracy
 from pairs import read_json
 from report import print_numbers, write_numbers
@@ -135,7 +135,11 @@ def evaluate_vqa(model: VQA, tokenizer: Tokenizer, dataset: Dataset, device: tor
         grey = answer_questions(model, tokenizer, dataset, device, answers, max_tokens, top_k, True)
         numbers["blank_accuracy"], numbers["blank_accuracy_by"] = by_kind(
             [r["answer"] for r in grey])
-    numbers["questions"] = len(records)
+    long = sum(2 + len(tokenizer.pieces_of(clean_question(fact["question"]))) > max_tokens
+               for fact in facts)
+    numbers |= {"questions": len(records), "cut": long}
+    if long:
+        distributed.print0(f"{long} questions were cut to {max_tokens} tokens")
     for record, fact in zip(records, facts):
         record["right"] = vqa_accuracy(record["answer"], fact["answers"])
     return numbers, answer_sections(dataset, records, facts), records

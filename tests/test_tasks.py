@@ -406,6 +406,9 @@ def test_train_and_evaluate_in_the_world(task, pretrained, tmp_path, capsys):
         assert eval_.main(["ask", str(tmp_path / "p.png"), "what colour is it?", "--checkpoint",
                            best]) == 0
         assert capsys.readouterr().out.strip().splitlines()[-1] in state["answers"]
+        assert eval_.main(["ask", str(tmp_path / "p.png"), "what colour is it " * 12,
+                           "--checkpoint", best]) == 2
+        assert "more than the 35 that the model reads; shorten it" in capsys.readouterr().err
 
 
 def test_train_on_files_and_write_the_servers_result_file(pretrained, tmp_path):
