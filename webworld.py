@@ -3,7 +3,7 @@ only the world can say of a bootstrapped set and of the model that learnt from i
 """
 
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -11,7 +11,7 @@ import torch
 import checkpoints
 import distributed
 from captioning import Decoding
-from data import Tokenizer
+from data import InputError, Tokenizer
 from eval import evaluate_pretraining
 from pairs import read_json
 from report import mean
@@ -36,13 +36,19 @@ class WorldSets:
         return World("train", self.world_web, seed=seed, noise=self.world_noise)
 
     def save(self, folder: Path, seed: int) -> None:
-        """Write web.json, human.json, their pictures and vocab.txt, unless they are there."""
-        if (folder / "vocab.txt").exists():  # written last
+        """Write web.json, human.json, their pictures and vocab.txt, unless they are there.
+        InputError where the folder holds another world's."""
+        path, made_of = folder / "world.json", json.dumps(asdict(self) | {"seed": seed})
+        if path.exists():  # written last
+            if path.read_text() != made_of:
+                raise InputError(f"{folder} holds the sets of another seed or world "
+                                 f"({path.read_text()}); give another --out")
             return
         self.web(seed).save(folder, "web")
         World("train", self.world_human, seed=seed + 1_000_000).save(folder, "human")
         write_whole(folder / "vocab.txt", [token + "\n" for token in
                                            Tokenizer.train(all_captions(), 4000).state()])
+        write_whole(path, [made_of])
 
 
 def truth(folder: Path, web: World) -> dict[str, float]:

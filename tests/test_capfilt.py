@@ -427,6 +427,8 @@ def test_two_rounds_in_the_world(tmp_path, capsys):
     assert base["steps"] == 4  # --pairs 32, though there are 40
     trained = read_json(tmp_path / "round2" / "model" / "metrics.json")
     assert trained["steps"] == 4 and "round2/bootstrapped.json" in trained["settings"]["data"]
+    assert capfilt.main([*flags, "--seed", "1"]) == 2
+    assert "data holds the sets of another seed or world" in capsys.readouterr().err
     before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("checkpoint.pt")}
     assert capfilt.main(flags) == 0
     assert capsys.readouterr().out.splitlines()[-5:] == out.splitlines()[-5:]
