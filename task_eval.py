@@ -291,7 +291,7 @@ def evaluate_clips(model: BLIP, tokenizer: Tokenizer, dataset: Dataset, device: 
 
 def run_clips(o: argparse.Namespace, device: torch.device) -> None:
     """video-retrieval, video-qa: print, and write into --out."""
-    asks, out = o.command == "video-qa", Path(o.out)
+    asks = o.command == "video-qa"
     model, tokenizer, trained = checkpoints.open_model(
         o.checkpoint, () if asks else ("itc", "itm"), o.vocab, device, (VQA if asks else BLIP,))
     size = model.config.image_size
@@ -314,12 +314,7 @@ def run_clips(o: argparse.Namespace, device: torch.device) -> None:
             numbers["accuracy_several"] = sum(several) / len(several)
     else:
         numbers, sections = evaluate_clips(*shared, o.top_k)
-    if distributed.rank() == 0:
-        out.mkdir(parents=True, exist_ok=True)
-        print_numbers(numbers)
-        write_numbers(out / "metrics.json", numbers, vars(o) | {"trained": trained})
-        draw_sheet(out / "sheet.png", sections)
-        print(f"wrote {out}/metrics.json, sheet.png")
+    show(o, numbers, sections, trained)
 
 
 # ---- command line --------------------------------------------------------------------------------
@@ -357,7 +352,7 @@ def add_commands(command: Callable) -> None:
 
 def run(o: argparse.Namespace, device: torch.device) -> None:
     """Do what the command line asks: print, and write into --out."""
-    task, out = TASK_OF[o.command], Path(o.out)
+    task = TASK_OF[o.command]
     if o.command.startswith("video"):
         return run_clips(o, device)
     model, tokenizer, trained = checkpoints.open_model(o.checkpoint, (), o.vocab, device,
@@ -383,12 +378,20 @@ def run(o: argparse.Namespace, device: torch.device) -> None:
     else:
         numbers, sections, records = evaluate_nlvr2(*shared, max_tokens, blank=not o.data)
         results = [{"identifier": r["identifier"], "answer": str(r["told"])} for r in records]
+    show(o, numbers, sections, trained, results)
+
+
+def show(o: argparse.Namespace, numbers: dict, sections: Sections, trained: dict,
+         results: list[dict] | None = None) -> None:
+    """Print the numbers, write them, the sheet and the results into --out; on rank 0."""
     if distributed.rank() == 0:
+        out = Path(o.out)
         out.mkdir(parents=True, exist_ok=True)
         print_numbers(numbers)
         write_numbers(out / "metrics.json", numbers, vars(o) | {"trained": trained})
-        (out / "answers.json").write_text(json.dumps(results) + "\n")
         draw_sheet(out / "sheet.png", sections)
+        if results is not None:
+            (out / "answers.json").write_text(json.dumps(results) + "\n")
         print(f"wrote {out}/" + ", ".join(sorted(p.name for p in out.iterdir())))
 
 
