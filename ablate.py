@@ -110,7 +110,7 @@ class Lab:
         """A model pretrained on json lists whose images are relative to the data's folder, `times`
         as long as the others -> its checkpoint."""
         data = self.data()
-        loop = Loop("", "", str(data), [*self.flags, "--vocab", str(data / "vocab.txt")],
+        loop = Loop("", str(data), [*self.flags, "--vocab", str(data / "vocab.txt")],
                     self.settings.pairs * times)
         return self.make("pretrain", [sources, loop.flags, loop.pairs, flags],
                          lambda folder: loop.pretrain(folder / "run", sources, str(data), *flags))

@@ -195,7 +195,6 @@ def trained(folder: Path, *flags: str) -> str:
 class Loop:
     """What the trainings of all rounds have in common."""
 
-    web: str
     human: str
     root: str  # of images; "": the folder of each source
     flags: list[str]  # of every training
@@ -224,7 +223,7 @@ def run(o: argparse.Namespace) -> None:
         use_world(o, world, out / "data")
     check(o)
     flags = ["--seed", str(o.seed), "--device", o.device, "--precision", o.precision]
-    loop = Loop(o.web, o.human, o.image_root, flags + ["--vocab", o.vocab] * bool(o.vocab), o.pairs)
+    loop = Loop(o.human, o.image_root, flags + ["--vocab", o.vocab] * bool(o.vocab), o.pairs)
     pretrain, finetune = shlex.split(o.pretrain or ""), shlex.split(o.finetune or "")
     model, models = o.init, {}
     if o.finetune is not None and not model:

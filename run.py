@@ -64,7 +64,7 @@ class Sets:
 
 
 def load_task_data(config: TrainConfig, image_size: int) -> Sets:
-    """The data sets of VQA or NLVR2."""
+    """The data sets of the tasks of tasks.py."""
     c, val = config, None
     train = open_task(c.task, c.data, c.image_root, image_size, 0 if c.data else c.world_size,
                       "train", seed=c.seed, **({"augment": c.augment, "crop": (c.crop_min, 1.0)}
@@ -141,8 +141,11 @@ class Run:
         else:
             self.tokenizer = Tokenizer.train(self.sets.texts, config.vocab_pieces)
         torch.manual_seed(config.seed)  # the same on all ranks: weights and queues start equal
-        self.model = make_model(config.task, replace(model_config, **self.tokenizer.config()),
-                                state and state["model"]).to(device)
+        model_config = replace(model_config, **self.tokenizer.config())
+        try:
+            self.model = make_model(config.task, model_config, state and state["model"]).to(device)
+        except ValueError as error:  # sizes that do not fit the task
+            raise InputError(str(error))
         self.optimizer = make_optimizer(self.model, config)
         if source:
             checkpoints.initialise(self.model, source[0])

@@ -271,7 +271,7 @@ def start(arguments: list[str]) -> Run:
             task = given.get("task", TrainConfig.task)
             *source, settings = checkpoints.open_model(
                 given["init"], objectives_of(task), given.get("vocab", ""),
-                kinds=(BLIP, MODELS.get(task, BLIP)))
+                kinds=(BLIP, MODELS[task]) if task in MODELS else (BLIP,))
             init = {"model_config": asdict(source[0].config), "train_config": settings}
         try:
             model_config, config = resolve(given, init)

@@ -707,3 +707,13 @@ def test_video_commands(pretrained, tmp_path, capsys):
     assert eval_.main(["video-qa", "--checkpoint", str(tmp_path / "r/best.pt"), "--data",
                        f"{tmp_path}/q.json", "--frames", "2", "--out", str(tmp_path / "q")]) == 0
     assert "accuracy" in json.loads((tmp_path / "q" / "metrics.json").read_text())
+
+
+def test_sizes_that_do_not_fit_a_task_are_one_sentence(tmp_path, capsys):
+    from conftest import run
+    assert run(tmp_path / "wide", "--world-size", 16, "--vit-width", 32) == 0
+    flags = ["visdial", "--init", str(tmp_path / "wide" / "checkpoint.pt"), *TASK, "--world-size",
+             "16", "--out", str(tmp_path / "r")]
+    assert train.main(flags) == 2
+    assert "vit_width 32 and text_width 16 must be equal" in capsys.readouterr().err
+    assert train.main(["caption", *flags[1:]]) == 0
