@@ -373,7 +373,8 @@ def markdown(experiment: Experiment, cells: dict[str, list[dict]], command: str,
                      ("true", "kept_rate", "kept_true", "true_kept")]
             lines += ["", f"{cell}, {source} texts: {rates[0]} % true before filtering; {rates[1]} "
                       f"% kept, {rates[2]} % of these true; {rates[3]} % of the true ones kept."]
-    lines += ["", "| the paper's order | " + " | ".join(MEASURES.values()) + " |",
+    order = "the paper's order" if experiment.paper else "expected order"
+    lines += ["", f"| {order} | " + " | ".join(MEASURES.values()) + " |",
               "|---" * (len(MEASURES) + 1) + "|"]
     found = verdicts(experiment, cells)
     for better, worse in experiment.claims:
