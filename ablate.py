@@ -355,7 +355,7 @@ def markdown(experiment: Experiment, cells: dict[str, list[dict]], command: str,
     columns = 3 * bool(experiment.paper)
     paper_head = " paper: COCO IR@1 | TR@1 | CIDEr |" if experiment.paper else ""
     lines = [f"# {experiment.title}", "", f"`{command}`", "",
-             f"In the built-in world, {len(seeds)} seeds ({', '.join(map(str, seeds))}): mean ± "
+             f"In the built-in world, {len(seeds)} seed{'s' * (len(seeds) > 1)} ({', '.join(map(str, seeds))}): mean ± "
              "standard deviation, percent, on "
              f"{settings.world.held_out} held-out scenes with clean texts, straight after "
              "pretraining. "
