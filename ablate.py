@@ -355,11 +355,10 @@ def markdown(experiment: Experiment, cells: dict[str, list[dict]], command: str,
     columns = 3 * bool(experiment.paper)
     paper_head = " paper: COCO IR@1 | TR@1 | CIDEr |" if experiment.paper else ""
     lines = [f"# {experiment.title}", "", f"`{command}`", "",
-             f"In the built-in world, {len(seeds)} seed{'s' * (len(seeds) > 1)} ({', '.join(map(str, seeds))}): mean ± "
-             "standard deviation, percent, on "
+             f"In the built-in world, {len(seeds)} seed{'s' * (len(seeds) > 1)} "
+             f"({', '.join(map(str, seeds))}): mean ± standard deviation, percent, on "
              f"{settings.world.held_out} held-out scenes with clean texts, straight after "
-             "pretraining. "
-             f"{machine()}.", "",
+             f"pretraining. {machine()}.", "",
              "| | " + " | ".join(MEASURES.values()) + " | minutes |" + paper_head,
              "|---" * (len(MEASURES) + 2 + columns) + "|"]
     for cell, rows in cells.items():
