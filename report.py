@@ -55,7 +55,9 @@ def exit_status(program: Callable[[], int | None], interrupted: str = "interrupt
     """Run a program's main part -> its exit status: what it returns, 2 after a user's mistake,
     which is one sentence, 130 after an interrupt."""
     try:
-        return program() or 0
+        status = program() or 0
+        distributed.barrier()  # a rank that leaves while another still talks may be aborted
+        return status
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
