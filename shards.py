@@ -7,7 +7,6 @@ A shard is a range of rows. It is done when its file is there; its content is a 
 settings alone, whoever computes it and whenever. Ranks share the shards out.
 """
 
-import hashlib
 import json
 import os
 import zlib
@@ -21,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 
 import distributed
 from data import InputError, load_image, open_member
-from pairs import Pair, Rows, merge_captions, read_json
+from pairs import Pair, Rows, merge_captions, number_of, read_json
 from sheets import BLACK, GREEN, RED, Cell, draw_sheet
 
 # (B images' pairs, {image size: (B, 3, S, S) uint8}, seed) -> each image's texts as {caption,
@@ -150,7 +149,7 @@ def merge(paths: list[Path], web: Rows, human: Rows | None, out: Path) -> dict:
         counts.update((text["source"], text["kept"]) for record in shard["images"]
                       for text in record["texts"])
         # For the sheet: the images that a hash puts first, the same ones every time.
-        chosen = sorted(chosen + shard["images"], key=lambda r: digest_of(r["image"]))[:24]
+        chosen = sorted(chosen + shard["images"], key=lambda r: number_of(r["image"]))[:24]
 
     def lines(kept: bool) -> Iterator[str]:
         """A json list, one record a line."""
@@ -175,16 +174,11 @@ def merge(paths: list[Path], web: Rows, human: Rows | None, out: Path) -> dict:
     return report
 
 
-def digest_of(text: str) -> str:
-    """A hash that puts texts into a random order, the same one every time."""
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
 def records(paths: list[Path], kept: bool, human: Rows | None) -> Iterator[dict]:
     """{image, caption, source, ...} of each text that was kept, or rejected; the human ones
     first."""
-    for i in range(len(human) if human else 0):
-        yield {"image": human[i].image, "caption": human[i].captions[0], "source": "human"}
+    for pair in human or ():
+        yield {"image": pair.image, "caption": pair.captions[0], "source": "human"}
     for path in paths:
         for record in read_json(path)["images"]:
             for text in record["texts"]:
