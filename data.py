@@ -117,6 +117,11 @@ class Tokenizer:
         """text -> ids without [CLS] and [SEP]; for a prompt."""
         return self.pieces.encode(text, add_special_tokens=False).ids
 
+    def spells(self, text: str) -> bool:
+        """Whether the vocabulary has pieces for all of the text, and the text any."""
+        pieces = self.pieces_of(text)
+        return bool(pieces) and self.ids[UNK] not in pieces
+
     def encode(self, texts: list[str], max_tokens: int = 30) -> tuple[Tensor, Tensor]:
         """texts -> ids and mask (B, L): [CLS] pieces [SEP], padded to the longest, cut to
         max_tokens with [SEP] kept."""

@@ -22,10 +22,11 @@ from blip import BLIPConfig
 from config import TrainConfig
 from data import Collate, InputError, PairDataset, Tokenizer
 from pairs import is_list, merge_captions, open_mixture, read_pairs
-from task_data import COLLATE, common_answers, open_task
+from task_data import COLLATE, common_answers, open_task, spelt
 from tasks import make_model
 from weights import start_from
 from world import World, all_captions
+from world_tasks import all_texts
 
 
 class EpochBatches(Sampler):
@@ -63,8 +64,9 @@ class Sets:
     texts: list[str]
 
 
-def load_task_data(config: TrainConfig, image_size: int) -> Sets:
-    """The data sets of the tasks of tasks.py."""
+def load_task_data(config: TrainConfig, image_size: int, tokenizer: Tokenizer) -> Sets:
+    """The data sets of the tasks of tasks.py; of answers in files those that the tokenizer can
+    spell."""
     c, val = config, None
     train = open_task(c.task, c.data, c.image_root, image_size, 0 if c.data else c.world_size,
                       "train", seed=c.seed, **({"augment": c.augment, "crop": (c.crop_min, 1.0)}
@@ -76,14 +78,19 @@ def load_task_data(config: TrainConfig, image_size: int) -> Sets:
     final = val if c.data else held_out("held-out", c.eval_size)
     if c.task != "vqa":
         return Sets(train, val, final, [])
+    if c.data:
+        train.pairs, left_out = spelt(train.pairs, tokenizer)
+        if left_out:
+            distributed.print0(left_out)
     asked = train.pairs if c.data else map(train.question, range(min(5000, len(train))))
     return Sets(train, val, final, common_answers(one.answers for one in asked))
 
 
-def load_data(config: TrainConfig, image_size: int) -> Sets:
-    """The data sets of a run: the world without --data. One --val serves both purposes."""
+def load_data(config: TrainConfig, image_size: int, tokenizer: Tokenizer | None = None) -> Sets:
+    """The data sets of a run: the world without --data. One --val serves both purposes.
+    tokenizer: of the model that a finetuning starts from."""
     if config.task in COLLATE:
-        return load_task_data(config, image_size)
+        return load_task_data(config, image_size, tokenizer)
     if not config.data:
         return Sets(World("train", config.world_size, image_size, config.seed, config.noise),
                     World("val", min(300, config.eval_size), image_size),
@@ -127,19 +134,19 @@ class Run:
         """`state` is a checkpoint to continue; `source` a model to start from, and its
         tokenizer."""
         self.config, self.device, self.out = config, device, Path(config.out)
-        self.sets = load_data(config, model_config.image_size)
+        known = Tokenizer(state["tokenizer"]) if state else source[1] if source else None
+        self.sets = load_data(config, model_config.image_size, known)
         self.train_set = self.sets.train
         if len(self.train_set) < config.batch_size:
             raise InputError(f"there are {len(self.train_set)} training pairs, fewer than "
                              f"--batch-size {config.batch_size}; give a smaller one")
-        if state:
-            self.tokenizer = Tokenizer(state["tokenizer"])
-        elif source:
-            self.tokenizer = source[1]
+        if known:
+            self.tokenizer = known
         elif config.vocab:
             self.tokenizer = Tokenizer.from_file(config.vocab)
         else:
-            self.tokenizer = Tokenizer.train(self.sets.texts, config.vocab_pieces)
+            self.tokenizer = Tokenizer.train(self.sets.texts if config.data else all_texts(),
+                                             config.vocab_pieces)
         torch.manual_seed(config.seed)  # the same on all ranks: weights and queues start equal
         model_config = replace(model_config, **self.tokenizer.config())
         try:

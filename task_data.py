@@ -13,7 +13,7 @@ A mistake in a file is an InputError that names the file, the record and the rem
 import random
 import re
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -118,6 +118,22 @@ def question_of(where: str, record: dict, need_answers: bool) -> Asked:
         raise InputError(f"{where}: {error} is missing; a record needs image, question and answer")
     except (TypeError, AttributeError) as error:
         raise InputError(f"{where}: {error}")
+
+
+def spelt(asked: list[Asked], tokenizer: Tokenizer) -> tuple[list[Asked], str]:
+    """Questions without the answers that the vocabulary cannot spell, and without those that have
+    no other answer: [UNK] is nothing to learn -> what is left, a sentence about the rest or ""."""
+    answers = {answer for one in asked for answer in one.answers}
+    unknown = {answer for answer in answers if not tokenizer.spells(answer)}
+    if not unknown:
+        return asked, ""
+    left = [replace(one, answers=tuple(a for a in one.answers if a not in unknown))
+            for one in asked]
+    left = [one for one in left if one.answers]
+    return left, (f"{len(unknown)} of {len(answers)} answers cannot be spelt with the pieces of "
+                  f"the vocabulary ({min(unknown)!r}) and are left out, with "
+                  f"{len(asked) - len(left)} of {len(asked)} questions that have no other; "
+                  "pretrain with a --vocab that has them")
 
 
 def common_answers(asked, count: int = MOST_ANSWERS) -> list[str]:
@@ -320,19 +336,15 @@ class DialogDataset(PairDataset):
 
 
 def dialog_ids(tokenizer: Tokenizer, rounds, turn: int, candidates, limit: int) -> list[list[int]]:
-    """For each candidate the ids of [CLS] history [SEP] question [SEP] candidate [SEP]. Where that
-    is longer than `limit`, the beginning of the history is left out; then the question's."""
-    def ids(text):
-        return tokenizer.pieces_of(clean_question(text))
-    history = [i for r in rounds[:turn] for i in ids(r.question) + ids(r.answer)]
-    question, sep = ids(rounds[turn].question), tokenizer.sep
-    rows = []
-    for candidate in candidates:
-        behind = ids(candidate)[:limit // 2] + [sep]
-        asked = question[-(limit - len(behind) - 3):] + [sep]
-        room = limit - len(behind) - len(asked) - 2
-        rows.append([tokenizer.cls, *history[max(0, len(history) - room):], sep, *asked, *behind])
-    return rows
+    """For each candidate the ids of [CLS] question [SEP] candidate [SEP] the rounds before, the
+    latest first, [SEP] behind each. What is judged stands in front, at the same positions in every
+    dialog (trained for as long in the picture world, the other order loses 5 points of R@1), and
+    what `limit` cuts off is the oldest."""
+    def ids(text, room=limit):
+        return [*tokenizer.pieces_of(clean_question(text))[:room], tokenizer.sep]
+    history = [i for r in reversed(rounds[:turn]) for i in ids(r.question)[:-1] + ids(r.answer)]
+    question = [tokenizer.cls, *ids(rounds[turn].question, limit // 2)]
+    return [(question + ids(candidate, limit // 3) + history)[:limit] for candidate in candidates]
 
 
 def pad(rows: list[list[int]], padding: int) -> tuple[Tensor, Tensor]:
@@ -352,9 +364,10 @@ class DialogCollate(TaskCollate):
         """Captions, and the candidates with their history and question."""
         caption_ids, caption_mask = self.captions(items)
         rows, labels = [], []
+        # One turn for the whole batch: its texts are then about as long, and little is padding.
+        turn = random.Random(items[0]["seed"]).randrange(min(len(i["rounds"]) for i in items))
         for item in items:
             rounds, rng = item["rounds"], random.Random(item["seed"])
-            turn = rng.randrange(len(rounds))
             right = rounds[turn].target
             wrong = rng.sample([i for i in range(len(rounds[turn].candidates)) if i != right],
                                self.WRONG)

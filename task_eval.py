@@ -117,31 +117,29 @@ def evaluate_vqa(model: VQA, tokenizer: Tokenizer, dataset: Dataset, device: tor
     facts = [facts_of(dataset, record["index"]) for record in records]
     if not all(fact["answers"] for fact in facts):  # a test set
         return {"questions": len(records)}, answer_sections(dataset, records, facts), records
-    def by_kind(told):
-        scores: dict[str, list[float]] = {}
-        for answer, fact in zip(told, facts):
-            scores.setdefault(fact["kind"], []).append(vqa_accuracy(answer, fact["answers"]))
-        each = [score for row in scores.values() for score in row]
-        return sum(each) / len(each), {kind: sum(row) / len(row)
-                                       for kind, row in sorted(scores.items())}
-    numbers = {}
-    numbers["accuracy"], numbers["accuracy_by"] = by_kind([r["answer"] for r in records])
+    def scores(told):
+        return [vqa_accuracy(answer, fact["answers"]) for answer, fact in zip(told, facts)]
+    def by_kind(found, name="accuracy"):
+        kinds: dict[str, list[float]] = {}
+        for score, fact in zip(found, facts):
+            kinds.setdefault(fact["kind"], []).append(score)
+        return {name: sum(found) / len(found),
+                f"{name}_by": {kind: sum(row) / len(row) for kind, row in sorted(kinds.items())}}
+    right = scores(record["answer"] for record in records)
+    for record, score in zip(records, right):
+        record["right"] = score
+    numbers = by_kind(right)
     if training is not None:
         prior = commonest_answers(training)
-        told = [prior.get(kind_of(fact), prior[""]) for fact in facts]
-        overall, each = by_kind(told)
-        numbers["chance"] = {"accuracy": overall, "accuracy_by": each}
+        numbers["chance"] = by_kind(scores(prior.get(kind_of(f), prior[""]) for f in facts))
     if blank:
         grey = answer_questions(model, tokenizer, dataset, device, answers, max_tokens, top_k, True)
-        numbers["blank_accuracy"], numbers["blank_accuracy_by"] = by_kind(
-            [r["answer"] for r in grey])
+        numbers |= by_kind(scores(record["answer"] for record in grey), "blank_accuracy")
     long = sum(2 + len(tokenizer.pieces_of(clean_question(fact["question"]))) > max_tokens
                for fact in facts)
     numbers |= {"questions": len(records), "cut": long}
     if long:
         distributed.print0(f"{long} questions were cut to {max_tokens} tokens")
-    for record, fact in zip(records, facts):
-        record["right"] = vqa_accuracy(record["answer"], fact["answers"])
     return numbers, answer_sections(dataset, records, facts), records
 
 
@@ -397,8 +395,10 @@ def show(o: argparse.Namespace, numbers: dict, sections: Sections, trained: dict
 
 def ranks_of(scores: list[float]) -> list[int]:
     """Scores -> the rank of each, 1 = highest, as VisDial's server reads them."""
-    order = sorted(range(len(scores)), key=lambda i: -scores[i])
-    return [order.index(i) + 1 for i in range(len(scores))]
+    found = [0] * len(scores)
+    for rank, i in enumerate(sorted(range(len(scores)), key=lambda i: -scores[i]), 1):
+        found[i] = rank
+    return found
 
 
 def answers_of(o: argparse.Namespace) -> list[str]:

@@ -174,16 +174,18 @@ def inputs_of(run: Run, batch: dict, alpha: float) -> dict:
     return inputs
 
 
-def judge(run: Run, dataset: Dataset) -> tuple[dict, list]:
-    """What the run's task is judged by -> the numbers, and the sections of a sheet."""
+def judge(run: Run, dataset: Dataset, baselines: bool = True) -> tuple[dict, list]:
+    """What the run's task is judged by -> the numbers, and the sections of a sheet. baselines:
+    also, in tasks.py's tasks, what a model that sees nothing scores."""
     c = run.config
     shared = (run.model, run.tokenizer, dataset, run.device)
     how = Decoding(prompt=c.prompt, min_length=c.min_length, max_length=c.max_length)
     if c.task == "vqa":
-        return evaluate_vqa(*shared, run.sets.texts, run.sets.train, c.max_tokens)[:2]
+        return evaluate_vqa(*shared, run.sets.texts, run.sets.train if baselines else None,
+                            c.max_tokens, blank=baselines)[:2]
     if c.task in MODELS:
         return {"nlvr2": evaluate_nlvr2, "visdial": evaluate_visdial}[c.task](
-            *shared, c.max_tokens)[:2]
+            *shared, c.max_tokens, baselines)[:2]
     if c.task == "retrieval":
         return evaluate_retrieval(*shared, c.eval_top_k, c.max_tokens)
     if c.task == "caption":
@@ -194,7 +196,7 @@ def judge(run: Run, dataset: Dataset) -> tuple[dict, list]:
 def choose(run: Run) -> dict:
     """Judge the epoch on the validation split; keep its model in best.pt if it is the best so far
     -> what goes into the log. All ranks call it."""
-    score = selection_score(run.config.task, judge(run, run.sets.val)[0])
+    score = selection_score(run.config.task, judge(run, run.sets.val, baselines=False)[0])
     if score > run.best:
         run.best = score
         if distributed.rank() == 0:

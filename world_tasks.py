@@ -7,6 +7,7 @@ images (NLVR2), dialogs about a scene (visual dialog), clips of a few frames (vi
     film(scene, rng)             -> the scene that each frame of a clip shows
     Questions, Statements, Dialogs, Clips, ClipQuestions    data sets of one split, items as
                                  task_data.py's
+    all_texts()                  all kinds of things that are said in the world, for a vocabulary
 """
 
 import random
@@ -27,6 +28,7 @@ from world import (
     Scene,
     Thing,
     World,
+    all_captions,
     random_scene,
     render,
     split_of,
@@ -238,10 +240,18 @@ class Statements(Dataset):
 
 # ---- dialogs -------------------------------------------------------------------------------------
 
-ROUNDS, CANDIDATES = 5, 100
+ROUNDS, CANDIDATES, PLAUSIBLE = 3, 100, 60
 SAME = [set(words) for words in (*SHAPES.values(), *SIZES.values())] + [
     {f"{row} {column}" for row in rows for column in columns}
     for rows in ROWS.values() for columns in COLUMNS.values()]  # answers that mean the same
+VALUES = {"colour": COLOURS, "background": BACKGROUNDS, "count": NUMBERS, "yes/no": ("yes", "no"),
+          "shape": [word for words in SHAPES.values() for word in words],
+          "size": [word for words in SIZES.values() for word in words],
+          "where": [f"{row} {column}" for rows in ROWS.values() for row in rows
+                    for columns in COLUMNS.values() for column in columns]}
+HEDGES = ("probably", "maybe", "surely", "clearly", "perhaps", "certainly", "definitely", "likely",
+          "possibly", "obviously", "apparently")
+FORMS = ("{}", *(f"{word} {{}}" for word in HEDGES), *(f"{{}} {word}" for word in HEDGES))
 FOLLOW_UPS = {"colour": "what colour is it?", "size": "how large is it?", "shape": "what is it?",
               "where": "where is it?"}
 
@@ -257,27 +267,20 @@ class Round:
     target: int
 
 
-def all_answers() -> list[str]:
-    """What an answer may be: short, or a whole thing."""
-    short = [*COLOURS, *BACKGROUNDS, *NUMBERS[:3], "yes", "no", *(word for words in SAME
-                                                                 for word in sorted(words))]
-    long = [f"a {size} {colour} {shape}" for size in SIZES for colour in COLOURS
-            for shape in SHAPES]
-    return short + [f"it is {word}" for word in short[:14]] + long
-
-
-def candidates_of(answer: str, kind: str, rng: random.Random) -> tuple[tuple[str, ...], int]:
-    """CANDIDATES answers, of which one is right, and its place. The others are wrong: none means
-    the same."""
+def candidates_of(answer: str, kind: str, rng: random.Random) -> tuple[str, tuple[str, ...], int]:
+    """-> the answer as somebody says it ("surely red"), CANDIDATES that are said, and which of them
+    is the answer. The others are wrong: none means the same; up to PLAUSIBLE of them answer the
+    same kind of question."""
     meant = next((words for words in SAME if answer in words), {answer})
-    meant = meant | {f"it is {word}" for word in meant}
-    pool = [text for text in ALL_ANSWERS if text not in meant]
-    chosen = rng.sample(pool[:60], 50) + rng.sample(pool[60:], CANDIDATES - 51) + [answer]
+    plausible, other = [], []
+    for name, values in VALUES.items():
+        said = [form.format(value) for value in values if value not in meant for form in FORMS]
+        (plausible if name == kind else other).extend(said)
+    plausible = rng.sample(plausible, min(PLAUSIBLE, len(plausible)))
+    right = rng.choice(FORMS).format(answer)
+    chosen = [right, *plausible, *rng.sample(other, CANDIDATES - 1 - len(plausible))]
     rng.shuffle(chosen)
-    return tuple(chosen), chosen.index(answer)
-
-
-ALL_ANSWERS = all_answers()
+    return right, tuple(chosen), chosen.index(right)
 
 
 def converse(scene: Scene, rng: random.Random) -> tuple[str, list[Round]]:
@@ -297,8 +300,7 @@ def converse(scene: Scene, rng: random.Random) -> tuple[str, list[Round]]:
             thing = thing_asked(scene, asked.text)
             kind = asked.kind
         topic = (thing, kind) if thing else None
-        rounds.append(Round(asked.text, asked.answers[0],
-                            *candidates_of(asked.answers[0], asked.kind, rng)))
+        rounds.append(Round(asked.text, *candidates_of(asked.answers[0], asked.kind, rng)))
     return caption, rounds
 
 
@@ -382,3 +384,13 @@ class ClipQuestions(Clips):
         return {"image": self.clip(index), "question": asked.text, "answers": asked.answers,
                 "question_id": index, "kind": asked.kind, "index": index, "weight": 1.0,
                 "broken": []}
+
+
+def all_texts(count: int = 2000) -> list[str]:
+    """What a vocabulary is trained on that is to serve the tasks as well: captions, questions,
+    answers as they are said, statements."""
+    rng = random.Random("words of the tasks")
+    asked = [ask(random_scene(rng), rng) for _ in range(count)]
+    return [*all_captions(count), *(question.text for question in asked), *FOLLOW_UPS.values(),
+            *(f"{rng.choice(('', *HEDGES))} {question.answers[0]}" for question in asked),
+            *(draw_statement(rng)[0] for _ in range(count))]

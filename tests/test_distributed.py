@@ -187,6 +187,23 @@ def test_every_finetuning_runs_on_two_processes(tmp_path, pretrained, task):
     assert best["step"] in (4, 8) and (tmp_path / "a" / "metrics.json").exists()
 
 
+@pytest.mark.parametrize("task", ["vqa", "nlvr2", "visdial"])
+def test_every_task_learns_the_same_on_two_processes(tmp_path, pretrained, task):
+    torch.set_num_threads(1)
+    flags = [task, "--init", str(pretrained), "--world-size", "24", "--batch-size", "8",
+             "--eval-size", "4", "--device", "cpu", "--max-tokens", "30"]
+    finish(torchrun("train.py", *flags, "--out", tmp_path / "two"))
+    assert train.main([*flags, "--out", str(tmp_path / "one"), "--accumulate", "2"]) == 0
+    one, two = (checkpoints.load(tmp_path / name / "checkpoint.pt") for name in ("one", "two"))
+    assert one["step"] == two["step"] == 3
+    for name, value in one["model"].items():
+        assert torch.allclose(value, two["model"][name], atol=1e-5), name
+    one, two = (json.loads((tmp_path / name / "metrics.json").read_text())
+                for name in ("one", "two"))
+    name = "mrr" if task == "visdial" else "accuracy"
+    assert one[name] == pytest.approx(two[name]) and one[f"blank_{name}"] == two[f"blank_{name}"]
+
+
 def test_resuming_on_another_number_of_processes_sees_the_same_samples(tmp_path):
     flags = [*SMALL, "--world-size", "64", "--epochs", "2", "--device", "cpu", "--itm-weight", "0"]
     finish(torchrun("train.py", *flags, "--out", tmp_path / "two", "--save-every", "5",

@@ -27,7 +27,7 @@ MAY_IMPORT = {
     "task_eval": CORE - {"task_eval"} | {"demo"},
     "video": {"data", "pairs", "task_data"},
     "run": {"blip", "checkpoints", "config", "data", "distributed", "pairs", "task_data", "tasks",
-            "weights", "world"},
+            "weights", "world", "world_tasks"},
     "logbook": {"data", "distributed"},
     "demo": {"blip", "captioning", "checkpoints", "data", "retrieval", "sheets", "tasks"},
     "eval": CORE | {"demo"}, "train": CORE | {"eval", "run"},

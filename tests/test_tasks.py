@@ -441,6 +441,20 @@ def test_train_on_files_and_write_the_servers_result_file(pretrained, tmp_path):
     assert {r["answer"] for r in told} <= {"red", "blue"}
 
 
+def test_answers_that_cannot_be_spelt_are_left_out_of_training(pretrained, tmp_path, capsys):
+    folder = photographs(tmp_path / "photos", 12)
+    rows = [{"image": f"{i}.jpg", "question": "what is it?", "answer": ["red", "blue"]}
+            for i in range(12)]
+    rows[3]["answer"], rows[5]["answer"] = ["\u7d05"], ["red", "\u9752", "\u9752"]
+    (folder / "vqa.json").write_text(json.dumps(rows))
+    assert train.main(["vqa", "--init", str(pretrained), "--out", str(tmp_path / "r"), *TASK,
+                       "--data", str(folder / "vqa.json")]) == 0
+    told = capsys.readouterr().out
+    assert "2 of 4 answers cannot be spelt" in told and "1 of 12 questions that have" in told
+    assert "11 pairs" in told
+    assert checkpoints.read(tmp_path / "r" / "checkpoint.pt")["answers"] == ["red", "blue"]
+
+
 def test_a_blind_model_falls_to_its_prior(monkeypatch):
     """The grey evaluation replaces every image: a model that answers by the image's brightness is
     right with images, at the prior without."""
@@ -516,12 +530,13 @@ def test_what_the_dialog_encoder_reads():
               world_tasks.Round("what is it?", "a circle", (), 0)]
     (row,) = task_data.dialog_ids(tokenizer, rounds, 2, ["a circle"], 60)
     assert tokenizer.decode(row).replace("[UNK] ", "") == (
-        "is it red yes where is it top left what is it a circle")
-    assert row.count(tokenizer.sep) == 3 and row[-1] == tokenizer.sep
+        "what is it a circle where is it top left is it red yes")
+    assert row.count(tokenizer.sep) == 4 and row[-1] == tokenizer.sep
     short, = task_data.dialog_ids(tokenizer, rounds, 2, ["a circle"], len(row) - 3)
-    assert short == [tokenizer.cls, *row[4:]]  # the three oldest pieces are gone
-    assert all(len(r) <= 12 for r in task_data.dialog_ids(tokenizer, rounds, 2, ["a circle"] * 3,
-                                                          12))
+    assert short == row[:-3]  # the oldest is gone
+    long = [task_data.dialog_ids(tokenizer, rounds, 2, [text], 12)[0]
+            for text in ("a circle", "a circle and a circle and a circle and a circle")]
+    assert all(len(r) <= 12 and r.count(tokenizer.sep) >= 2 for r in long)
 
 
 def test_a_dialogs_candidates_are_judged_as_one_by_one():
@@ -556,7 +571,7 @@ def test_the_caption_and_the_image_both_matter():
 
 def test_image_and_caption_are_projected_once_for_a_dialog(monkeypatch):
     model = toy_task("visdial", vit_width=48, vit_heads=4, image_size=64, vocab_size=300)
-    tokenizer = Tokenizer.train(world_tasks.ALL_ANSWERS * 2, 290)
+    tokenizer = Tokenizer.train(world_tasks.all_texts(), 290)
     seen = []
     for module, name in ((model.vit, "forward"), (model.med, "project"),
                          (model.med, "encode_grounded")):
@@ -567,8 +582,9 @@ def test_image_and_caption_are_projected_once_for_a_dialog(monkeypatch):
         monkeypatch.setattr(module, name, counting)
     records = task_eval.rank_candidates(model, tokenizer, world_tasks.Dialogs("val", 2),
                                         torch.device("cpu"), 30)
-    assert len(records) == 10 and seen.count(("forward", 1)) == 2 == seen.count(("project", 1))
-    assert seen.count(("encode_grounded", 100)) == 10
+    rounds = 2 * world_tasks.ROUNDS
+    assert len(records) == rounds and seen.count(("forward", 1)) == 2 == seen.count(("project", 1))
+    assert seen.count(("encode_grounded", 100)) == rounds
 
 
 def test_the_worlds_dialogs():
@@ -579,8 +595,16 @@ def test_the_worlds_dialogs():
         for turn, asked in enumerate(item["rounds"]):
             assert len(set(asked.candidates)) == 100
             assert asked.candidates[asked.target] == asked.answer
-            meant = next((words for words in world_tasks.SAME if asked.answer in words), set())
-            assert not (meant - {asked.answer}) & set(asked.candidates)
+            plain = {form.format(value): value for values in world_tasks.VALUES.values()
+                     for value in values for form in world_tasks.FORMS}
+            meant = next((words for words in world_tasks.SAME if plain[asked.answer] in words),
+                         {plain[asked.answer]})
+            right = [text for text in asked.candidates if plain[text] in meant]
+            assert right == [asked.answer]  # no other way to say the same is among them
+            same_kind = next(values for values in world_tasks.VALUES.values()
+                             if plain[asked.answer] in values)
+            wrong = sum(plain[text] in same_kind for text in asked.candidates) - 1
+            assert wrong == min(60, 23 * len(set(same_kind) - meant))
             needs_history += "it?" in asked.question.split() and turn > 0
     assert needs_history > 30
 
