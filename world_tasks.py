@@ -286,8 +286,8 @@ def candidates_of(answer: str, kind: str, rng: random.Random) -> tuple[str, tupl
 def converse(scene: Scene, rng: random.Random) -> tuple[str, list[Round]]:
     """-> a caption that tells a part of the scene, and ROUNDS of a dialog. A question may ask about
     "it": the thing that the question before was about, so that the history is needed."""
-    told = replace(scene, things=(rng.choice(scene.things),))
-    caption = f"a {in_words({'colour': told.things[0].colour}, rng)} on {scene.background}"
+    told = rng.choice(scene.things)
+    caption = f"a {in_words({'colour': told.colour}, rng)} on {scene.background}"
     rounds, topic = [], None
     for _ in range(ROUNDS):
         if topic is not None and rng.random() < 0.5:
@@ -385,6 +385,8 @@ class ClipQuestions(Clips):
                 "question_id": index, "kind": asked.kind, "index": index, "weight": 1.0,
                 "broken": []}
 
+
+# ---- words ---------------------------------------------------------------------------------------
 
 def all_texts(count: int = 2000) -> list[str]:
     """What a vocabulary is trained on that is to serve the tasks as well: captions, questions,
