@@ -48,7 +48,13 @@ def load_clip(path: Path, count: int, size: int) -> Tensor:
         files = sorted(p for p in path.iterdir() if p.suffix.lower() in PICTURES)
         if not files:
             raise OSError("a folder without pictures")
-        return torch.stack([load_image(files[i], size) for i in frame_numbers(len(files), count)])
+        frames = []
+        for file in (files[i] for i in frame_numbers(len(files), count)):
+            try:
+                frames.append(load_image(file, size))
+            except OSError as error:
+                raise OSError(f"frame {file.name}: {error}")
+        return torch.stack(frames)
     try:
         frames = read_frames(path, count)
     except ImportError:

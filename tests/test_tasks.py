@@ -672,6 +672,11 @@ def test_clips_that_cannot_be_read(tmp_path):
         with pytest.raises(OSError, match=reason):
             load_clip(tmp_path / name, 2, 8)
     one = Image.new("RGB", (9, 9), (5, 6, 7))
+    (tmp_path / "torn").mkdir()
+    one.save(tmp_path / "torn" / "1.png")
+    (tmp_path / "torn" / "2.png").write_bytes(b"nothing")
+    with pytest.raises(OSError, match="frame 2.png: damaged"):
+        load_clip(tmp_path / "torn", 2, 8)
     one.save(tmp_path / "one.png")
     assert load_clip(tmp_path / "one", 4, 8).shape == (4, 3, 8, 8)  # a clip of one frame
 
