@@ -355,26 +355,28 @@ def pad(rows: list[list[int]], padding: int) -> tuple[Tensor, Tensor]:
 
 
 class DialogCollate(TaskCollate):
-    """caption_ids, caption_mask, ids, mask, label for VisDial.forward: of one round of each dialog,
-    drawn by its `seed`, the answer and WRONG other candidates."""
+    """caption_ids, caption_mask, ids, mask, label for VisDial.forward: of TURNS rounds of each
+    dialog (its image and caption are read once for all of them) the answer and WRONG other
+    candidates, drawn by the dialog's `seed`."""
 
-    WRONG = 3
+    TURNS, WRONG = 2, 3
 
     def inputs(self, items: list[dict]) -> dict:
         """Captions, and the candidates with their history and question."""
         caption_ids, caption_mask = self.captions(items)
         rows, labels = [], []
-        # One turn for the whole batch: its texts are then about as long, and little is padding.
-        turn = random.Random(items[0]["seed"]).randrange(min(len(i["rounds"]) for i in items))
+        # The same turns for the whole batch: its texts are about as long, little is padding.
+        known = range(min(len(item["rounds"]) for item in items))
+        turns = random.Random(items[0]["seed"]).sample(known, min(self.TURNS, len(known)))
         for item in items:
-            rounds, rng = item["rounds"], random.Random(item["seed"])
-            right = rounds[turn].target
-            wrong = rng.sample([i for i in range(len(rounds[turn].candidates)) if i != right],
-                               self.WRONG)
-            rows += dialog_ids(self.tokenizer, rounds, turn,
-                               [rounds[turn].candidates[i] for i in (right, *wrong)],
-                               self.max_tokens)
-            labels += [1] + [0] * self.WRONG
+            rng = random.Random(item["seed"])
+            for turn in turns:
+                asked = item["rounds"][turn]
+                wrong = rng.sample([text for i, text in enumerate(asked.candidates)
+                                    if i != asked.target], self.WRONG)
+                rows += dialog_ids(self.tokenizer, item["rounds"], turn, [asked.answer, *wrong],
+                                   self.max_tokens)
+                labels += [1] + [0] * self.WRONG
         ids, mask = pad(rows, self.tokenizer.pad)
         return {"caption_ids": caption_ids, "caption_mask": caption_mask, "ids": ids,
                 "mask": mask, "label": torch.tensor(labels)}

@@ -240,7 +240,7 @@ class Statements(Dataset):
 
 # ---- dialogs -------------------------------------------------------------------------------------
 
-ROUNDS, CANDIDATES, PLAUSIBLE = 3, 100, 60
+ROUNDS, CANDIDATES, PLAUSIBLE = 3, 100, 80
 SAME = [set(words) for words in (*SHAPES.values(), *SIZES.values())] + [
     {f"{row} {column}" for row in rows for column in columns}
     for rows in ROWS.values() for columns in COLUMNS.values()]  # answers that mean the same

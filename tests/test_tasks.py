@@ -604,9 +604,30 @@ def test_the_worlds_dialogs():
             same_kind = next(values for values in world_tasks.VALUES.values()
                              if plain[asked.answer] in values)
             wrong = sum(plain[text] in same_kind for text in asked.candidates) - 1
-            assert wrong == min(60, 23 * len(set(same_kind) - meant))
+            assert wrong == min(80, 23 * len(set(same_kind) - meant))
             needs_history += "it?" in asked.question.split() and turn > 0
     assert needs_history > 30
+
+
+def test_a_training_batch_of_dialogs():
+    """Of each dialog two rounds, the same in the whole batch; the answer first, then three others;
+    the text of a row belongs to dialog row // 8."""
+    tokenizer = Tokenizer.train(world_tasks.all_texts(), 400)
+    data = world_tasks.Dialogs("train", 4)
+    items = [data[i] for i in range(4)]
+    batch = task_data.DialogCollate(tokenizer, 60)(items)
+    assert batch["label"].tolist() == [1, 0, 0, 0] * 8 and len(batch["ids"]) == 32
+    turns = []
+    for row, (ids, mask) in enumerate(zip(batch["ids"], batch["mask"])):
+        rounds = items[row // 8]["rounds"]
+        meant, = [(turn, i) for turn, asked in enumerate(rounds) for i, text in enumerate(
+            task_data.dialog_ids(tokenizer, rounds, turn, asked.candidates, 60))
+            if text == ids[mask.bool()].tolist()]
+        assert (meant[1] == rounds[meant[0]].target) == (row % 4 == 0)
+        turns.append(meant[0])
+    first, second = turns[0], turns[4]
+    assert first != second and turns == [first, first, first, first, second, second, second,
+                                         second] * 4
 
 
 def test_train_and_evaluate_a_dialog(pretrained, tmp_path, capsys):
