@@ -114,7 +114,7 @@ PRESETS = {
     ("retrieval", "tiny"): dict(TINY, epochs=2, world_size=6400, lr=5e-4),
     ("caption", "large"): dict(lr=2e-6),
     ("caption", "tiny"): dict(TINY, epochs=2, world_size=12800, lr=5e-4, prompt=""),
-    ("vqa", "tiny"): dict(TINY, epochs=1, world_size=150000, lr=5e-4),
+    ("vqa", "tiny"): dict(TINY, epochs=1, world_size=128000, lr=3e-4),
     ("nlvr2", "tiny"): dict(TINY, epochs=1, world_size=64000, lr=3e-4),
     ("visdial", "tiny"): dict(TINY, epochs=1, batch_size=16, world_size=36000, lr=5e-4,
                               max_tokens=60, eval_size=200),
