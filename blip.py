@@ -198,7 +198,7 @@ class BLIP(nn.Module):
 
     def encode_text(self, ids: Tensor, mask: Tensor) -> Tensor:
         """ids, mask (B, L) -> unit features (B, E)."""
-        return unit(self.text_proj(self.med.encode_text(ids, mask)[:, 0]))
+        return unit(self.text_proj(self.med.encode_text(ids, mask, first_only=True)[:, 0]))
 
     def match(self, kv: ImageKV, ids: Tensor, mask: Tensor) -> Tensor:
         """kv of B images (`model.med.project(tokens)`), ids and mask (n*B, L) -> ITM logits
@@ -206,7 +206,7 @@ class BLIP(nn.Module):
 
         Text i is compared with image i // n.
         """
-        return self.itm_head(self.med.encode_grounded(ids, mask, kv)[:, 0])
+        return self.itm_head(self.med.encode_grounded(ids, mask, kv, first_only=True)[:, 0])
 
     @torch.no_grad()
     def generate(self, image: Tensor | ImageKV, prompt: list[int] | None = None,
@@ -280,7 +280,8 @@ class BLIP(nn.Module):
         text_feat = self.encode_text(ids, mask)
         with torch.no_grad():
             image_feat_m = unit(self.vision_proj_m(self.vit_m(image)[:, 0]))
-            text_feat_m = unit(self.text_proj_m(self.med_m.encode_text(ids, mask)[:, 0]))
+            states = self.med_m.encode_text(ids, mask, first_only=True)
+            text_feat_m = unit(self.text_proj_m(states[:, 0]))
             # Columns: this rank's momentum features, then the queue, where the other ranks' follow
             # a step later. So 2 processes x 4 pairs is not 1 process x 8 pairs, by BLIP's design.
             image_keys = torch.cat([image_feat_m, self.image_queue])

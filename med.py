@@ -207,15 +207,16 @@ class MEDLayer(nn.Module):
                                    else self.cross_attn)
             self.ffn_dec = feed_forward() if "ffn" in own or not encodes else self.ffn
 
-    def text(self, x: Tensor, mask: Tensor) -> Tensor:
-        """(B, L, D) -> (B, L, D): the image plays no part."""
-        return self.ffn(self.attn_bi(x, mask)[0])
+    def text(self, x: Tensor, mask: Tensor, first_only: bool = False) -> Tensor:
+        """(B, L, D) -> (B, L, D): the image plays no part; first_only: (B, 1, D)."""
+        x, _ = self.attn_bi(x, mask)
+        return self.ffn(x[:, :1] if first_only else x)
 
     def grounded(self, x: Tensor, mask: Tensor, kv: KeysValues, kv_mask: Tensor | None,
-                 probabilities: list | None = None) -> Tensor:
-        """(n*B, L, D) and B images -> (n*B, L, D)."""
+                 probabilities: list | None = None, first_only: bool = False) -> Tensor:
+        """(n*B, L, D) and B images -> (n*B, L, D); first_only: (n*B, 1, D)."""
         x, _ = self.attn_bi(x, mask)
-        return self.ffn(self.cross_attn(x, kv, kv_mask, probabilities))
+        return self.ffn(self.cross_attn(x[:, :1] if first_only else x, kv, kv_mask, probabilities))
 
     def decode(self, x: Tensor, mask: Tensor | None, kv: KeysValues, kv_mask: Tensor | None,
                past: KeysValues | None) -> tuple[Tensor, KeysValues]:
@@ -264,19 +265,23 @@ class MED(nn.Module):
         return ImageKV(enc, enc if dec is None or dec is first.cross_attn
                        else keys_values("cross_attn_dec"), mask)
 
-    def encode_text(self, ids: Tensor, mask: Tensor) -> Tensor:
+    def encode_text(self, ids: Tensor, mask: Tensor, first_only: bool = False) -> Tensor:
         """ids (B, L) starting with [CLS], mask (B, L) -> states (B, L, D). The unimodal encoder: it
-        sees no image."""
+        sees no image.
+
+        first_only: the state of [CLS] alone, (B, 1, D). Behind the last self-attention no token
+        looks at another, so the others' cross-attention and FFN there would be thrown away.
+        """
         x = self.embeddings(ids)
         for layer in self.layers:
-            x = layer.text(x, mask[:, None, None].bool())
+            x = layer.text(x, mask[:, None, None].bool(), first_only and layer is self.layers[-1])
         return x
 
     def encode_grounded(self, ids: Tensor, mask: Tensor, kv: ImageKV,
-                        first_token: int | None = None,
-                        probabilities: list | None = None) -> Tensor:
-        """ids (n*B, L), mask (n*B, L), kv of B images -> states (n*B, L, D); text i looks at
-        image i // n.
+                        first_token: int | None = None, probabilities: list | None = None,
+                        first_only: bool = False) -> Tensor:
+        """ids (n*B, L), mask (n*B, L), kv of B images -> states (n*B, L, D), or with first_only
+        that of [ENC] alone, (n*B, 1, D); text i looks at image i // n.
 
         [ENC] takes the place of [CLS]. `first_token` is for weights that were trained with another
         token there.
@@ -284,7 +289,8 @@ class MED(nn.Module):
         """
         x = self.embeddings(with_first(ids, self.enc_id if first_token is None else first_token))
         for layer, layer_kv in zip(self.layers, kv.enc):
-            x = layer.grounded(x, mask[:, None, None].bool(), layer_kv, kv.mask, probabilities)
+            x = layer.grounded(x, mask[:, None, None].bool(), layer_kv, kv.mask, probabilities,
+                               first_only and layer is self.layers[-1])
         return x
 
     def decode(self, ids: Tensor, mask: Tensor | None, kv: ImageKV,

@@ -143,7 +143,7 @@ class NLVR2(TaskModel):
         """image (B, 2, 3, S, S), statements ids and mask (B, L) -> (B, 2); class 1 = true."""
         tokens = self.vit(image.flatten(0, 1))
         kv = self.med.project(tokens.unflatten(0, image.shape[:2]))
-        return self.head(self.med.encode_grounded(ids, mask, kv)[:, 0])
+        return self.head(self.med.encode_grounded(ids, mask, kv, first_only=True)[:, 0])
 
     def forward(self, image: Tensor, ids: Tensor, mask: Tensor,
                 label: Tensor) -> tuple[dict, dict]:
@@ -180,7 +180,7 @@ class VisDial(TaskModel):
     def logits(self, kv: ImageKV, ids: Tensor, mask: Tensor) -> Tensor:
         """kv of B dialogs, history + question + candidate ids and mask (n*B, L) -> (n*B, 2); class
         1 = the answer. Text i belongs to dialog i // n."""
-        return self.head(self.med.encode_grounded(ids, mask, kv)[:, 0])
+        return self.head(self.med.encode_grounded(ids, mask, kv, first_only=True)[:, 0])
 
     def forward(self, image: Tensor, caption_ids: Tensor, caption_mask: Tensor, ids: Tensor,
                 mask: Tensor, label: Tensor) -> tuple[dict, dict]:

@@ -73,6 +73,19 @@ def test_a_future_token_changes_the_past_in_the_encoder_but_not_in_the_decoder()
     assert not torch.allclose(encoded[0, :5], encoded[1, :5], atol=1e-4)
 
 
+def test_the_first_state_alone_is_the_first_of_all():
+    """And the last layer's feed-forward works for that one only."""
+    model, batch = toy_model().eval(), toy_batch(2)
+    ids, mask, seen = batch["ids"], batch["mask"], []
+    model.med.layers[-1].ffn.register_forward_hook(
+        lambda module, args, out: seen.append(args[0].shape[1]))
+    kv = model.med.project(model.vit(batch["image"]))
+    for states in (lambda only: model.med.encode_text(ids, mask, first_only=only),
+                   lambda only: model.med.encode_grounded(ids, mask, kv, first_only=only)):
+        assert torch.allclose(states(False)[:, :1], states(True), atol=1e-6)
+    assert seen == [ids.shape[1], 1] * 2
+
+
 def test_the_image_matters_to_matching_and_to_captions():
     model, batch = toy_model().eval(), toy_batch(2)
     kv = model.med.project(model.vit(batch["image"]))
