@@ -116,7 +116,7 @@ PRESETS = {
     ("caption", "tiny"): dict(TINY, epochs=2, world_size=12800, lr=5e-4, prompt=""),
     ("vqa", "tiny"): dict(TINY, epochs=1, world_size=128000, lr=3e-4),
     ("nlvr2", "tiny"): dict(TINY, epochs=1, world_size=64000, lr=3e-4),
-    ("visdial", "tiny"): dict(TINY, epochs=1, batch_size=16, world_size=36000, lr=5e-4,
+    ("visdial", "tiny"): dict(TINY, epochs=1, batch_size=16, world_size=40000, lr=5e-4,
                               max_tokens=60, eval_size=200),
 }
 # Finetuning takes the model from the checkpoint and changes only this much of it on its own; the
