@@ -240,7 +240,7 @@ class Statements(Dataset):
 
 # ---- dialogs -------------------------------------------------------------------------------------
 
-ROUNDS, CANDIDATES, PLAUSIBLE, NEAR = 3, 100, 80, 30
+ROUNDS, CANDIDATES, PLAUSIBLE = 3, 100, 80
 SAME = [set(words) for words in (*SHAPES.values(), *SIZES.values())] + [
     {f"{row} {column}" for row in rows for column in columns}
     for rows in ROWS.values() for columns in COLUMNS.values()]  # answers that mean the same
@@ -267,20 +267,18 @@ class Round:
     target: int
 
 
-def candidates_of(answer: str, kind: str, near: list[str],
-                  rng: random.Random) -> tuple[str, tuple[str, ...], int]:
+def candidates_of(answer: str, kind: str, rng: random.Random) -> tuple[str, tuple[str, ...], int]:
     """-> the answer as somebody says it ("surely red"), CANDIDATES that are said, and which of them
-    is the answer. The others are wrong: none means the same. Most of them answer the same kind of
-    question, some of these with one of `near`, what is true of another thing in the image."""
+    is the answer. The others are wrong: none means the same; up to PLAUSIBLE of them answer the
+    same kind of question."""
     meant = next((words for words in SAME if answer in words), {answer})
-    def said(values):
-        return [form.format(value) for value in values if value not in meant for form in FORMS]
-    close = rng.sample(said(near), min(NEAR, len(said(near))))
-    rest = [text for text in said(VALUES[kind]) if text not in close]
-    close += rng.sample(rest, min(PLAUSIBLE - len(close), len(rest)))
-    other = [text for name, values in VALUES.items() if name != kind for text in said(values)]
+    plausible, other = [], []
+    for name, values in VALUES.items():
+        said = [form.format(value) for value in values if value not in meant for form in FORMS]
+        (plausible if name == kind else other).extend(said)
+    plausible = rng.sample(plausible, min(PLAUSIBLE, len(plausible)))
     right = rng.choice(FORMS).format(answer)
-    chosen = [right, *close, *rng.sample(other, CANDIDATES - 1 - len(close))]
+    chosen = [right, *plausible, *rng.sample(other, CANDIDATES - 1 - len(plausible))]
     rng.shuffle(chosen)
     return right, tuple(chosen), chosen.index(right)
 
@@ -293,27 +291,26 @@ def converse(scene: Scene, rng: random.Random) -> tuple[str, list[Round]]:
     rounds, topic = [], None
     for _ in range(ROUNDS):
         if topic is not None and rng.random() < 0.5:
-            thing, before = topic
-            kind = rng.choice([kind for kind in FOLLOW_UPS if kind != before])
-            question, answer = FOLLOW_UPS[kind], rng.choice(said_of(thing, kind))
+            kind = rng.choice([kind for kind in FOLLOW_UPS if kind != topic[1]])
+            asked = Question(FOLLOW_UPS[kind], (answer_about(topic[0], kind, rng),), kind)
+            thing = topic[0]
         else:
-            asked = ask(scene, rng, rng.choice(KINDS))
-            question, answer, kind = asked.text, asked.answers[0], asked.kind
-            thing = thing_asked(scene, question)
+            kind = rng.choice(KINDS)
+            asked = ask(scene, rng, kind)
+            thing = thing_asked(scene, asked.text)
+            kind = asked.kind
         topic = (thing, kind) if thing else None
-        near = [word for other in scene.things if other != thing and thing and kind in FOLLOW_UPS
-                for word in said_of(other, kind)]
-        rounds.append(Round(question, *candidates_of(answer, kind, near, rng)))
+        rounds.append(Round(asked.text, *candidates_of(asked.answers[0], asked.kind, rng)))
     return caption, rounds
 
 
-def said_of(thing: Thing, kind: str) -> tuple[str, ...]:
-    """The words for what is asked of a thing."""
+def answer_about(thing: Thing, kind: str, rng: random.Random) -> str:
+    """What is asked of one thing."""
     if kind == "where":
         row, column = thing.place.split()
-        return tuple(f"{r} {c}" for r in ROWS[row] for c in COLUMNS[column])
+        return f"{rng.choice(ROWS[row])} {rng.choice(COLUMNS[column])}"
     value = thing.facts()[kind]
-    return {"colour": {value: (value,)}, "shape": SHAPES, "size": SIZES}[kind][value]
+    return rng.choice({"colour": {value: (value,)}, "shape": SHAPES, "size": SIZES}[kind][value])
 
 
 def thing_asked(scene: Scene, question: str) -> Thing | None:
