@@ -338,8 +338,8 @@ class DialogDataset(PairDataset):
 def dialog_ids(tokenizer: Tokenizer, rounds, turn: int, candidates, limit: int) -> list[list[int]]:
     """For each candidate the ids of [CLS] question [SEP] candidate [SEP] the rounds before, the
     latest first, [SEP] behind each. What is judged stands in front, at the same positions in every
-    dialog (trained for as long in the picture world, the other order loses 5 points of R@1), and
-    what `limit` cuts off is the oldest."""
+    dialog (with the history in front the picture world's R@1 was 5 points lower, one run each),
+    and what `limit` cuts off is the oldest."""
     def ids(text, room=limit):
         return [*tokenizer.pieces_of(clean_question(text))[:room], tokenizer.sep]
     history = [i for r in reversed(rounds[:turn]) for i in ids(r.question)[:-1] + ids(r.answer)]

@@ -251,6 +251,7 @@ VALUES = {"colour": COLOURS, "background": BACKGROUNDS, "count": NUMBERS, "yes/n
                     for columns in COLUMNS.values() for column in columns]}
 HEDGES = ("probably", "maybe", "surely", "clearly", "perhaps", "certainly", "definitely", "likely",
           "possibly", "obviously", "apparently")
+# How an answer is said. Many ways, so that half of 100 candidates can answer the same question.
 FORMS = ("{}", *(f"{word} {{}}" for word in HEDGES), *(f"{{}} {word}" for word in HEDGES))
 FOLLOW_UPS = {"colour": "what colour is it?", "size": "how large is it?", "shape": "what is it?",
               "where": "where is it?"}
