@@ -1,223 +1,207 @@
-"""The recipe: every setting of a run, tasks and presets, the schedules, and the command line made
-from them.
+"""The settings of a model and of a training, with the paper's values, and the schedules.
 
-Every field of BLIPConfig and TrainConfig is a flag of train.py; the comment behind a field is its
-help text. Settings are the field's default, then the task's (TASKS), then the preset's (PRESETS),
-then what the command line gives.
+Every field of BLIPConfig and TrainConfig is a flag of train.py, with its text as help. A setting is
+the field's default, then the task's (tasks/), then the preset's, then what the command line gives
+(training/settings.py).
 """
 
-import argparse
-import inspect
 import math
-import re
-import textwrap
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 
-from blip import OBJECTIVES, SIZES, BLIPConfig
+OBJECTIVES = ("itc", "itm", "lm")  # of BLIP.forward; each has a weight in TrainConfig
+
+
+class SettingError(ValueError):
+    """A setting that cannot be. The message is one sentence; programs print it alone."""
+
+
+def setting(default, about: str = "", least: float | None = None, above: float | None = None,
+            most: float | None = None, choices: tuple[str, ...] = (), flag: bool = True):
+    """A field of a configuration: its default, its help and what it may be.
+
+    least, above and most bound a number, `choices` lists the texts that are allowed; flag False
+    keeps it off the command line.
+    """
+    return field(default=default, metadata={"about": about, "least": least, "above": above,
+                                            "most": most, "choices": choices, "flag": flag})
+
+
+def check_settings(config) -> None:
+    """Raise SettingError where a field is outside of what it may be."""
+    for f in fields(config):
+        value, rules = getattr(config, f.name), f.metadata
+        least, above, most = (rules.get(name) for name in ("least", "above", "most"))
+        wrong = ""
+        if rules.get("choices") and value not in rules["choices"]:
+            wrong = f"choose one of {', '.join(rules['choices'])}"
+        elif isinstance(value, float) and not math.isfinite(value):
+            wrong = "give a number"
+        elif least is not None and value < least:
+            wrong = f"it must be at least {least:g}"
+        elif above is not None and value <= above:
+            wrong = f"it must be above {above:g}"
+        elif most is not None and value > most:
+            wrong = f"it must be at most {most:g}"
+        if wrong:
+            raise SettingError(f"--{f.name.replace('_', '-')} is {value!r}; {wrong}")
+
+
+@dataclass(frozen=True)
+class BLIPConfig:
+    """Architecture and objectives. The defaults are the paper's ViT-B/16 + BERT-base."""
+
+    image_size: int = setting(224, "pixels, square (BLIP sec. 4.1)", least=1)
+    patch_size: int = setting(16, "pixels", least=1)
+    vit_width: int = setting(768, "ViT-B", least=1)
+    vit_depth: int = setting(12, "ViT-B", least=1)
+    vit_heads: int = setting(12, "ViT-B", least=1)
+    drop_path: float = setting(0.0, "of the last ViT block; 0 for B, 0.1 for L", least=0, most=0.99)
+    grad_checkpoint: bool = setting(False, "recompute ViT activations in the backward pass: less "
+                                           "memory, more time")
+    text_width: int = setting(768, "BERT-base", least=1)
+    text_depth: int = setting(12, "BERT-base", least=1)
+    text_heads: int = setting(12, "BERT-base", least=1)
+    text_ffn: int = setting(3072, "BERT-base", least=1)
+    max_positions: int = setting(512, "BERT-base", least=4)
+    dropout: float = setting(0.1, "in MED; the ViT has none", least=0, most=0.99)
+    share: str = setting("all_but_sa", "what encoder and decoder share: all_but_sa, all, "
+                         "all_but_ca or none (Table 3)",
+                         choices=("all_but_sa", "all", "all_but_ca", "none"))
+    embed_dim: int = setting(256, "joint space of the contrastive loss", least=1)
+    queue_size: int = setting(57600, "momentum features as further negatives (released code; "
+                                     "ALBEF sec. 3.5: 65,536)", least=0)
+    momentum: float = setting(0.995, "of the momentum twins (ALBEF sec. 3.5)", least=0, most=1)
+    temp: float = setting(0.07, "initial temperature, learned", above=0)
+    temp_min: float = setting(0.001, "released code", above=0)
+    temp_max: float = setting(0.5, "released code", above=0)
+    label_smoothing: float = setting(0.1, "of the LM loss (BLIP sec. 3.2)", least=0, most=0.99)
+    hard_negatives: bool = setting(True, "ITM's negatives by similarity (ALBEF sec. 3.2); false: "
+                                         "at random")
+    negative_floor: float = setting(1e-4, "added to each negative's probability of being drawn in "
+                                          "pretraining (released code)", least=0)
+    # NOTE(differs from salesforce/BLIP): false there, true in the tiny preset.
+    mask_positives: bool = setting(False, "ITM's negatives: take the softmax over negatives alone, "
+                                          "so that the hardest stay the likeliest")
+    vocab_size: int = setting(30524, "BERT uncased + [DEC] + [ENC]", flag=False)
+    pad_id: int = setting(0, "the tokenizer's", flag=False)
+    cls_id: int = setting(101, "the tokenizer's", flag=False)
+    sep_id: int = setting(102, "the tokenizer's", flag=False)
+    dec_id: int = setting(30522, "the tokenizer's", flag=False)
+    enc_id: int = setting(30523, "the tokenizer's", flag=False)
+
+    def __post_init__(self):
+        check_settings(self)
+        for width, heads in (("vit_width", "vit_heads"), ("text_width", "text_heads")):
+            if getattr(self, width) % getattr(self, heads):
+                raise SettingError(
+                    f"--{width.replace('_', '-')} {getattr(self, width)} is not a multiple of "
+                    f"--{heads.replace('_', '-')} {getattr(self, heads)}")
+        if self.image_size % self.patch_size:
+            raise SettingError(f"--image-size {self.image_size} is not a multiple of --patch-size "
+                               f"{self.patch_size}")
+
+
+SIZES = {
+    "base": {},
+    # ViT-L/16 + BERT-base
+    "large": dict(vit_width=1024, vit_depth=24, vit_heads=16, drop_path=0.1),
+    "tiny": dict(image_size=64, vit_width=128, vit_depth=4, vit_heads=4, text_width=128,
+                 text_depth=2, text_heads=4, text_ffn=512, max_positions=64, dropout=0.0,
+                 embed_dim=64, queue_size=1024, momentum=0.99, mask_positives=True,
+                 negative_floor=0.0),
+}
 
 
 @dataclass(frozen=True)
 class TrainConfig:
     """The recipe. The defaults are the paper's for pretraining ViT-B (BLIP sec. 4.1)."""
 
-    task: str = "pretrain"  # what is trained (of TASKS): the first word of the command
-    init: str = ""  # checkpoint whose model and tokenizer a finetuning starts from
-    init_vit: str = ""  # DeiT or timm ViT weights that pretraining starts from (paper: ImageNet)
-    init_text: str = ""  # BERT weights that pretraining starts from; needs --vocab
-    preset: str = "tiny"  # tiny, base or large: sizes and recipe
-    data: str = ""  # json files, tar shards; "a.json,web/*.tar:0.2": a fifth of web an epoch
-    val: str = ""  # json of held-out pairs; a Karpathy file given as --data holds its own
-    val_split: str = "val"  # which split of a Karpathy file is held out: val or test
-    image_root: str = ""  # folder that image paths start from; none: the folder of each source
-    vocab: str = ""  # BERT's vocab.txt; none: train a WordPiece vocabulary, or take --init's
-    vocab_pieces: int = 30524  # at most so many pieces when the vocabulary is trained
-    out: str = "runs/pretrain"  # folder of the run
-    seed: int = 0  # of weights, data order, augmentation and dropout
-    epochs: int = 20  # passes over the data
-    batch_size: int = 2880  # pairs a step, over all processes and micro-batches
-    accumulate: int = 1  # micro-batches that a process adds up in a step: less memory
-    lr: float = 3e-4  # peak learning rate
-    min_lr: float = 1e-6  # where the decay ends
-    schedule: str = "step"  # step: x lr_decay an epoch; cosine; epoch_cosine: constant in an epoch
-    lr_decay: float = 0.85  # per epoch, for schedule step (paper; the released yaml has 0.9)
-    warmup_steps: int = 3000  # linear warm-up
-    warmup_lr: float = 1e-6  # where the warm-up starts
-    weight_decay: float = 0.05  # AdamW; not on biases, LayerNorms, temperature
-    beta2: float = 0.999  # AdamW
-    grad_clip: float = 0.0  # largest gradient norm; 0 does not clip
-    alpha: float = 0.4  # weight of the momentum twins' soft targets (ALBEF eq. 6)
-    alpha_epochs: float = 2.0  # alpha ramps up linearly over so many epochs
-    itc_weight: float = 1.0  # of the loss; 0 switches it off
-    itm_weight: float = 1.0  # of the loss; 0 switches it off
-    lm_weight: float = 1.0  # of the loss; 0 switches it off
-    all_negatives: bool = False  # ITM's negatives from all processes in finetuning (paper: COCO)
-    prompt: str = ""  # words before each caption, which give no loss
-    lm_only_steps: int = 0  # steps of LM alone first (warm start for tiny models; not in the paper)
-    augment: bool = True  # random crop, flip, RandAugment on photographs; the world has none
-    crop_min: float = 0.2  # smallest share of the area in a random crop
-    max_tokens: int = 30  # a longer text is cut
-    world_size: int = 60000  # train scenes in the built-in world
-    noise: float = 0.0  # share of bad texts in the built-in world (web style)
-    max_broken: float = 0.1  # stop when more than this share of images cannot be read
-    workers: int = 4  # processes that load photographs
-    device: str = "auto"  # auto, cuda, mps or cpu
-    precision: str = "auto"  # auto, bf16 or fp32; auto is bf16 on CUDA and on a CPU with AMX
-    compile: bool = False  # torch.compile the ViT: minutes at the start, then faster steps
-    log_every: int = 20  # steps
-    save_every: int = 500  # steps between checkpoints
-    save_minutes: float = 10.0  # a checkpoint at least so often, at a logged step
-    keep: int = 1  # the newest checkpoints that are kept
-    eval_size: int = 1000  # held-out items
-    eval_top_k: int = 16  # candidates that ITM re-ranks; 0 does not re-rank
-    min_length: int = 5  # tokens of a caption that evaluation generates, [DEC] and prompt included
-    max_length: int = 20  # tokens of a caption that evaluation generates, [DEC] and prompt included
+    task: str = setting("pretrain", "what is trained: the first word of the command", flag=False)
+    init: str = setting("", "checkpoint whose model and tokenizer a finetuning starts from")
+    init_vit: str = setting("", "DeiT or timm ViT weights that pretraining starts from (paper: "
+                                "ImageNet)")
+    init_text: str = setting("", "BERT weights that pretraining starts from; needs --vocab")
+    preset: str = setting("tiny", "sizes and recipe: tiny, base or large", choices=tuple(SIZES))
+    data: str = setting("", 'json files, tar shards; "a.json,web/*.tar:0.2": a fifth of web an '
+                            "epoch")
+    val: str = setting("", "json of held-out pairs; a Karpathy file given as --data holds its own")
+    val_split: str = setting("val", "which split of a Karpathy file is held out: val or test",
+                             choices=("val", "test"))
+    image_root: str = setting("", "folder that image paths start from; none: the folder of each "
+                                  "source")
+    vocab: str = setting("", "BERT's vocab.txt; none: train a WordPiece vocabulary, or take "
+                             "--init's")
+    vocab_pieces: int = setting(30524, "at most so many pieces when the vocabulary is trained",
+                                least=100)
+    out: str = setting("runs/pretrain", "folder of the run")
+    seed: int = setting(0, "of weights, data order, augmentation and dropout", least=0)
+    epochs: int = setting(20, "passes over the data", least=1)
+    min_steps: int = setting(0, "on own data: at least so many steps; epochs are added until there "
+                                "are", least=0)
+    batch_size: int = setting(2880, "pairs a step, over all processes and micro-batches", least=1)
+    accumulate: int = setting(1, "micro-batches that a process adds up in a step: less memory",
+                              least=1)
+    lr: float = setting(3e-4, "peak learning rate", above=0)
+    min_lr: float = setting(1e-6, "where the decay ends", least=0)
+    schedule: str = setting("step", "step: x lr_decay an epoch; cosine; epoch_cosine: constant in "
+                                    "an epoch", choices=("step", "cosine", "epoch_cosine"))
+    lr_decay: float = setting(0.85, "per epoch, for schedule step (paper; the released yaml has "
+                                    "0.9)", above=0, most=1)
+    warmup_steps: int = setting(3000, "linear warm-up", least=0)
+    warmup_lr: float = setting(1e-6, "where the warm-up starts", least=0)
+    weight_decay: float = setting(0.05, "AdamW; not on biases, LayerNorms, temperature", least=0)
+    beta2: float = setting(0.999, "AdamW", least=0, most=0.999999)
+    grad_clip: float = setting(0.0, "largest gradient norm; 0 does not clip", least=0)
+    alpha: float = setting(0.4, "weight of the momentum twins' soft targets (ALBEF eq. 6)", least=0,
+                           most=1)
+    alpha_epochs: float = setting(2.0, "alpha ramps up linearly over so many epochs", least=0)
+    itc_weight: float = setting(1.0, "of the loss; 0 switches it off", least=0)
+    itm_weight: float = setting(1.0, "of the loss; 0 switches it off", least=0)
+    lm_weight: float = setting(1.0, "of the loss; 0 switches it off", least=0)
+    all_negatives: bool = setting(False, "ITM's negatives from all processes in finetuning (paper: "
+                                         "COCO)")
+    prompt: str = setting("", "words before each caption, which give no loss")
+    lm_only_steps: int = setting(0, "steps of LM alone first (warm start for tiny models; not in "
+                                    "the paper)", least=0)
+    augment: bool = setting(True, "random crop, flip, RandAugment on photographs; the world has "
+                                  "none")
+    crop_min: float = setting(0.2, "smallest share of the area in a random crop", above=0, most=1)
+    max_tokens: int = setting(30, "a longer text is cut", least=3)
+    scenes: int = setting(60000, "train scenes in the built-in world", least=1)
+    noise: float = setting(0.0, "share of bad texts in the built-in world (web style)", least=0,
+                           most=1)
+    max_broken: float = setting(0.1, "stop when more than this share of images cannot be read",
+                                least=0, most=1)
+    workers: int = setting(4, "processes that load photographs", least=0)
+    device: str = setting("auto", "auto, cuda, mps or cpu")
+    precision: str = setting("auto", "auto, bf16 or fp32; auto is bf16 on CUDA and on a CPU with "
+                                     "AMX", choices=("auto", "bf16", "fp32"))
+    compile: bool = setting(False, "torch.compile the ViT: minutes at the start, then faster steps")
+    log_every: int = setting(20, "steps", least=1)
+    save_every: int = setting(500, "steps between checkpoints", least=1)
+    save_minutes: float = setting(10.0, "a checkpoint at least so often, at a logged step", least=0)
+    keep: int = setting(1, "the newest checkpoints that are kept", least=1)
+    eval_size: int = setting(1000, "held-out items", least=1)
+    eval_top_k: int = setting(16, "candidates that ITM re-ranks; 0 does not re-rank", least=0)
+    rerank_score: str = setting(
+        "released", "released: ITC cosine + ITM's matched logit; posterior: ITC cosine / "
+        "temperature + ITM's log-odds", choices=("released", "posterior"))
+    min_length: int = setting(5, "tokens of a caption that evaluation generates, [DEC] and prompt "
+                                 "included", least=1)
+    max_length: int = setting(20, "tokens of a caption that evaluation generates, [DEC] and prompt "
+                                  "included", least=2)
 
     def __post_init__(self):
-        for name, allowed in (("task", tuple(TASKS)), ("preset", tuple(SIZES)),
-                              ("schedule", ("step", "cosine", "epoch_cosine")),
-                              ("precision", ("auto", "bf16", "fp32")),
-                              ("val_split", ("val", "test"))):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} is {getattr(self, name)!r}; choose one of "
-                                 f"{', '.join(allowed)}")
-        if (min(self.batch_size, self.epochs, self.accumulate) < 1
-                or not any(self.weights().values())):
-            raise ValueError("batch_size, epochs and accumulate must be at least 1, and one of "
-                             "the loss weights above 0")
+        check_settings(self)
+        if not any(self.objective_weights().values()):
+            raise SettingError("all losses are switched off; give one of them a weight above 0")
 
-    def weights(self) -> dict[str, float]:
+    def objective_weights(self) -> dict[str, float]:
         """Objective -> weight of its loss; the paper's are 1."""
         return {name: getattr(self, f"{name}_weight") for name in OBJECTIVES}
 
 
-# BLIP sec. 5 and the released configurations: no warm-up, cosine to 0 per epoch, milder crops.
-FINETUNE = dict(schedule="epoch_cosine", warmup_steps=0, min_lr=0.0, crop_min=0.5, batch_size=256)
-TASKS = {
-    "pretrain": {},
-    "retrieval": dict(FINETUNE, out="runs/retrieval", lr=1e-5, epochs=6, max_tokens=35,
-                      alpha_epochs=1.0, lm_weight=0.0, eval_top_k=128),  # k: Flickr; COCO 256
-    "caption": dict(FINETUNE, out="runs/caption", lr=1e-5, epochs=5, max_tokens=40,
-                    itc_weight=0.0, itm_weight=0.0, prompt="a picture of"),
-    "vqa": dict(FINETUNE, out="runs/vqa", lr=2e-5, epochs=10, max_tokens=35),
-    "nlvr2": dict(FINETUNE, out="runs/nlvr2", lr=3e-5, epochs=15, max_tokens=40),
-    "visdial": dict(FINETUNE, out="runs/visdial", lr=2e-5, epochs=20, max_tokens=160,
-                    batch_size=120),  # two rounds of each dialog: 240, as in the paper
-}
-# The tiny ones are measured, not the paper's: see "The tiny preset" in the README.
-TINY = dict(batch_size=32, schedule="cosine", warmup_steps=100, beta2=0.98, grad_clip=1.0,
-            workers=1, eval_top_k=16, min_length=5, max_length=30)
-PRESETS = {
-    ("pretrain", "large"): dict(lr=2e-4, batch_size=2400),  # BLIP sec. 4.1
-    ("pretrain", "tiny"): dict(TINY, epochs=1, world_size=38400, lr=1.2e-3, alpha_epochs=0.085,
-                               lm_only_steps=200, vocab_pieces=4000),
-    ("retrieval", "large"): dict(lr=5e-6),
-    ("retrieval", "tiny"): dict(TINY, epochs=2, world_size=6400, lr=5e-4),
-    ("caption", "large"): dict(lr=2e-6),
-    ("caption", "tiny"): dict(TINY, epochs=2, world_size=12800, lr=5e-4, prompt=""),
-    ("vqa", "tiny"): dict(TINY, epochs=1, world_size=128000, lr=3e-4),
-    ("nlvr2", "tiny"): dict(TINY, epochs=1, world_size=64000, lr=3e-4),
-    ("visdial", "tiny"): dict(TINY, epochs=1, batch_size=16, world_size=40000, lr=5e-4,
-                              max_tokens=60, eval_size=200),
-}
-# Finetuning takes the model from the checkpoint and changes only this much of it on its own; the
-# rest of what may be changed is not visible in the weights.
-FINETUNE_MODEL = {  # presets base and large (BLIP, appendix A; released configurations)
-    "retrieval": dict(image_size=384), "caption": dict(image_size=384),
-    "vqa": dict(image_size=480, drop_path=0.1), "nlvr2": dict(image_size=384, drop_path=0.1),
-    "visdial": dict(image_size=384)}
-FREE_IN_FINETUNING = {"image_size", "drop_path", "grad_checkpoint", "dropout", "queue_size",
-                      "momentum", "temp_min", "temp_max", "label_smoothing", "hard_negatives"}
-# What may differ from the checkpoint when a run is resumed: nothing that the result depends on.
-FREE_ON_RESUME = {"out", "device", "workers", "log_every", "save_every", "save_minutes", "keep",
-                  "accumulate", "compile"}
-
-
-# ---- command line --------------------------------------------------------------------------------
-
-def field_help(config_class: type) -> dict[str, str]:
-    """Field -> the comment behind it in the class's source, which so documents the flag as well."""
-    return dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(config_class), re.M))
-
-
-def truth(text: str) -> bool:
-    """A flag's value: true or false."""
-    if text.lower() not in ("true", "false"):
-        raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
-    return text.lower() == "true"
-
-
-def parse(arguments: list[str], description: str) -> tuple[dict, bool]:
-    """`description` heads the help -> what was given, by field name, and whether to resume."""
-    parser = argparse.ArgumentParser(description=description, allow_abbrev=False,
-                                     usage=f"%(prog)s [{' | '.join(TASKS)}] [flags]",
-                                     epilog=recipes(),
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    task = {}
-    if arguments and not arguments[0].startswith("-"):  # argparse takes a wrong flag's value for it
-        task, arguments = {"task": arguments[0]}, arguments[1:]
-        if task["task"] not in TASKS:
-            parser.error(f"{task['task']!r} is no task; choose one of {', '.join(TASKS)}")
-    parser.add_argument("--resume", action="store_true",
-                        help="continue from checkpoint.pt in --out")
-    for title, config_class in (("training", TrainConfig), ("model", BLIPConfig)):
-        add_flags(parser.add_argument_group(title), config_class,
-                  SIZES["tiny"] if config_class is BLIPConfig else PRESETS["pretrain", "tiny"])
-    given = task | vars(parser.parse_args(arguments))
-    return given, given.pop("resume")
-
-
-def recipes() -> str:
-    """What tasks and presets change, for the help."""
-    lines = ["what tasks and presets set, unless a flag does:"]
-    for name, changes in [*TASKS.items(), *((" ".join(k), v) for k, v in PRESETS.items())]:
-        text = ", ".join(f"{field} {value!r}" for field, value in changes.items())
-        if text:
-            lines += textwrap.wrap(f"{name}: {text}", 96, initial_indent="  ",
-                                   subsequent_indent="      ")
-    return "\n".join(lines)
-
-
-def add_flags(parser, config_class: type, tiny: dict) -> None:
-    """A flag for each field, without a default, so that only what is given is there; `tiny` has the
-    defaults that differ in that preset."""
-    help_of = field_help(config_class)
-    for f in fields(config_class):
-        if f.name != "task" and "set from the tokenizer" not in help_of[f.name]:
-            other = tiny.get(f.name, f.default)
-            shown = f"default {f.default!r}" + (f", tiny {other!r}" if other != f.default else "")
-            parser.add_argument("--" + f.name.replace("_", "-"),
-                                type=truth if f.type is bool else f.type,
-                                default=argparse.SUPPRESS,
-                                help=f"{help_of[f.name]} ({shown})".replace("%", "%%"))
-
-
-def resolve(given: dict, start: dict | None = None) -> tuple[BLIPConfig, TrainConfig]:
-    """What was given, and the {model_config, train_config} of a checkpoint to start from -> model
-    and training configuration. Raises ValueError."""
-    task, start = given.get("task", TrainConfig.task), start or {}
-    trained = start.get("train_config", {})
-    preset = given.get("preset", trained.get("preset", "base" if start else TrainConfig.preset))
-    def own(config_class):
-        return {f.name: given[f.name] for f in fields(config_class) if f.name in given}
-    recipe = TrainConfig(**{**TASKS[task], **PRESETS.get((task, preset), {}), "preset": preset,
-                            **own(TrainConfig)})
-    if not start:
-        if task != "pretrain":
-            raise ValueError(f"finetuning ({task}) starts from a pretrained model: give --init "
-                             "CHECKPOINT (python train.py writes runs/pretrain/checkpoint.pt)")
-        return BLIPConfig(**{**SIZES[preset], **own(BLIPConfig)}), recipe
-    model = start["model_config"]
-    fixed = [name for name, value in own(BLIPConfig).items()
-             if name not in FREE_IN_FINETUNING and value != model[name]]
-    if fixed:
-        raise ValueError(f"--{fixed[0].replace('_', '-')} is {model[fixed[0]]} in the weights of "
-                         f"--init and cannot be {given[fixed[0]]}; leave it out")
-    if task != "pretrain" and preset != "tiny":
-        model = {**model, **FINETUNE_MODEL[task]}
-    return BLIPConfig(**{**model, **own(BLIPConfig)}), recipe
-
-
-# ---- schedules -----------------------------------------------------------------------------------
+# ---- schedules: functions of the step alone, so that a run can start anywhere --------------------
 
 def learning_rate(config: TrainConfig, step: int, steps_per_epoch: int) -> float:
     """Learning rate of a step (from 0): linear warm-up, then the schedule."""
@@ -232,19 +216,16 @@ def learning_rate(config: TrainConfig, step: int, steps_per_epoch: int) -> float
 
 
 def alpha_at(config: TrainConfig, step: int, steps_per_epoch: int) -> float:
-    """Weight of the soft targets: 0 -> alpha over alpha_epochs, counted from the first step
-    with ITC."""
+    """Weight of the soft targets: 0 -> alpha over alpha_epochs from the first step with ITC."""
     ramp = config.alpha_epochs * steps_per_epoch
-    return config.alpha * min(1.0, max(0, step - config.lm_only_steps) / ramp if ramp else 1.0)
-
-
-def objectives_of(task: str) -> tuple[str, ...]:
-    """The losses that a task trains, and that a checkpoint must have been trained with to start it
-    or to be judged by it."""
-    return tuple(name for name in OBJECTIVES if TASKS[task].get(f"{name}_weight", 1.0))
+    if not ramp:
+        return config.alpha
+    return config.alpha * min(1.0, max(0, step - config.lm_only_steps) / ramp)
 
 
 def objectives_at(config: TrainConfig, step: int) -> tuple[str, ...]:
     """The losses that are on in a step."""
-    on = tuple(name for name, weight in config.weights().items() if weight)
-    return ("lm",) if step < config.lm_only_steps and "lm" in on else on
+    active = tuple(name for name, weight in config.objective_weights().items() if weight)
+    if step < config.lm_only_steps and "lm" in active:
+        return ("lm",)
+    return active

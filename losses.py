@@ -1,7 +1,8 @@
-"""The three objectives of BLIP (sec. 3.2) as pure functions of tensors: no module, no
-configuration, no process group.
+"""The three objectives of BLIP (sec. 3.2) as pure functions of tensors.
 
-To try another objective, edit one function here or write a new one beside it.
+No module, no configuration, no process group: a function sees its arguments and nothing else. To
+try another objective, edit one function here or write a new one beside it. Constants such as the
+label smoothing are not here either: they are fields of `config.BLIPConfig`, and flags.
 
 Letters: B batch, Q queue length, E joint width, C columns (B + Q), L text tokens, V vocabulary.
 Rows are queries.
@@ -11,93 +12,104 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-LABEL_SMOOTHING = 0.1  # BLIP sec. 3.2, LM; it puts a floor under the loss: 1.358 nats at V = 30,524
-# added to every mining weight in pretraining (released code), so that no row is all zero
-NEGATIVE_FLOOR = 1e-4
-
 
 def itc_loss(image_feat: Tensor, text_feat: Tensor, image_keys: Tensor, text_keys: Tensor,
              temp: Tensor | float, alpha: float, positives: Tensor | None = None) -> Tensor:
-    """image_feat, text_feat (B, E), image_keys, text_keys (C, E) -> scalar, in nats.
-    Chance is ln C.
+    """Image-text contrastive loss with momentum soft targets, in nats. Chance is ln C.
 
-    Image-text contrastive loss with momentum soft targets (ALBEF eq. 1 and 6; BLIP sec. 3.2). All
-    features are unit vectors; keys are the momentum twins' features, this batch in the first B rows
-    (row i belongs to query i), then the queue. Targets are alpha * softmax(the twins' own
-    similarities) + (1 - alpha) * ground truth: the noisier the web texts, the more often a
-    "negative" fits the image, and the twins' opinion softens that.
-    `positives` (B, C) marks columns that are true matches where that is more than the diagonal
-    (several captions of one image in retrieval finetuning): they share the mass.
+    image_feat, text_feat (B, E), image_keys, text_keys (C, E), all of length 1 -> scalar.
+    ALBEF eq. 1 and 6; BLIP sec. 3.2. Keys are the momentum twins' features: this batch in the
+    first B rows (row i belongs to query i), then the queue. With s = similarity / temp,
+
+        p(i2t) = softmax(s(image, text keys))
+        y(i2t) = alpha * softmax(s(twins' image, text keys)) + (1 - alpha) * truth
+        loss   = mean over rows and both directions of - sum over columns of y * log p
+
+    truth is one-hot: the diagonal. The noisier the web texts, the more often a "negative" fits the
+    image, and the twins' opinion softens that. `positives` (B, C) marks columns that are true where
+    these are more than the diagonal (several captions of an image in retrieval finetuning): they
+    share the mass.
     """
     with torch.no_grad():
         if positives is None:
             truth = torch.eye(len(image_feat), len(image_keys), device=image_feat.device)
         else:
             truth = positives.float() / positives.sum(1, keepdim=True)
-        momentum_image, momentum_text = image_keys[:len(image_feat)], text_keys[:len(text_feat)]
-        target_i2t = alpha * (momentum_image @ text_keys.T / temp).softmax(1) + (1 - alpha) * truth
-        target_t2i = alpha * (momentum_text @ image_keys.T / temp).softmax(1) + (1 - alpha) * truth
+        image_feat_m, text_feat_m = image_keys[:len(image_feat)], text_keys[:len(text_feat)]
+        target_i2t = alpha * (image_feat_m @ text_keys.T / temp).softmax(1) + (1 - alpha) * truth
+        target_t2i = alpha * (text_feat_m @ image_keys.T / temp).softmax(1) + (1 - alpha) * truth
     loss_i2t = F.cross_entropy(image_feat @ text_keys.T / temp, target_i2t)
     loss_t2i = F.cross_entropy(text_feat @ image_keys.T / temp, target_t2i)
     return (loss_i2t + loss_t2i) / 2
 
 
 @torch.no_grad()
-def mine_hard_negatives(sim: Tensor, positives: Tensor,
-                        floor: float = NEGATIVE_FLOOR) -> tuple[Tensor, Tensor]:
-    """sim (B, C) already divided by the temperature, positives (B, C) -> index (B,), valid (B,).
+def mine_hard_negatives(sim: Tensor, positives: Tensor, floor: float,
+                        mask_positives: bool = False) -> tuple[Tensor, Tensor]:
+    """For each row one column that is no positive: the more alike, the likelier.
 
-    For each row one column, drawn in proportion to softmax(sim) + floor: the more alike, the
-    likelier (ALBEF sec. 3.2). A positive is never drawn. A row that has nothing but positives gets
-    valid = False (its index is 0 and means nothing), where the released code crashes.
+    ALBEF sec. 3.2. sim (B, C), divided by the temperature, positives (B, C) -> index (B,), valid
+    (B,).
+
+        weight = softmax(sim) + floor, 0 where positive
+
+    The sharper the model gets, the more of the softmax lies on the positive, until the floor
+    outweighs the rest and all negatives are about as likely. mask_positives takes the softmax over
+    the negatives alone: the hardest stay the likeliest. The floor keeps a row from being all zero.
+    A row that has nothing but positives gets valid = False (its index is 0 and means nothing),
+    where the released code crashes.
     """
-    weights = (sim.float().softmax(1) + floor).masked_fill(positives, 0)
-    # Without the floor (retrieval finetuning) all of a row's mass may underflow onto its positives.
-    weights = torch.where(weights.sum(1, keepdim=True) > 0, weights, (~positives).float())
+    sim = sim.float().masked_fill(positives, -1e4) if mask_positives else sim.float()
+    weights = (sim.softmax(1) + floor).masked_fill(positives, 0)
+    # Without a floor (retrieval finetuning) all of a row's mass may underflow onto its positives.
+    uniform = (~positives).float()
+    weights = torch.where(weights.sum(1, keepdim=True) > 0, weights, uniform)
     valid = weights.sum(1) > 0
     weights[:, 0] = torch.where(valid, weights[:, 0], 1)  # multinomial needs something to draw
     return torch.multinomial(weights, 1).squeeze(1), valid
 
 
 def itm_loss(logits: Tensor, matched: Tensor, valid: Tensor) -> Tensor:
-    """logits (P, 2), matched (P,) 0 or 1, valid (P,) -> scalar: two-class cross-entropy over the
-    valid pairs.
+    """Image-text matching: two-class cross-entropy over the valid pairs (BLIP sec. 3.2).
 
-    Image-text matching (BLIP sec. 3.2). With one matched pair to two hard negatives, chance is
-    H(1/3) = 0.6365 nats: a run whose ITM stands there has learnt nothing yet.
+    logits (P, 2), matched (P,) 0 or 1, valid (P,) -> scalar, in nats. With one matched pair to two
+    hard negatives, chance is H(1/3) = 0.6365: a run whose ITM stands there has learnt nothing yet.
     """
     loss = F.cross_entropy(logits, matched, reduction="none")
     return (loss * valid).sum() / valid.sum()
 
 
-def lm_loss(logits: Tensor, targets: Tensor, label_smoothing: float = LABEL_SMOOTHING) -> Tensor:
-    """logits (B, L, V), targets (B, L) = the NEXT token of each position, -100 where there is
-    none -> scalar.
+def lm_loss(logits: Tensor, targets: Tensor, label_smoothing: float) -> Tensor:
+    """Language modelling: mean over real tokens of the cross-entropy, in nats (BLIP sec. 3.2).
 
-    Mean over real tokens of the label-smoothed cross-entropy, in nats (BLIP sec. 3.2).
+    logits (B, L, V), targets (B, L) = the NEXT token of each position, -100 where there is none
+    -> scalar. Label smoothing e puts (1 - e) on the target and e / V on every token, which is a
+    floor under the loss: 1.358 nats at e = 0.1, V = 30,524.
     """
     return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100,
                            label_smoothing=label_smoothing)
 
 
-def text_nll(logits: Tensor, targets: Tensor, rows: Tensor, texts: int,
-             label_smoothing: float = 0.0) -> Tensor:
-    """logits (T, V) at the positions that have a target, targets (T,), rows (T,): which text each
-    belongs to -> (texts,): the negative log-likelihood of each text, in nats, summed over its
-    tokens. VQA trains and ranks answers by it (BLIP sec. 5.3)."""
-    loss = F.cross_entropy(logits.float(), targets, reduction="none",
-                           label_smoothing=label_smoothing)
-    return loss.new_zeros(texts).index_add(0, rows, loss)
-
-
 def next_token_targets(ids: Tensor, mask: Tensor, prompt_length: int = 0) -> Tensor:
-    """ids, mask (B, L) -> targets (B, L-1): position t predicts token t+1; PAD and the prompt
-    give no loss.
+    """What each position has to predict: the next token.
 
-    `prompt_length` counts the leading tokens that are given, [DEC] included
-    ("a picture of " has 4).
+    PAD and the prompt predict nothing. ids, mask (B, L) -> targets (B, L - 1), -100 where there is
+    no loss. prompt_length counts the leading tokens that are given, [DEC] included ("a picture of "
+    has 4).
     """
     targets = ids[:, 1:].masked_fill(~mask[:, 1:].bool(), -100)
     if prompt_length > 1:
         targets[:, :prompt_length - 1] = -100
     return targets
+
+
+def text_nll(logits: Tensor, targets: Tensor, rows: Tensor, texts: int,
+             label_smoothing: float = 0.0) -> Tensor:
+    """Negative log-likelihood of each text, in nats, summed over its tokens (BLIP sec. 5.3).
+
+    logits (T, V) at the T positions that have a target, targets (T,), rows (T,): the text that each
+    belongs to -> (texts,). VQA trains and ranks answers by it.
+    """
+    loss = F.cross_entropy(logits.float(), targets, reduction="none",
+                           label_smoothing=label_smoothing)
+    return loss.new_zeros(texts).index_add(0, rows, loss)

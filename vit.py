@@ -18,16 +18,17 @@ from attention import SelfAttention
 
 
 class DropPath(nn.Module):
-    """Drops a whole residual branch per sample while training (stochastic depth, Huang et
-    al. 2016)."""
+    """Drops a whole residual branch of a sample in training (stochastic depth).
+
+    Huang et al. 2016; BLIP uses it in ViT-L, and in finetuning for VQA and NLVR2.
+    """
 
     def __init__(self, rate: float):
         super().__init__()
         self.rate = rate
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, N, D) -> (B, N, D), some rows zeroed, the others scaled so that the
-        expectation stays."""
+        """(B, N, D) -> (B, N, D): some samples zeroed, the others scaled up in return."""
         if not self.training or self.rate == 0:
             return x
         keep = torch.rand(len(x), 1, 1, device=x.device) >= self.rate
@@ -53,9 +54,11 @@ class Block(nn.Module):
 
 
 class ViT(nn.Module):
-    """Arguments: image and patch size in pixels, width D, depth, heads, drop-path rate of the last
-    block (it grows linearly from 0 at the first), and whether to recompute activations in the
-    backward pass to save memory."""
+    """The image encoder.
+
+    Sizes are in pixels. drop_path is the rate of the last block: it grows linearly from 0 at the
+    first one. grad_checkpoint recomputes activations in the backward pass to save memory.
+    """
 
     def __init__(self, image_size: int, patch_size: int, width: int, depth: int, heads: int,
                  drop_path: float = 0.0, grad_checkpoint: bool = False):
@@ -73,13 +76,17 @@ class ViT(nn.Module):
         self.norm = nn.LayerNorm(width, eps=1e-6)
 
     def forward(self, image: Tensor) -> Tensor:
-        """image (B, 3, S, S), normalised with CLIP's mean and std -> tokens (B, N, D), [CLS] first.
+        """image (B, 3, S, S) -> tokens (B, N, D), [CLS] first.
 
-        S may differ from the size that the positions were made for: they are then
-        resized on the fly.
+        The image is normalised with CLIP's mean and std. S may differ from the size that the
+        positions were made for: they are resized on the fly. Raises ValueError for another shape,
+        and for bytes that nobody normalised.
         """
         if image.ndim != 4 or image.shape[1] != 3 or image.shape[2] != image.shape[3]:
             raise ValueError(f"expected images (B, 3, S, S), got {tuple(image.shape)}")
+        if not image.is_floating_point():
+            raise ValueError(f"expected normalised images, got {image.dtype}: see "
+                             "data.images.prepare_images")
         x = self.patch_embed(image).flatten(2).transpose(1, 2)
         x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], 1)
         x = x + resize_positions(self.pos_embed, x.shape[1])
@@ -92,10 +99,10 @@ class ViT(nn.Module):
 
 
 def resize_positions(pos_embed: Tensor, tokens: int) -> Tensor:
-    """pos_embed (1, 1 + g*g, D), tokens = 1 + t*t -> (1, tokens, D): [CLS] kept, the grid resized
-    bicubically.
+    """Positions for another image size: [CLS] kept, the grid resized bicubically.
 
-    How the paper goes from 224 px in pretraining to 384 px in finetuning (BLIP sec. 4.1).
+    pos_embed (1, 1 + g*g, D), tokens = 1 + t*t -> (1, tokens, D).
+    So the paper goes from 224 px in pretraining to 384 px in finetuning (BLIP sec. 4.1).
     """
     if pos_embed.shape[1] == tokens:
         return pos_embed

@@ -9,16 +9,19 @@ import torch
 from PIL import Image
 
 import train
-from blip import BLIP, BLIPConfig
-from world import World, render
+from blip import BLIP
+from config import BLIPConfig
+from world.datasets import World
+from world.scenes import render
 
 TOY = dict(image_size=32, vit_width=32, vit_depth=2, vit_heads=2, text_width=48, text_depth=2,
            text_heads=4, text_ffn=96, max_positions=32, dropout=0.0, embed_dim=16, queue_size=10,
            vocab_size=40, cls_id=2, sep_id=3, dec_id=38, enc_id=39)
 # A model that trains in seconds on anything.
 SMALL = ("--image-size 32 --vit-width 16 --vit-depth 1 --vit-heads 2 --text-width 16 --text-depth "
-         "1 --text-heads 2 --text-ffn 32 --embed-dim 8 --queue-size 20 --batch-size 8 --eval-size "
-         "12 --eval-top-k 3 --log-every 2 --warmup-steps 2 --lm-only-steps 2 --workers 0").split()
+         "1 --text-heads 2 --text-ffn 32 --embed-dim 8 --queue-size 20 --batch-size 8 --min-steps "
+         "0 --eval-size 12 --eval-top-k 3 --log-every 2 --warmup-steps 2 --lm-only-steps 2 "
+         "--workers 0").split()
 REFERENCE = Path(__file__).parents[2] / "shared" / "reference"
 
 
@@ -62,7 +65,7 @@ def photographs(folder: Path, count: int = 40) -> Path:
     world, rows = World("train", count), []
     for i in range(count):
         Image.fromarray(render(world.scene(i), 48).transpose(1, 2, 0)).save(folder / f"{i}.jpg")
-        rows += [{"image": f"{i}.jpg", "caption": world.text(i), "image_id": i}]
+        rows += [{"image": f"{i}.jpg", "caption": world.example(i).captions[0], "image_id": i}]
     (folder / "train.json").write_text(json.dumps(rows))
     (folder / "val.json").write_text(json.dumps(
         [{"image": r["image"], "caption": [r["caption"], "a " + r["caption"]]} for r in rows[:10]]))
@@ -73,7 +76,7 @@ def photographs(folder: Path, count: int = 40) -> Path:
 def pretrained(tmp_path_factory) -> Path:
     """The checkpoint of a run of a few steps."""
     out = tmp_path_factory.mktemp("pretrained") / "run"
-    assert run(out, "--world-size", 48, "--max-positions", 64, "--text-depth", 2) == 0
+    assert run(out, "--scenes", 48, "--max-positions", 64, "--text-depth", 2) == 0
     return out / "checkpoint.pt"
 
 

@@ -1,58 +1,45 @@
-"""The tables: every cell made once, means, verdicts and the paired test right."""
+"""The tables: every cell made once, means, verdicts and the paper's claims right."""
 
-import math
-import statistics
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import SMALL
+from conftest import SMALL, toy_batch, toy_model
 
 import ablate
-import webworld
-from pairs import read_json
+import blip
+import train
+from capfilt import CapFiltConfig, training_flags
+from data.files import read_json
+from reports.tables import verdicts
+from tools.judge import MEASURES
+from world.web import WorldSets
 
 TINY = " ".join(SMALL[:SMALL.index("--eval-size")]) + (
     " --log-every 2 --augment false --workers 0 --warmup-steps 2 --lm-only-steps 2")
 FINE = "--batch-size 8 --epochs 1 --augment false --workers 0"
 
 
-def settings(out: Path) -> ablate.Settings:
-    return ablate.Settings(str(out), webworld.WorldSets(24, 16, 0.5, 10), 32, TINY, FINE,
-                           TINY + " --world-size 32")
-
-
-@pytest.mark.parametrize("differences", [[1.0, 2.0, 3.0], [0.5, -0.5, 0.1], [4.0, 5.0],
-                                         [1.0, 2.0, 3.0, 4.0, 5.0]])
-def test_the_paired_test(differences):
-    """Against closed forms of Student's t (1, 2 and 4 degrees of freedom)."""
-    n = len(differences)
-    t = abs(statistics.mean(differences)) / statistics.stdev(differences) * math.sqrt(n)
-    expected = {1: 1 - 2 * math.atan(t) / math.pi, 2: 1 - t / math.sqrt(2 + t * t),
-                4: 1 - (1 + 2 / (4 + t * t)) * t / math.sqrt(4 + t * t)}[n - 1]
-    assert ablate.paired_test(differences) == pytest.approx(expected, abs=1e-6)
-    assert ablate.paired_test([-d for d in differences]) == pytest.approx(expected, abs=1e-6)
-
-
-def test_one_seed_proves_nothing():
-    assert ablate.paired_test([5.0]) == 1.0 and ablate.paired_test([0.0, 0.0]) == 1.0
+def regime(out: Path) -> ablate.Regime:
+    return ablate.Regime(str(out), WorldSets(24, 16, 0.5, 10), 32, training_flags(TINY),
+                         training_flags(FINE), training_flags(TINY + " --scenes 32"))
 
 
 def test_verdicts_and_the_table():
     def cell(*values):
-        return [{**dict.fromkeys(webworld.MEASURES, value), "minutes": 2.0} for value in values]
+        return [{**dict.fromkeys(MEASURES, value), "minutes": 2.0} for value in values]
     experiment = ablate.Experiment("A table", {"a": None, "b": None}, {"a": (60.7, 78.4, 127.8)},
                                    (("a", "b"),))
     cells = {"a": cell(0.5, 0.6, 0.7), "b": cell(0.4, 0.4, 0.4)}
-    found = ablate.verdicts(experiment, cells)
+    found = verdicts(experiment.claims, MEASURES, cells)
     assert len(found) == 4 and all(v["came_out"] for v in found)
     assert found[0]["difference"] == pytest.approx(0.2)
     assert found[0]["p"] == pytest.approx(1 - 12 ** 0.5 / 14 ** 0.5)
     out = Path("somewhere")
-    text = ablate.markdown(experiment, cells, "python ablate.py x", settings(out), [0, 1, 2])
+    text = ablate.markdown(experiment, cells, "python ablate.py x", regime(out), [0, 1, 2])
     assert f"| a |{' 60.0 ± 10.0 |' * 4} 2.0 | 60.7 | 78.4 | 127.8 |" in text
     assert "| a > b | yes: +20.0 (p 0.07) |" in text
-    worse = ablate.verdicts(experiment, {"a": cells["b"], "b": cells["a"]})
+    worse = verdicts(experiment.claims, MEASURES, {"a": cells["b"], "b": cells["a"]})
     assert not any(v["came_out"] for v in worse)
 
 
@@ -67,26 +54,26 @@ def test_the_papers_numbers_follow_its_claims():
 
 def test_sets_and_models_are_made_once(tmp_path, monkeypatch):
     """Table 1's cells learn from what they say that they learn from, and share what they can."""
-    lab, made = ablate.Lab(settings(tmp_path), 0), []
-    original = ablate.trained
-    def counting(folder, *flags):
-        made.append(flags)
-        return original(folder, *flags)
-    monkeypatch.setattr(ablate, "trained", counting)
-    monkeypatch.setattr("capfilt.trained", counting)
-    monkeypatch.setattr(ablate, "CapFiltConfig", lambda: ablate.capfilt.__globals__[
-        "CapFiltConfig"](threshold=0.35))
+    cache, made = ablate.ExperimentCache(regime(tmp_path), 0), []
+    original = train.train_into
+    def counting(folder, given):
+        made.append(given)
+        return original(folder, given)
+    monkeypatch.setattr(train, "train_into", counting)
+    monkeypatch.setattr(ablate, "CapFiltConfig", lambda: CapFiltConfig(threshold=0.35))
     cells = ablate.EXPERIMENTS["table1"].cells
-    paths = {name: cell(lab) for name, cell in cells.items()}
+    paths = {name: cell(cache) for name, cell in cells.items()}
     assert len(set(paths.values())) == 4
-    assert sorted(flags[0] for flags in made) == ["caption", *["pretrain"] * 4, "retrieval"]
+    assert sorted(given.get("task", "pretrain") for given in made) == [
+        "caption", *["pretrain"] * 4, "retrieval"]
     count = len(made)
-    assert {name: cell(ablate.Lab(settings(tmp_path), 0)) for name, cell in cells.items()} == paths
+    again = ablate.ExperimentCache(regime(tmp_path), 0)
+    assert {name: cell(again) for name, cell in cells.items()} == paths
     assert len(made) == count
-    folder = lab.capfilt()
+    folder = cache.capfilt()
     kept, rejected = (read_json(folder / f"{n}.json") for n in ("bootstrapped", "rejected"))
     def of(web, synthetic):
-        texts = read_json(lab.texts(folder, web, synthetic)[0])
+        texts = read_json(cache.texts(folder, web, synthetic)[0])
         return sorted((t["image"], t["caption"], t["source"]) for t in texts)
     def pick(records, *sources):
         return [(t["image"], t["caption"], t["source"]) for t in records if t["source"] in sources]
@@ -102,7 +89,7 @@ def test_the_command(tmp_path, capsys):
     """Two cells of two processes; the second command trains nothing."""
     flags = ["losses", "--seeds", "1", "--jobs", "2", "--device", "cpu", "--out",
              str(tmp_path / "runs"), "--results", str(tmp_path / "results"), "--held-out", "10",
-             "--losses", TINY + " --world-size 32"]
+             "--losses", TINY + " --scenes 32"]
     assert ablate.main(flags) == 0
     table = (tmp_path / "results" / "losses.md").read_text()
     assert "| without hard negatives |" in table and table in capsys.readouterr().out
@@ -116,21 +103,15 @@ def test_the_command(tmp_path, capsys):
     assert before == {p: p.stat().st_mtime_ns for p in tmp_path.rglob("checkpoint.pt")}
 
 
-def test_random_negatives_instead_of_hard_ones():
+def test_random_negatives_instead_of_hard_ones(monkeypatch):
     """--hard-negatives false: every other item of the batch is drawn alike."""
-    from conftest import toy_batch, toy_model
-
-    import losses
     seen = []
-    original = losses.mine_hard_negatives
+    original = blip.mine_hard_negatives
     def mine(sim, *rest):
         seen.append(sim)
         return original(sim, *rest)
     for hard in (True, False):
-        losses.mine_hard_negatives = mine
-        try:
-            toy_model(hard_negatives=hard)(**toy_batch())
-        finally:
-            losses.mine_hard_negatives = original
+        monkeypatch.setattr(blip, "mine_hard_negatives", mine)
+        toy_model(hard_negatives=hard)(**toy_batch())
     assert all(sim.std() > 0 for sim in seen[:2]) and all((sim == 0).all() for sim in seen[2:])
     assert torch.equal(seen[2], torch.zeros(4, 4))

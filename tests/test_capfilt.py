@@ -9,7 +9,6 @@ import subprocess
 import sys
 import tarfile
 import time
-import tracemalloc
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -17,15 +16,20 @@ import pytest
 import torch
 from conftest import SMALL, TOY, toy_model
 from PIL import Image
+from tqdm import tqdm
 
 import capfilt
-import checkpoints
-import shards
-import webworld
-from captioning import Decoding
-from data import Tokenizer, clean_caption, load_image, normalise
-from pairs import Pair, Rows, read_json
-from world import World, all_captions, is_true
+from data.datasets import Pair
+from data.files import read_json
+from data.images import load_image, prepare_images
+from data.shards import Shard
+from data.sources import PairIndex
+from data.text import Tokenizer, clean_caption
+from tasks.captioning import Decoding
+from training import checkpoints
+from world.datasets import World
+from world.language import all_captions, is_true
+from world.web import WorldSets, truth_of_set
 
 ROOT = Path(__file__).parents[1]
 UNTRAINED = {"caption": {"itc_weight": 0.0, "itm_weight": 0.0}, "retrieval": {"lm_weight": 0.0}}
@@ -36,7 +40,7 @@ def files(tmp_path_factory) -> Path:
     """web.json (50 pairs, two of them broken, one image with two texts), human.json, shards/*.tar
     with the web pairs again, two captioners and two filters (toys: random weights)."""
     folder = tmp_path_factory.mktemp("capfilt")
-    webworld.WorldSets(50, 12, 0.5).save(folder, 0)
+    WorldSets(50, 12, 0.5).save(folder, 0)
     web = read_json(folder / "web.json")
     (folder / web[7]["image"]).write_bytes(b"not a picture")
     (folder / web[30]["image"]).unlink()
@@ -108,48 +112,58 @@ def test_without_a_filter_all_is_kept():
 
 def test_scores_are_those_of_one_text_with_one_image(files, whole):
     """Batching, padding and stacking change nothing."""
-    model, tokenizer, _ = checkpoints.open_model(files / "retrieval3.pt")
+    trained = capfilt.open_filter(files / "retrieval3.pt", {}, torch.device("cpu"))
+    model = trained.model
     records = read_json(whole / "bootstrapped.json") + read_json(whole / "rejected.json")
     judged = [r for r in records if r["source"] != "human"]
     for record in judged[::9]:
-        image = normalise(load_image(files / record["image"], 32)[None])
-        ids, mask = tokenizer.encode([clean_caption(record["caption"])], 30)
+        image = prepare_images(load_image(files / record["image"], 32)[None], "cpu")
+        ids, mask = trained.tokenizer.encode([clean_caption(record["caption"])], 30)
         with torch.no_grad():
             logits = model.match(model.med.project(model.vit(image)), ids, mask)
         assert record["itm"] == pytest.approx([logits.softmax(-1)[0, 1].item()], abs=2e-4)
         assert record["kept"] == (record["itm"][0] >= THRESHOLD)
 
 
-def test_an_image_is_encoded_and_projected_once_for_each_role(files):
+def make_shard(folder: Path, pairs: list[Pair], seed: int = 0) -> Shard:
+    """A shard of random pictures."""
+    folder.mkdir(exist_ok=True)
+    torch.manual_seed(0)
+    for pair in pairs:
+        pixels = torch.randint(0, 255, (32, 32, 3), dtype=torch.uint8)
+        Image.fromarray(pixels.numpy()).save(folder / pair.image)
+    return Shard(folder / "shard.json", pairs, str(folder), seed, tqdm(disable=True))
+
+
+def test_an_image_is_encoded_and_projected_once_for_each_model(files, tmp_path):
     device = torch.device("cpu")
-    roles = [capfilt.Role.open(files / f"{name}.pt", task, {}, device)
-             for name, task in (("caption1", "caption"), ("retrieval3", "retrieval"))]
+    captioner = capfilt.open_captioner(files / "caption1.pt", {}, device)
+    filter = capfilt.open_filter(files / "retrieval3.pt", {}, device)
     seen = []
-    for role in roles:
-        for module in (role.model.vit, role.model.med):
-            name = "forward" if module is role.model.vit else "project"
+    for number, trained in enumerate((captioner.trained, filter)):
+        for module, name in ((trained.model.vit, "forward"), (trained.model.med, "project")):
             original = getattr(module, name)
-            def counting(x, *rest, original=original, label=(role.digest, name)):
+            def counting(x, *rest, original=original, label=(number, name)):
                 seen.append((*label, len(x)))
                 return original(x, *rest)
             setattr(module, name, counting)
     pairs = [Pair(f"{i}.png", ("a red circle", "a box"), i) for i in range(3)]
-    pictures = {32: torch.randint(0, 255, (3, 3, 32, 32), dtype=torch.uint8)}
-    texts = capfilt.caption_and_filter(pairs, pictures, roles[:1], roles[1:],
-                                       capfilt.CapFiltConfig(captions=4), 0)
+    records = capfilt.caption_and_filter(make_shard(tmp_path, pairs), [captioner], [filter],
+                                         capfilt.CapFiltConfig(captions=4))
+    texts = [record["texts"] for record in records]
+    assert len(texts) == 3
     assert all(len(row) > 4 and all("itm" in text for text in row) for row in texts)
-    assert sorted(seen) == sorted((role.digest, name, 3) for role in roles
-                                  for name in ("forward", "project"))
+    assert sorted(seen) == [(number, name, 3) for number in (0, 1)
+                            for name in ("forward", "project")]
 
 
-def test_a_text_that_says_the_same_is_judged_once(files, monkeypatch):
-    device = torch.device("cpu")
-    captioner = capfilt.Role.open(files / "caption1.pt", "caption", {}, device)
-    monkeypatch.setattr(capfilt, "captions_of", lambda *a, **k: [
+def test_a_text_that_says_the_same_is_judged_once(files, tmp_path, monkeypatch):
+    captioner = capfilt.open_captioner(files / "caption1.pt", {}, torch.device("cpu"))
+    monkeypatch.setattr(capfilt, "write_captions", lambda *a, **k: [
         [("a red circle", -1.0), ("a box", -2.0), ("a box", -3.0), ("", -9.0)]])
-    texts, = capfilt.caption_and_filter([Pair("x", ("A red circle.",), 0)], {32: None}, [captioner],
-                                        [], capfilt.CapFiltConfig(captions=4), 0)
-    assert [t["caption"] for t in texts] == ["A red circle.", "a box"]
+    shard = make_shard(tmp_path, [Pair("x.png", ("A red circle.",), 0)])
+    record, = capfilt.caption_and_filter(shard, [captioner], [], capfilt.CapFiltConfig(captions=4))
+    assert [t["caption"] for t in record["texts"]] == ["A red circle.", "a box"]
 
 
 # ---- what is written ----
@@ -181,7 +195,7 @@ def test_train_reads_it(files, whole, tmp_path):
     from conftest import run as train
     root = read_json(whole / "report.json")["image_root"]
     assert train(tmp_path / "r", "--data", whole / "bootstrapped.json", "--image-root", root) == 0
-    rows = Rows.of(str(whole / "bootstrapped.json"), root, tmp_path)
+    rows = PairIndex.open(str(whole / "bootstrapped.json"), root, tmp_path)
     assert len(rows) == len(read_json(whole / "bootstrapped.json"))
 
 
@@ -251,7 +265,7 @@ def test_nucleus_by_default_and_other_samples_with_another_seed(files, whole, tm
     assert set(texts(tmp_path / "s")) != set(texts(whole))
     # no two batches draw the same numbers
     assert len(set(texts(whole))) > 40
-    assert read_json(whole / "settings.json")["captioners"][0]["method"] == "nucleus"
+    assert read_json(whole / "settings.json")["captioners"][0][1]["method"] == "nucleus"
 
 
 def test_in_bfloat16(files, whole, tmp_path):
@@ -265,54 +279,6 @@ def test_in_bfloat16(files, whole, tmp_path):
     assert sum(abs(ours[key] - exact[key]) for key in exact) / len(exact) < 0.05
 
 
-@pytest.mark.slow
-def test_memory_does_not_grow_with_the_web(files, tmp_path):
-    """Ten times as many images: the same peak."""
-    def peak(count):
-        folder = tmp_path / str(count)
-        folder.mkdir()
-        (folder / "web.json").write_text(json.dumps(
-            [{"image": f"web/000000.png?{i}", "caption": f"text {i}"} for i in range(count)]))
-        web = Rows.of(str(folder / "web.json"), files, folder)
-        def judge(pairs, pictures, seed):
-            return [[{"caption": p.captions[0], "source": "web", "kept": True}] for p in pairs]
-        tracemalloc.start()
-        paths = shards.judge_all(web, judge, {16}, folder, {}, 500, 32, 0, 0)
-        report = shards.merge(paths, web, None, folder)
-        found = tracemalloc.get_traced_memory()[1]
-        tracemalloc.stop()
-        assert report["web_kept"] == count
-        return found
-    shards.load_image = lambda source, size: torch.zeros(3, size, size, dtype=torch.uint8)
-    try:
-        few, many = peak(2000), peak(20000)
-    finally:
-        shards.load_image = load_image
-    assert many < 1.1 * few
-
-
-def test_every_batch_draws_other_numbers_and_the_same_ones_again(files, tmp_path):
-    """The seed of a batch is a function of the seed, the shard and the batch."""
-    def seeds(folder, seed):
-        found = []
-        def judge(pairs, pictures, batch_seed):
-            found.append(batch_seed)
-            return [[] for _ in pairs]
-        web = Rows.of(str(files / "web.json"), None, tmp_path / "index")
-        shards.judge_all(web, judge, {16}, folder, {}, 10, 4, seed, 0)
-        return found
-    first = seeds(tmp_path / "a", 0)
-    assert len(first) == len(set(first)) > 10 and first == seeds(tmp_path / "b", 0)
-    assert not set(first) & set(seeds(tmp_path / "c", 1))
-
-
-def test_an_images_rows_are_never_parted():
-    rows = [Pair(image, ("t",), 0) for image in "aabbbbccdd"]
-    assert shards.shard_bounds(rows, 3) == [(0, 6), (6, 10)]
-    assert shards.shard_bounds(rows, 4) == [(0, 6), (6, 8), (8, 10)]
-    assert shards.shard_bounds(rows, 100) == [(0, 10)]
-
-
 # ---- interruptions ----
 
 def same(a: Path, b: Path) -> bool:
@@ -323,9 +289,9 @@ def same(a: Path, b: Path) -> bool:
 def test_killed_in_the_middle_of_a_shard(files, whole, tmp_path):
     """kill -9, then the same command: the same set, no finished shard done again."""
     out = tmp_path / "out"
-    slow = ("import sys, time, capfilt; original = capfilt.caption_and_filter\n"
+    slow = ("import sys, time, capfilt; original = capfilt.add_itm_scores\n"
             "def slowly(*a):\n    time.sleep(0.15)\n    return original(*a)\n"
-            "capfilt.caption_and_filter = slowly; capfilt.main(sys.argv[1:])")
+            "capfilt.add_itm_scores = slowly; capfilt.main(sys.argv[1:])")
     process = subprocess.Popen([sys.executable, "-c", slow,
                                 *arguments(files, out, "--threshold", THRESHOLD)], cwd=ROOT,
                                stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -400,7 +366,7 @@ def test_mistakes_are_one_sentence(files, whole, tmp_path, capsys):
     assert not list((tmp_path / "out").glob("shards/*"))
     assert "--captions 5 by beam search need --beams 5" in error(
         ("--method", "beam"), ("--captions", 5))
-    assert "--keep is all, best or sample" in error(("--keep", "some"))
+    assert "--keep is 'some'; choose one of all, best, sample" in error(("--keep", "some"))
     assert "holds shards made with another threshold" in error(
         ("--out", whole), ("--threshold", 0.7))
     assert "--rounds needs --finetune and --pretrain" in error(("--rounds", 2))
@@ -436,7 +402,7 @@ def test_two_rounds_in_the_world(tmp_path, capsys):
 
 
 def test_the_world_knows_what_is_true(tmp_path):
-    sets = webworld.WorldSets(40, 5, 0.5)
+    sets = WorldSets(40, 5, 0.5)
     web = sets.web(0)
     sets.save(tmp_path, 0)
     records = read_json(tmp_path / "web.json")
@@ -448,7 +414,7 @@ def test_the_world_knows_what_is_true(tmp_path):
             [{**records[i], "source": source} for i, source in rows]))
     write("bootstrapped", [(wrong, "web"), (right[0], "web"), (right[1], "synthetic")])
     write("rejected", [(right[2], "web")])
-    assert webworld.truth(tmp_path, web) == {
+    assert truth_of_set(tmp_path, web) == {
         "web_true": 2 / 3, "web_kept_true": 1 / 2, "web_true_kept": 1 / 2,
         "synthetic_true": 1.0, "synthetic_kept_true": 1.0, "synthetic_true_kept": 1.0}
 
@@ -456,18 +422,17 @@ def test_the_world_knows_what_is_true(tmp_path):
 def test_the_files_show_the_worlds_scenes(tmp_path):
     path = World("train", 5, noise=0.5).save(tmp_path, "web")
     records, world = read_json(path), World("train", 5, noise=0.5)
-    assert [r["caption"] for r in records] == [world[i]["text"] for i in range(5)]
+    assert [r["caption"] for r in records] == [world[i]["example"].captions[0] for i in range(5)]
     image = load_image(tmp_path / records[3]["image"], 64)
     assert torch.equal(image, world[3]["image"])
 
 
-def test_sampling_is_a_function_of_the_seed(files):
-    role = capfilt.Role.open(files / "caption1.pt", "caption", {}, torch.device("cpu"))
-    pairs = [Pair("x", ("a box",), 0)] * 3
-    pictures = {32: torch.randint(0, 255, (3, 3, 32, 32), dtype=torch.uint8)}
+def test_sampling_is_a_function_of_the_seed(files, tmp_path):
+    captioner = capfilt.open_captioner(files / "caption1.pt", {}, torch.device("cpu"))
+    pairs = [Pair(f"{i}.png", ("a box",), i) for i in range(3)]
     def texts(seed):
-        found = capfilt.caption_and_filter(pairs, pictures, [role], [], capfilt.CapFiltConfig(),
-                                           seed)
-        return [text["caption"] for row in found for text in row]
+        records = capfilt.caption_and_filter(make_shard(tmp_path, pairs, seed), [captioner], [],
+                                             capfilt.CapFiltConfig())
+        return [text["caption"] for record in records for text in record["texts"]]
     assert texts(1) == texts(1) != texts(2)
-    assert replace(role.how, method="beam") == Decoding(max_length=12, method="beam")
+    assert replace(captioner.decoding, method="beam") == Decoding(max_length=12, method="beam")

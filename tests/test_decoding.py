@@ -8,7 +8,8 @@ import pytest
 import torch
 from conftest import reference, toy_batch, toy_model
 
-from blip import BLIP, BLIPConfig
+from blip import BLIP
+from config import BLIPConfig
 from decoding import (
     beam_search,
     draw_token,
@@ -17,7 +18,7 @@ from decoding import (
     top_k_filter,
     top_p_filter,
 )
-from weights import decoder_names, vit_names
+from weights.names import decoder_names, vit_names
 
 EOS = 0
 

@@ -2,21 +2,31 @@
 
 import json
 import os
+from dataclasses import asdict
 
 import pytest
 import torch
 from conftest import photographs, toy_model
 from PIL import Image
 
-import checkpoints
-import demo
 import eval
-from captioning import Decoding
-from data import Tokenizer, normalise
-from metrics import caption_scores
-from world import ATTRIBUTES, World, all_captions
+from config import TrainConfig
+from data.images import prepare_images
+from data.text import Tokenizer
+from reports.metrics import caption_scores
+from tasks import captioning, pretraining
+from tasks.task import EvalSettings, TrainedModel
+from tools import demo
+from training import checkpoints
+from world.datasets import World
+from world.language import all_captions
+from world.scenes import ATTRIBUTES
 
-CPU = torch.device("cpu")
+
+def toy_trained() -> TrainedModel:
+    tokenizer = Tokenizer.train(all_captions(300), 400)
+    model = toy_model(**tokenizer.config()).eval()
+    return TrainedModel(model, tokenizer, asdict(TrainConfig(min_length=5, max_length=20)))
 
 
 def write(path, content):
@@ -31,30 +41,32 @@ def metrics(folder) -> dict:
 # ---- benchmarks ----
 
 def test_a_model_that_ignores_the_image_earns_chance_on_swaps(monkeypatch):
-    tokenizer, world = Tokenizer.train(all_captions(300), 400), World("held-out", 6, 32)
-    model = toy_model(**tokenizer.config()).eval()
-    monkeypatch.setattr(type(model), "match", lambda self, kv, ids, mask: torch.zeros(len(ids), 2))
-    numbers, _ = eval.evaluate_pretraining(model, tokenizer, world, CPU, 0, 30, Decoding())
+    trained, world = toy_trained(), World("held-out", 6, 32)
+    monkeypatch.setattr(type(trained.model), "match",
+                        lambda self, kv, ids, mask: torch.zeros(len(ids), 2))
+    numbers = pretraining.evaluate(trained, world, EvalSettings(top_k=0)).numbers
     assert numbers["itm_swap"] == 0.0 and set(numbers["itm_swap_by"]) == set(ATTRIBUTES)
     assert numbers["chance"]["itm_swap"] == 0.5 and "t2i_r1_rerank" not in numbers
 
 
 def test_perfect_and_constant_captions_in_the_world(monkeypatch):
-    world, tokenizer = World("held-out", 20, 32), Tokenizer.train(all_captions(300), 400)
-    model = toy_model(**tokenizer.config()).eval()
-    def answers(texts):
-        monkeypatch.setattr(eval, "caption_all", lambda *args: (
-            [{"index": i, "caption": texts[i], "references": []} | {"references": ["x"]}
-             for i in range(20)], []))
-        return eval.evaluate_captions(model, tokenizer, world, CPU, Decoding())
-    numbers, sections, records = answers([world.references(i)[2] for i in range(20)])
+    world, trained = World("held-out", 20, 32), toy_trained()
+    def evaluate(texts):
+        monkeypatch.setattr(captioning, "caption_all", lambda *args: (
+            [{"index": i, "caption": texts[i], "example": world.example(i)} for i in range(20)],
+            []))
+        return captioning.evaluate(trained, world, EvalSettings())
+    found = evaluate([world.references(i)[2] for i in range(20)])
+    numbers = found.numbers
     assert numbers["caption_true"] == 1.0 and numbers["cider"] > 3 and numbers["bleu4"] > 0.99
-    assert [title.split(",")[1].split()[0] for title, _ in sections] == ["best", "worst", "random"]
+    titles = [title for title, _ in found.sections]
+    assert titles[0] == "captions: 100 % are wholly true; three right, three wrong"
+    assert [title.split(",")[1].split()[0] for title in titles[1:]] == ["best", "worst", "random"]
     constant = numbers["constant"]["caption"]
-    same, *_ = answers([constant] * 20)
+    same = evaluate([constant] * 20).numbers
     assert same["cider"] == pytest.approx(numbers["constant"]["cider"])
     # A caption whose facts hold but that leaves one out is not wholly true.
-    vague, *_ = answers([f"on a {world.scene(i).background} background" for i in range(20)])
+    vague = evaluate([f"on a {world.scene(i).background} background" for i in range(20)]).numbers
     assert vague["caption_true"] == 0.0 and vague["caption_facts_hold"] == 1.0
 
 
@@ -107,7 +119,7 @@ def test_nocaps_by_domain(tmp_path, pretrained):
     folder, out = photographs(tmp_path), tmp_path / "n"
     content = {"images": [{"id": i, "file_name": f"{i}.jpg", "domain": ("in", "near", "out")[i % 3]}
                           for i in range(9)],
-               "annotations": [{"image_id": i, "caption": World("train", 9).text(i)}
+               "annotations": [{"image_id": i, "caption": World("train", 9).example(i).captions[0]}
                                for i in range(9)]}
     data = write(folder / "nocaps.json", content)
     assert eval.main(["nocaps", "--checkpoint", str(pretrained), "--data", str(data), "--out",
@@ -186,50 +198,52 @@ def test_search_orders_by_both_heads_and_keeps_features(tmp_path, pretrained, mo
     assert eval.main(asked) == 0
     first = capsys.readouterr().out
     assert first.count(".jpg") == 3 and Image.open(out / "search.png").size[0] > 300
-    encoded, batches = [], demo.batches
+    encoded, batches = [], demo.picture_batches
     def watch(paths, *args):
         encoded.append([path.name for path in paths])
         return batches(paths, *args)
-    monkeypatch.setattr(demo, "batches", watch)
+    monkeypatch.setattr(demo, "picture_batches", watch)
     assert eval.main(asked) == 0 and capsys.readouterr().out == first
     Image.new("RGB", (40, 40), "red").save(folder / "4.jpg")  # another picture: encoded again
     assert eval.main(asked) == 0
     os.utime(folder / "5.jpg", (1, 1))
     assert eval.main(asked) == 0
     assert encoded == [[], ["4.jpg"], ["5.jpg"]]
-    model, tokenizer = checkpoints.load_model(pretrained)
-    paths = demo.pictures_in([folder])
-    hits = demo.search(model, tokenizer, "a red circle", paths, CPU, pretrained, out, len(paths))
-    expected = [demo.match(model, tokenizer, demo.open_picture(h["image"], 32), "a red circle", CPU)
+    trained = checkpoints.open_model(pretrained)
+    model, paths = trained.model, demo.find_pictures([folder])
+    hits = demo.search(trained, "a red circle", paths, pretrained, out, len(paths))
+    expected = [demo.match(trained, demo.open_picture(h["image"], 32), "a red circle")
                 for h in hits]
     assert [(h["itc"], h["itm"]) for h in hits] == [
         pytest.approx(pair, abs=1e-4) for pair in expected]
     scores = []
-    for hit in hits:  # best first by ITC similarity + matched logit
-        tokens, feat = model.encode_image(normalise(demo.open_picture(hit["image"], 32)[None]))
-        text = tokenizer.encode(["a red circle"])
+    for hit in hits:  # best first by ITC cosine / temperature + ITM's log-odds (tiny preset)
+        image = prepare_images(demo.open_picture(hit["image"], 32)[None], "cpu")
+        tokens, feat = model.encode_image(image)
+        text = trained.tokenizer.encode(["a red circle"], 30)
         logits = model.match(model.med.project(tokens), *text)
-        scores.append((logits[0, 1] + (model.encode_text(*text) @ feat.T)[0, 0]).item())
+        cosine = (model.encode_text(*text) @ feat.T)[0, 0]
+        scores.append((cosine / model.temp + logits[0, 1] - logits[0, 0]).item())
     assert scores == sorted(scores, reverse=True) and len(set(scores)) > 1
 
 
 def test_attention_maps_are_gradient_weighted_cross_attention():
-    tokenizer = Tokenizer.train(all_captions(300), 400)
-    model = toy_model(**tokenizer.config()).eval()
+    trained = toy_trained()
+    model = trained.model
     image = torch.randint(0, 256, (3, 32, 32), dtype=torch.uint8)
-    words, heat, _ = demo.attention(model, tokenizer, image, "A red circle.", CPU, layer=1)
+    words, heat, _ = demo.attention(trained, image, "A red circle.", layer=1)
     assert words == ["a", "red", "circle"] and heat.shape == (3, 32, 32)
     assert heat.amax((1, 2)).tolist() == pytest.approx([1, 1, 1]) and heat.min() >= 0
     # Two layers: the default is the first, since from the last one no word reaches [ENC].
-    assert torch.equal(demo.attention(model, tokenizer, image, "A red circle.", CPU)[1], heat)
+    assert torch.equal(demo.attention(trained, image, "A red circle.")[1], heat)
     with pytest.raises(ValueError, match="--layer 2 cannot be shown; of the model's 2 layers 1"):
-        demo.attention(model, tokenizer, image, "red", CPU, layer=2)
+        demo.attention(trained, image, "red", layer=2)
     # An image that says nothing (all its value vectors are zero) keeps its attention but loses its
     # gradient: without the weighting the map would not be 0.
     with torch.no_grad():
         for layer in model.med.layers:
             layer.cross_attn.attn.kv.weight[48:] = 0
-    assert demo.attention(model, tokenizer, image, "red", CPU, layer=1)[1].max() < 1e-3
+    assert demo.attention(trained, image, "red", layer=1)[1].max() < 1e-3
 
 
 def test_match_and_attend(tmp_path, pretrained, capsys):
@@ -241,19 +255,29 @@ def test_match_and_attend(tmp_path, pretrained, capsys):
     assert Image.open(tmp_path / "a/attention.png").size[0] > 300
 
 
+def test_a_small_gallery_is_ranked_whole(tmp_path, pretrained, capsys):
+    assert eval.main(["retrieval", "--checkpoint", str(pretrained), "--size", "5", "--top-k", "6",
+                      "--out", str(tmp_path / "r")]) == 0
+    assert "there are 5 images: ITM re-ranks them all" in capsys.readouterr().out
+    assert metrics(tmp_path / "r")["top_k"] == 5
+    folder = photographs(tmp_path / "p", 3)
+    assert eval.main(["search", "x", "--images", str(folder), "--checkpoint", str(pretrained),
+                      "--out", str(tmp_path / "s")]) == 0
+    assert capsys.readouterr().out.count(".jpg") == 3
+
+
 @pytest.mark.parametrize("arguments, message", [
     (["caption", "--checkpoint", "RETRIEVAL"], "is a checkpoint of another task (retrieval): it "
                                                "was trained without LM"),
     (["retrieval", "--checkpoint", "CAPTION"], "trained without ITC and ITM"),
-    (["retrieval", "--checkpoint", "C", "--size", "5", "--top-k", "6"],
-     "--top-k 6 is larger than the gallery of 5 images"),
-    (["search", "x", "--images", "FOLDER", "--checkpoint", "C", "--top-k", "4"],
-     "--top-k 4 is larger than the gallery of 3 pictures"),
+    (["retrieval", "--checkpoint", "C", "--size", "5", "--top-k", "-1"],
+     "--top-k is -1; it must be at least 0"),
     (["describe", "FOLDER", "--checkpoint", "C", "--prompt", "a " * 30, "--max-length", "20"],
      "has 30 tokens, which leaves no room in --max-length 20"),
     (["describe", "FOLDER", "--checkpoint", "C", "--max-length", "999"],
      "--max-length 999 is more than the model's 64 positions"),
-    (["describe", "FOLDER", "--checkpoint", "C", "--method", "greedy"], "choose beam or nucleus"),
+    (["describe", "FOLDER", "--checkpoint", "C", "--method", "greedy"],
+     "--method is 'greedy'; choose one of beam, nucleus"),
     (["describe", "nowhere", "--checkpoint", "C"], "nowhere does not exist"),
     (["match", "nowhere.jpg", "x", "--checkpoint", "C"], "picture nowhere.jpg cannot be read"),
     (["match", "x.jpg", "x", "--checkpoint", "nothing.pt"], "nothing.pt does not exist"),

@@ -66,7 +66,7 @@ def test_mining_prefers_the_hard_and_never_returns_a_positive():
     torch.manual_seed(0)
     sim = torch.tensor([[9.0, 5.0, 1.0, 1.0]]).expand(2000, 4)
     positives = torch.tensor([[True, False, False, False]]).expand(2000, 4)
-    index, valid = mine_hard_negatives(sim, positives)
+    index, valid = mine_hard_negatives(sim, positives, floor=1e-4)
     share = torch.bincount(index, minlength=4) / 2000
     assert valid.all() and share[0] == 0
     # softmax(9,5,1,1) + 1e-4: 0.01797, 0.00033, 0.00033 (+ 1e-4) -> 0.955 of what is left.

@@ -5,9 +5,13 @@ import torch
 from conftest import TOY, reference, toy_batch, toy_model
 
 import blip
-from attention import Linear, attend, linear
-from blip import BLIP, BLIPConfig, CaptionStep
-from med import MED
+from attention import attend
+from blip import BLIP, init_weights
+from config import BLIPConfig
+from med import MED, DecoderStep
+from training.precision import CPULinear, linear_of_few_rows, speed_up_generation
+from training.reach import freeze_unreached
+from training.run import trainable_names
 from vit import ViT, resize_positions
 
 
@@ -37,24 +41,27 @@ def test_sharing_is_identity(share, own):
 @pytest.mark.parametrize("share", ["all", "all_but_sa", "all_but_ca", "none"])
 def test_every_sharing_trains_what_it_says_and_nothing_else(share):
     model, batch = toy_model(share=share), toy_batch()
+    trainable = trainable_names(model)
     for objectives in (("itc",), ("itm",), ("lm",), ("itc", "itm", "lm")):
         model.set_objectives(objectives)
+        freeze_unreached(model, trainable, dict(batch, alpha=0.4))
         model.zero_grad(set_to_none=True)
         losses, _ = model(**batch, alpha=0.4)
         assert set(losses) == set(objectives)
         sum(losses.values()).backward()
         for name, p in model.named_parameters():
             assert (p.grad is not None) == p.requires_grad, (objectives, name)
+        reached = {name.split(".")[0] for name, p in model.named_parameters() if p.requires_grad}
+        heads = {"itc": {"vision_proj", "text_proj", "temp"}, "itm": {"itm_head"}, "lm": set()}
+        assert reached == {"vit", "med"}.union(*(heads[name] for name in objectives))
 
 
 def test_twins_hold_only_what_itc_uses():
     layer = toy_model().med_m.layers[0]
-    assert (layer.cross_attn is None and not hasattr(layer, "attn_causal")
-            and layer.attn_bi is not None)
+    assert layer.cross_attn is layer.attn_causal is None and layer.attn_bi is not None
     only_question = MED(40, 48, 32, 2, 4, 96, 32, 0.0, 39, 38, modes=("grounded",))
     only_answer = MED(40, 48, 32, 2, 4, 96, 32, 0.0, 39, 38, modes=("decode",))
-    assert (not hasattr(only_question.layers[0], "attn_causal")
-            and only_answer.layers[0].attn_bi is None)
+    assert only_question.layers[0].attn_causal is only_answer.layers[0].attn_bi is None
     kv = only_answer.project(torch.randn(1, 5, 32))
     assert only_answer.decode(torch.tensor([[2, 5]]), None, kv)[0].shape == (1, 2, 48)
 
@@ -80,8 +87,8 @@ def test_the_first_state_alone_is_the_first_of_all():
     model.med.layers[-1].ffn.register_forward_hook(
         lambda module, args, out: seen.append(args[0].shape[1]))
     kv = model.med.project(model.vit(batch["image"]))
-    for states in (lambda only: model.med.encode_text(ids, mask, first_only=only),
-                   lambda only: model.med.encode_grounded(ids, mask, kv, first_only=only)):
+    for states in (lambda only: model.med.encode_text(ids, mask, cls_only=only),
+                   lambda only: model.med.encode_grounded(ids, mask, kv, cls_only=only)):
         assert torch.allclose(states(False)[:, :1], states(True), atol=1e-6)
     assert seen == [ids.shape[1], 1] * 2
 
@@ -128,10 +135,10 @@ def test_cache_equals_no_cache():
     assert torch.allclose(torch.cat(parts, 1), whole, atol=1e-5)
 
 
-def test_caption_step_reorders_and_drops_rows():
+def test_decoder_step_reorders_and_drops_rows():
     model, batch = toy_model().eval(), toy_batch(3)
     kv = model.med.project(model.vit(batch["image"]))
-    step = CaptionStep(model.med, kv, torch.arange(3).repeat_interleave(2))
+    step = DecoderStep(model.med, kv, torch.arange(3).repeat_interleave(2))
     start = torch.tensor([[38, 6], [38, 7], [38, 8], [38, 9], [38, 10], [38, 11]])
     step(start, torch.arange(6))
     # image 1 is finished, image 2 keeps one row
@@ -188,12 +195,12 @@ def test_context_mask_hides_what_is_masked():
 
 def test_explicit_softmax_equals_the_fused_kernel():
     q, k, v = (torch.randn(2, 3, n, 8) for n in (4, 5, 5))
-    mask, probabilities = torch.rand(2, 1, 4, 5) > 0.3, []
+    mask, attn_maps = torch.rand(2, 1, 4, 5) > 0.3, []
     mask[..., 0] = True
-    assert torch.allclose(attend(q, k, v, mask), attend(q, k, v, mask, probabilities=probabilities),
+    assert torch.allclose(attend(q, k, v, mask), attend(q, k, v, mask, attn_maps=attn_maps),
                           atol=1e-6)
-    assert torch.allclose(probabilities[0].sum(-1), torch.ones(2, 3, 4))
-    assert (probabilities[0].masked_select(~mask.expand(2, 3, 4, 5)) == 0).all()
+    assert torch.allclose(attn_maps[0].sum(-1), torch.ones(2, 3, 4))
+    assert (attn_maps[0].masked_select(~mask.expand(2, 3, 4, 5)) == 0).all()
 
 
 def test_gradient_checkpointing_changes_nothing_and_drop_path_only_training():
@@ -218,6 +225,11 @@ def test_a_larger_image_resizes_the_positions():
     assert resize_positions(vit.pos_embed, 5) is vit.pos_embed
     with pytest.raises(ValueError, match="square grid"):
         resize_positions(vit.pos_embed, 8)
+
+
+def test_bytes_that_nobody_normalised_are_refused():
+    with pytest.raises(ValueError, match="expected normalised images, got torch.uint8"):
+        ViT(32, 16, 32, 1, 2)(torch.zeros(1, 3, 32, 32, dtype=torch.uint8))
 
 
 def test_forward_leaves_all_state_as_it_was():
@@ -277,30 +289,33 @@ def test_temperature_is_clamped_between_the_steps():
 def test_one_pair_or_one_shared_id_is_no_crash():
     model = toy_model()
     for batch, image_ids in ((toy_batch(1), None), (toy_batch(3), torch.tensor([7, 7, 7]))):
-        losses, _ = model(**batch, alpha=0.4, image_ids=image_ids)
+        losses, _ = model(**batch, alpha=0.4, image_ids=image_ids, finetuning=True)
         assert all(torch.isfinite(loss) for loss in losses.values())
 
 
 def test_finetuning_mines_with_online_features_and_without_a_floor(monkeypatch):
-    """Pretraining: online x momentum, floor 1e-4. Finetuning: online x online, no floor, and equal
-    ids are positives."""
+    """Pretraining: online x momentum, floor 1e-4. Finetuning: online x online, no floor. Equal ids
+    are positives in both."""
     model, batch, seen = toy_model().eval(), toy_batch(3), []
     with torch.no_grad():
         model.vision_proj_m.weight.normal_()  # the twins now think otherwise
         model.text_proj_m.weight.normal_()
         image_feat = model.encode_image(batch["image"])[1]
         text_feat = model.encode_text(batch["ids"], batch["mask"])
-    mine = blip.L.mine_hard_negatives
+    mine = blip.mine_hard_negatives
     def watch(*arguments):
         seen.append(arguments)
         return mine(*arguments)
-    monkeypatch.setattr(blip.L, "mine_hard_negatives", watch)
+    monkeypatch.setattr(blip, "mine_hard_negatives", watch)
+    image_ids = torch.tensor([4, 9, 4])
     model(**batch)
-    model(**batch, image_ids=torch.tensor([4, 9, 4]))
+    model(**batch, image_ids=image_ids, finetuning=True)
+    model(**batch, image_ids=image_ids)
     online = image_feat @ text_feat.T / model.temp
     shared = torch.tensor([[1, 0, 1], [0, 1, 0], [1, 0, 1]]).bool()
-    for (sim, positives, floor), expected, is_online, lowest in (
-            (seen[0], torch.eye(3).bool(), False, 1e-4), (seen[2], shared, True, 0.0)):
+    for (sim, positives, floor, _), expected, is_online, lowest in (
+            (seen[0], torch.eye(3).bool(), False, 1e-4), (seen[2], shared, True, 0.0),
+            (seen[4], shared, False, 1e-4)):
         assert torch.allclose(sim, online, atol=1e-4) == is_online
         assert positives.equal(expected) and floor == lowest
     assert torch.allclose(seen[3][0], online.T, atol=1e-4)
@@ -309,19 +324,30 @@ def test_finetuning_mines_with_online_features_and_without_a_floor(monkeypatch):
 @pytest.mark.parametrize("shape", [(1, 48), (4, 1, 48), (3, 4, 48), (60, 48)])
 def test_few_rows_come_out_as_many_do(shape):
     """Generation takes another road through a linear layer than training does."""
-    x, layer = torch.randn(shape), Linear(48, 20)
+    x, layer = torch.randn(shape), torch.nn.Linear(48, 20)
+    speed_up_generation(layer)
+    assert isinstance(layer, CPULinear)
     expected = x @ layer.weight.T + layer.bias
     with torch.no_grad():
         assert torch.allclose(layer(x), expected, atol=1e-5)
-        assert torch.allclose(linear(x, layer.weight, None), expected - layer.bias, atol=1e-5)
+        assert torch.allclose(linear_of_few_rows(x, layer.weight, None), expected - layer.bias,
+                              atol=1e-5)
     assert layer(x).requires_grad and torch.allclose(layer(x), expected, atol=1e-5)
+
+
+def test_a_model_that_is_made_fast_generates_the_same():
+    model, image = toy_model().eval(), toy_batch(3)["image"]
+    plain = model.generate(image, max_length=8, min_length=3)
+    names = list(model.state_dict())
+    fast = speed_up_generation(model).generate(image, max_length=8, min_length=3)
+    assert [[ids for ids, _ in h] for h in plain] == [[ids for ids, _ in h] for h in fast]
+    assert list(model.state_dict()) == names
 
 
 def test_initialisation_keeps_the_scale_at_every_width():
     for width in (64, 768):
         torch.manual_seed(0)
         layer = torch.nn.Linear(width, 256)
-        from blip import init_weights
         layer.apply(init_weights)
         assert layer(torch.randn(512, width)).std().item() == pytest.approx(1.0, abs=0.05)
 
@@ -350,13 +376,13 @@ def test_generate_refuses_what_cannot_fit():
         model.generate(image, prompt=[5] * 20)
     with pytest.raises(ValueError, match="beam or nucleus"):
         model.generate(image, method="greedy")
-    with pytest.raises(ValueError, match="multiple of vit_heads"):
+    with pytest.raises(ValueError, match="multiple of --vit-heads"):
         BLIPConfig(vit_heads=7)
 
 
 def test_vit_equals_the_released_one():
     ref = reference("a_vit.pt")
-    from weights import vit_names
+    from weights.names import vit_names
     vit = ViT(64, 16, 48, 2, 4).eval()
     weights = {ours: ref["model"][released[0]] for ours, released in vit_names("", "", 2)}
     vit.load_state_dict(weights)

@@ -1,9 +1,11 @@
 """The command line, the schedules, and whole runs small enough for a test."""
 
+import argparse
 import dataclasses
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from dataclasses import fields
@@ -14,13 +16,14 @@ import torch
 from conftest import SMALL, equal_states, photographs, run
 from PIL import Image
 
-import checkpoints
-import config
 import train
-from blip import BLIP, BLIPConfig
-from config import TrainConfig, alpha_at, field_help, learning_rate, objectives_at, resolve
-from run import EpochBatches
-from world import World
+from blip import BLIP
+from config import BLIPConfig, TrainConfig, alpha_at, learning_rate, objectives_at, setting
+from tasks.registry import TASKS
+from training import checkpoints, program
+from training.run import EpochBatches
+from training.settings import add_flags, parse, resolve
+from world.datasets import World
 
 # ---- command line ----
 
@@ -31,14 +34,14 @@ from world import World
     (["captions"], "'captions' is no task; choose one of pretrain, retrieval, caption")])
 def test_a_wrong_flag_is_an_error(flags, message, capsys):
     with pytest.raises(SystemExit) as stopped:
-        config.parse(flags, "")
+        parse(flags, "")
     assert stopped.value.code == 2 and message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("flags, message", [
-    (["--schedule", "linear"], "schedule is 'linear'; choose one of step, cosine"),
+    (["--schedule", "linear"], "--schedule is 'linear'; choose one of step, cosine"),
     (["--preset", "huge"], "choose one of base, large, tiny"),
-    (["--vit-heads", "7"], "not a multiple of vit_heads"),
+    (["--vit-heads", "7"], "not a multiple of --vit-heads"),
     (["--itc-weight", "0", "--itm-weight", "0", "--lm-weight", "0"], "above 0"),
     (["caption"], "finetuning (caption) starts from a pretrained model: give --init")])
 def test_a_setting_that_cannot_be_is_one_sentence(flags, message, capsys):
@@ -49,21 +52,45 @@ def test_a_setting_that_cannot_be_is_one_sentence(flags, message, capsys):
 
 def test_help_lists_every_field_with_its_meaning(capsys):
     with pytest.raises(SystemExit):
-        config.parse(["--help"], "")
+        parse(["--help"], "")
     text = " ".join(capsys.readouterr().out.split())
     for cls in (TrainConfig, BLIPConfig):
-        explained = field_help(cls)
         for f in fields(cls):
-            assert f.name in explained
+            about = f.metadata["about"]
+            assert about
             if f.name != "task" and not f.name.endswith("_id") and f.name != "vocab_size":
-                assert "--" + f.name.replace("_", "-") in text
+                assert "--" + f.name.replace("_", "-") in text and " ".join(about.split()) in text
+
+
+def test_a_field_needs_no_text_and_no_range():
+    """A student's new setting is a flag at once."""
+    @dataclasses.dataclass(frozen=True)
+    class Mine:
+        margin: float = 0.1
+        depth: int = setting(3, "how deep", least=1, most=9)
+    parser = argparse.ArgumentParser()
+    add_flags(parser, Mine, {})
+    given = vars(parser.parse_args(["--margin", "0.5"]))
+    assert given == {"margin": 0.5} and "--depth" in parser.format_help()
+
+
+@pytest.mark.parametrize("given, message", [
+    ({"lr": 0.0}, "--lr is 0.0; it must be above 0"),
+    ({"epochs": 0}, "--epochs is 0; it must be at least 1"),
+    ({"alpha": 1.5}, "--alpha is 1.5; it must be at most 1"),
+    ({"max_broken": float("nan")}, "--max-broken is nan; give a number"),
+    ({"temp": float("inf")}, "--temp is inf; give a number"),
+    ({"task": "nothing"}, "'nothing' is no task; choose one of pretrain")])
+def test_what_is_out_of_range_is_told_before_anything_starts(given, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        resolve(given)
 
 
 def test_presets_are_the_papers_and_flags_override_them():
-    model, recipe = resolve(config.parse(["--preset", "base"], "")[0])
+    model, recipe = resolve(parse(["--preset", "base"], "")[0])
     assert (model == BLIPConfig()
             and (recipe.lr, recipe.batch_size, recipe.epochs) == (3e-4, 2880, 20))
-    model, recipe = resolve(config.parse(["--preset", "large", "--lr", "1e-4"], "")[0])
+    model, recipe = resolve(parse(["--preset", "large", "--lr", "1e-4"], "")[0])
     assert (model.vit_width, model.drop_path, recipe.lr, recipe.batch_size) == (
         1024, 0.1, 1e-4, 2400)
 
@@ -72,7 +99,7 @@ def test_finetuning_takes_the_papers_recipe_and_the_checkpoints_model():
     start = {"model_config": dataclasses.asdict(BLIPConfig(vit_depth=3)),
              "train_config": {"preset": "base"}}
     model, recipe = resolve({"task": "retrieval"}, start)
-    assert (model.vit_depth, model.image_size) == (3, 384) and recipe.weights()["lm"] == 0
+    assert (model.vit_depth, model.image_size) == (3, 384) and recipe.objective_weights()["lm"] == 0
     assert (recipe.lr, recipe.batch_size, recipe.epochs, recipe.max_tokens, recipe.schedule,
             recipe.warmup_steps, recipe.crop_min, recipe.min_lr) == (
                 1e-5, 256, 6, 35, "epoch_cosine", 0, 0.5, 0.0)
@@ -131,7 +158,7 @@ def test_data_order_is_a_function_of_seed_epoch_and_step(monkeypatch):
 # ---- whole runs ----
 
 def test_a_run_on_the_world_writes_what_it_says(tmp_path, capsys):
-    assert run(tmp_path / "a", "--world-size", 80) == 0
+    assert run(tmp_path / "a", "--scenes", 80) == 0
     log = [json.loads(line) for line in (tmp_path / "a/log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in log] == [2, 4, 6, 8, 10]
     assert (set(log[0]) & {"itc", "itm", "lm"} == {"lm"}
@@ -147,12 +174,12 @@ def test_a_run_on_the_world_writes_what_it_says(tmp_path, capsys):
     out = capsys.readouterr().out
     assert "chance" in out and str(tmp_path / "a") in out and "'batch_size': 8" in out
     # A second run does not write over the first.
-    assert run(tmp_path / "a", "--world-size", 16) == 0
+    assert run(tmp_path / "a", "--scenes", 16) == 0
     assert (tmp_path / "a.old1/metrics.json").exists() and "moved to" in capsys.readouterr().out
 
 
 def test_a_resumed_run_ends_where_an_uninterrupted_one_does(tmp_path, monkeypatch):
-    flags = ("--world-size", 48, "--epochs", 2, "--dropout", 0.1, "--save-every", 5)
+    flags = ("--scenes", 48, "--epochs", 2, "--dropout", 0.1, "--save-every", 5)
     assert run(tmp_path / "whole", *flags) == 0
     step, add = [0], train.Log.add
     def interrupted(self, *args, **kwargs):
@@ -172,7 +199,7 @@ def test_a_resumed_run_ends_where_an_uninterrupted_one_does(tmp_path, monkeypatc
 
 
 def test_resume_refuses_other_settings(tmp_path, capsys):
-    assert run(tmp_path / "a", "--world-size", 16) == 0
+    assert run(tmp_path / "a", "--scenes", 16) == 0
     assert train.main(["--resume", "--out", str(tmp_path / "a"), "--lr", "0.5"]) == 2
     assert "--lr cannot change when a run is resumed" in capsys.readouterr().err
     assert train.main(["--resume", "--out", str(tmp_path / "nothing")]) == 2
@@ -184,9 +211,9 @@ def test_an_interrupt_writes_a_checkpoint_and_says_how_to_go_on(tmp_path, monkey
     def press(self, *args, **kwargs):
         add(self, *args, **kwargs)
         if args[2] == 3:
-            os.kill(os.getpid(), train.signal.SIGINT)
+            os.kill(os.getpid(), program.signal.SIGINT)
     monkeypatch.setattr(train.Log, "add", press)
-    assert run(tmp_path / "a", "--world-size", 80) == 130
+    assert run(tmp_path / "a", "--scenes", 80) == 130
     assert "continue with: python train.py --resume" in capsys.readouterr().out
     assert checkpoints.load(tmp_path / "a/checkpoint.pt")["step"] in (3, 4)
 
@@ -205,7 +232,7 @@ def test_real_pairs(tmp_path, capsys):
 
 @pytest.mark.parametrize("flags, message", [
     (["--data", "nothing.json"], "nothing.json does not exist"),
-    (["--batch-size", "500", "--world-size", "100"], "fewer than --batch-size 500"),
+    (["--batch-size", "500", "--scenes", "100"], "fewer than --batch-size 500"),
     (["--vocab", "nothing.txt"], "vocabulary nothing.txt cannot be read"),
 ])
 def test_bad_input_is_one_sentence(tmp_path, flags, message):
@@ -217,7 +244,8 @@ def test_bad_input_is_one_sentence(tmp_path, flags, message):
 
 def finetune(task, init, out, *flags) -> int:
     return train.main([task, "--init", str(init), "--out", str(out), "--batch-size", "8",
-                       "--world-size", "32", "--eval-size", "12", "--eval-top-k", "3",
+                       "--scenes", "32", "--eval-size", "12", "--eval-top-k", "3",
+                       "--min-steps", "0",
                        "--log-every", "1", "--workers", "0", *map(str, flags)])
 
 
@@ -226,7 +254,8 @@ def finetune(task, init, out, *flags) -> int:
 def test_finetuning_in_the_world_keeps_the_best_epoch(tmp_path, pretrained, monkeypatch, task, own,
                                                       other):
     scores, out = iter([0.5, 0.9, 0.7]), tmp_path / "a"
-    monkeypatch.setattr(train, "selection_score", lambda task, numbers: next(scores))
+    monkeypatch.setitem(TASKS, task, dataclasses.replace(TASKS[task],
+                                                         score=lambda numbers: next(scores)))
     assert finetune(task, pretrained, out, "--epochs", 3) == 0
     log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     assert [line["val_score"] for line in log if "val_score" in line] == [0.5, 0.9, 0.7]
@@ -239,32 +268,34 @@ def test_finetuning_in_the_world_keeps_the_best_epoch(tmp_path, pretrained, monk
     assert Image.open(out / "samples.png").size[0] > 500
 
 
-def test_the_prompt_stands_before_each_caption_and_gives_no_loss(tmp_path, pretrained, monkeypatch):
+def watch_forward(monkeypatch) -> list[dict]:
+    """The arguments of each forward pass of the model."""
     seen, forward = [], BLIP.forward
-    def watch(self, image, ids, mask, alpha, image_ids, prompt_length, all_negatives):
-        seen.append((ids, prompt_length))
-        assert image_ids is None
-        return forward(self, image, ids, mask, alpha, image_ids, prompt_length, all_negatives)
+    def watch(self, **arguments):
+        seen.append(arguments)
+        return forward(self, **arguments)
     monkeypatch.setattr(BLIP, "forward", watch)
+    return seen
+
+
+def test_the_prompt_stands_before_each_caption_and_gives_no_loss(tmp_path, pretrained, monkeypatch):
+    seen = watch_forward(monkeypatch)
     assert finetune("caption", pretrained, tmp_path / "a", "--epochs", 1, "--prompt", "a red") == 0
     _, tokenizer = checkpoints.load_model(tmp_path / "a/best.pt")
-    prompt = tokenizer.pieces_of("a red")
-    for ids, prompt_length in seen:
-        assert prompt_length == 1 + len(prompt)
-        assert all(row[1:1 + len(prompt)].tolist() == prompt for row in ids)
+    prompt = tokenizer.piece_ids("a red")
+    for arguments in seen:
+        assert "image_ids" not in arguments and "finetuning" not in arguments
+        assert arguments["prompt_length"] == 1 + len(prompt)
+        assert all(row[1:1 + len(prompt)].tolist() == prompt for row in arguments["ids"])
 
 
 def test_retrieval_knows_which_texts_share_an_image(tmp_path, pretrained, monkeypatch):
-    seen, forward = [], BLIP.forward
-    def watch(self, image, ids, mask, alpha, image_ids, prompt_length, all_negatives):
-        seen.append((image_ids, all_negatives, prompt_length))
-        return forward(self, image, ids, mask, alpha, image_ids, prompt_length, all_negatives)
-    monkeypatch.setattr(BLIP, "forward", watch)
+    seen = watch_forward(monkeypatch)
     assert finetune("retrieval", pretrained, tmp_path / "a", "--epochs", 1, "--all-negatives",
                     "true") == 0
-    known = {World("train", 32)[i]["image_id"] for i in range(32)}
-    assert {i for ids, *_ in seen for i in ids.tolist()} == known
-    assert all(rest == [True, 1] for _, *rest in seen)
+    image_ids = {World("train", 32).example(i).image_id for i in range(32)}
+    assert {i for arguments in seen for i in arguments["image_ids"].tolist()} == image_ids
+    assert all(arguments["finetuning"] and arguments["all_negatives"] for arguments in seen)
 
 
 def test_a_resumed_finetuning_remembers_the_best_score(tmp_path, pretrained):

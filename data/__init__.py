@@ -1,0 +1,1 @@
+"""Words, pictures and files of them, as users bring them."""

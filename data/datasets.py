@@ -1,0 +1,230 @@
+"""Examples of each task, torch data sets of them, batches.
+
+An example is what there is before its pictures are read. Each has `images`, the files that belong
+to it, `image`, their name in messages, and `texts`, everything that is said in it.
+"""
+
+import hashlib
+import random
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from data.images import load_image, open_member
+from data.text import Tokenizer, clean_caption
+
+
+def name_hash(name: str | int) -> int:
+    """A 63-bit number that stands for a name, the same in every run."""
+    return int.from_bytes(hashlib.blake2b(str(name).encode(), digest_size=8).digest(), "big") >> 1
+
+
+@dataclass(frozen=True)
+class Pair:
+    """An image or a clip and its captions as they were written."""
+
+    image: str
+    captions: tuple[str, ...]
+    image_id: int  # equal for the rows of one image
+    name: str | int = ""  # the file's own id of the image, or its path: for result files
+    domain: str = ""  # NoCaps: in-domain, near-domain or out-domain
+
+    @property
+    def images(self) -> tuple[str, ...]:
+        """Its file."""
+        return (self.image,)
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """Its captions."""
+        return self.captions
+
+
+@dataclass(frozen=True)
+class VQAExample:
+    """A question about an image or a clip; its people's answers, none in a test set."""
+
+    image: str
+    question: str
+    question_id: int | str
+    answers: tuple[str, ...] = ()
+    weight: float = 1.0  # of all answers together
+    kind: str = ""  # VQAv2's answer type: yes/no, number, other
+
+    @property
+    def images(self) -> tuple[str, ...]:
+        """Its file."""
+        return (self.image,)
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """The question and its answers."""
+        return (self.question, *self.answers)
+
+
+@dataclass(frozen=True)
+class NLVR2Example:
+    """A sentence, the two images that it is about, and whether it is true."""
+
+    images: tuple[str, str]
+    sentence: str
+    label: bool
+    identifier: str  # split-set-pair-sentence, as NLVR2 has it; pairs share a sentence
+
+    @property
+    def image(self) -> str:
+        """Both names."""
+        return " and ".join(self.images)
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """The sentence."""
+        return (self.sentence,)
+
+
+@dataclass(frozen=True)
+class DialogRound:
+    """A question, its answer, and the candidates of which number `target` is that answer."""
+
+    question: str
+    answer: str
+    candidates: tuple[str, ...]
+    target: int
+
+
+@dataclass(frozen=True)
+class DialogExample:
+    """A captioned image and the rounds of a dialog about it."""
+
+    image: str
+    caption: str
+    rounds: tuple[DialogRound, ...]
+    dialog_id: int | str  # the image's id
+    relevance: tuple[int, tuple[float, ...]] | None = None  # a round, and of its candidates
+
+    @property
+    def images(self) -> tuple[str, ...]:
+        """Its file."""
+        return (self.image,)
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """The caption, questions and answers."""
+        spoken = [text for turn in self.rounds for text in (turn.question, turn.answer)]
+        return (self.caption, *spoken)
+
+
+# ---- data sets -----------------------------------------------------------------------------------
+
+SIDES = re.compile(r"\b(left|right)\b", re.I)
+
+
+class ImageDataset(Dataset):
+    """Examples with their pictures: items {image, example, index, seed, broken}.
+
+    image (3, S, S) uint8; example: one of the above; seed: what is random about the item, equal
+    for equal (seed, epoch, index); broken: names of the pictures that could not be read.
+
+    Training (`augment=True`): augmented anew in each epoch; an image that cannot be read is
+    replaced by the next one that can, so that batches keep their size. Evaluation: an unreadable
+    image has `image` None.
+    """
+
+    def __init__(self, examples: Sequence, image_root: str | Path, image_size: int,
+                 augment: bool = False, crop: tuple[float, float] = (0.2, 1.0), seed: int = 0):
+        self.examples, self.root, self.image_size = examples, Path(image_root), image_size
+        self.augment, self.crop, self.seed, self.epoch = augment, crop, seed, 0
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by the training loop before each epoch."""
+        self.epoch = epoch
+        if hasattr(self.examples, "set_epoch"):
+            self.examples.set_epoch(epoch)
+
+    def example(self, index: int):
+        """The example without its pictures."""
+        return self.examples[index]
+
+    def subsets(self) -> dict[str, list[int]]:
+        """NoCaps' domains: name -> indices."""
+        domains: dict[str, list[int]] = {}
+        for index, example in enumerate(self.examples):
+            if getattr(example, "domain", ""):
+                domains.setdefault(example.domain, []).append(index)
+        return domains
+
+    def __getitem__(self, index: int) -> dict:
+        broken, image, seed = [], None, f"{self.seed} {self.epoch} {index}"
+        for i in range(index, index + (100 if self.augment else 1)):
+            example = self.examples[i % len(self)]
+            try:
+                image = self.load(example, random.Random(seed) if self.augment else None)
+                break
+            except OSError as error:
+                broken.append(f"{example.image} ({error})")
+        return {"image": image, "example": example, "index": index, "seed": seed, "broken": broken}
+
+    def load(self, example, rng: random.Random | None) -> Tensor:
+        """-> (3, S, S) uint8, or (n, 3, S, S) of an example with n pictures. Raises OSError.
+
+        A picture is never flipped where one of the example's texts says left or right.
+        """
+        flip = not any(SIDES.search(text) for text in example.texts)
+        pictures = [load_image(open_member(self.root / name), self.image_size, rng, self.crop, flip)
+                    for name in example.images]
+        return pictures[0] if len(pictures) == 1 else torch.stack(pictures)
+
+
+def some_examples(dataset: Dataset, most: int) -> Iterator:
+    """At most about so many of a data set's examples, evenly spread, without their pictures."""
+    for index in range(0, len(dataset), max(1, len(dataset) // most)):
+        yield dataset.example(index)
+
+
+class Collate:
+    """Items -> a batch {image, examples, index, broken, and what `encode` makes}.
+
+    image (B, ..., 3, S, S) uint8. Items whose image is None are left out; if none is left, `image`
+    is None. encode(items) -> the tensors of the texts.
+    """
+
+    def __init__(self, encode: Callable[[list[dict]], dict[str, Tensor]]):
+        self.encode = encode
+
+    def __call__(self, items: list[dict]) -> dict:
+        broken = [name for item in items for name in item["broken"]]
+        items = [item for item in items if item["image"] is not None]
+        batch = {"image": None, "examples": [item["example"] for item in items],
+                 "index": [item["index"] for item in items], "broken": broken}
+        if items:
+            batch["image"] = torch.stack([item["image"] for item in items])
+            batch |= self.encode(items)
+        return batch
+
+
+def caption_collate(tokenizer: Tokenizer, max_tokens: int, prompt: str = "",
+                    image_ids: bool = False) -> Collate:
+    """Batches of Pairs: ids and mask (B, L) of each pair's first caption.
+
+    `prompt` stands before each caption. image_ids: also image_ids (B,), equal where two pairs share
+    an image.
+    """
+    def encode(items):
+        texts = []
+        for item in items:
+            captions = item["example"].captions  # none in a test set
+            texts.append(f"{prompt} {clean_caption(captions[0]) if captions else ''}")
+        ids, mask = tokenizer.encode(texts, max_tokens)
+        tensors = {"ids": ids, "mask": mask}
+        if image_ids:
+            tensors["image_ids"] = torch.tensor([item["example"].image_id for item in items])
+        return tensors
+    return Collate(encode)

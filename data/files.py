@@ -1,0 +1,151 @@
+"""Files: read json, lists of any length and tensors; write a file whole or not at all.
+
+A mistake in a user's data is an InputError: one sentence that names the file, the record and the
+remedy.
+"""
+
+import contextlib
+import json
+import os
+import pickle
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+
+class InputError(ValueError):
+    """A mistake that a user can make.
+
+    The message is one sentence; programs print it without a traceback.
+    """
+
+
+def read_json(path: str | Path):
+    """The parsed file; InputError where it is missing or malformed."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{path} does not exist; check the path")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} cannot be read ({error})")
+    except json.JSONDecodeError as error:
+        near = error.doc[max(error.pos - 20, 0):error.pos + 20]
+        raise InputError(f"{path} is not valid json: {error.msg} in line {error.lineno}, "
+                         f"column {error.colno} (near {near!r}); repair it there")
+
+
+def is_list(path: str | Path) -> bool:
+    """Whether the file is a json list or has one json value a line."""
+    try:
+        with open(path, "rb") as file:
+            start = file.read(64).lstrip(b" \n\r\t\xef\xbb\xbf")
+    except FileNotFoundError:
+        raise InputError(f"{path} does not exist; check the path")
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({error})")
+    return str(path).endswith(".jsonl") or start[:1] == b"["
+
+
+BLOCK = 1 << 20  # bytes that stream_list reads at a time
+LONGEST = 1 << 26  # of a record
+
+
+def stream_list(path: str | Path) -> Iterator:
+    """The elements of a json list, or of a file with one json value a line, one by one.
+
+    The whole is never in memory. Raises InputError for a record that is no json.
+    """
+    decoder, number = json.JSONDecoder(), 0
+    try:
+        with open(path, encoding="utf-8") as file:
+            text = file.read(BLOCK)
+            position = len(text) - len(text.lstrip(" \n\r\t[\ufeff"))
+            while True:
+                while position < len(text) and text[position] in " \n\r\t,":
+                    position += 1
+                try:
+                    if position == len(text):
+                        raise json.JSONDecodeError("more is needed", text, position)
+                    if text[position] == "]":
+                        return
+                    record, position = decoder.raw_decode(text, position)
+                    yield record
+                    number += 1
+                except json.JSONDecodeError:
+                    more = file.read(BLOCK)
+                    if more and len(text) - position < LONGEST:
+                        text, position = text[position:] + more, 0
+                    elif position < len(text) or str(path).endswith(".json"):
+                        if os.path.getsize(path) < 1 << 28:
+                            read_json(path)  # says where
+                        raise InputError(f"{path}, record {number}: no valid json; repair it there")
+                    else:
+                        return
+    except FileNotFoundError:
+        raise InputError(f"{path} does not exist; check the path")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} cannot be read ({error})")
+
+
+def read_tensors(path: str | Path) -> dict:
+    """What a file of weights holds, without running any code in it.
+
+    A file that holds anything but tensors and plain values is refused. A .safetensors file needs
+    the package of that name. Raises InputError.
+    """
+    try:
+        if str(path).endswith(".safetensors"):
+            from safetensors.torch import load_file
+            return load_file(path)
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except ImportError:
+        raise InputError(f"{path} needs the package safetensors: pip install safetensors, or give "
+                         "the .bin or .pth file")
+    except FileNotFoundError:
+        raise InputError(f"checkpoint {path} does not exist; check the path")
+    except pickle.UnpicklingError:
+        raise InputError(f"checkpoint {path} holds pickled code or is no checkpoint: refused, "
+                         "because loading it could run that code; save a plain state dict of "
+                         "tensors instead")
+    except Exception as error:  # whatever a cut or damaged file makes the readers raise
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise InputError(f"checkpoint {path} cannot be read ({reason}); it may be cut short")
+
+
+@contextlib.contextmanager
+def whole_file(path: str | Path, mode: str = "w") -> Iterator:
+    """Open a file for writing that is there whole or not at all.
+
+    What is written goes to a temporary file, which is flushed to the disk and then takes the name:
+    the old file is whole until the new one is. InputError where it cannot be written.
+    """
+    temporary = Path(f"{path}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, mode, encoding=None if "b" in mode else "utf-8") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
+        reason = getattr(error, "strerror", None) or (str(error) or repr(error)).splitlines()[0]
+        raise InputError(f"{path} could not be written ({reason}); what was there before is as it "
+                         "was: make room or give another folder, and give the same command again")
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: str | Path, content, indent: int | None = 1) -> None:
+    """Write json, whole or not at all. Raises InputError."""
+    with whole_file(path) as file:
+        file.write(json.dumps(content, indent=indent) + "\n")
+
+
+def make_folder(path: str | Path, flag: str = "--out") -> Path:
+    """The folder, made if need be; InputError, naming the flag to change, if it cannot be."""
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"the folder {path} cannot be made ({error.strerror}); give another "
+                         f"{flag}")
+    return Path(path)

@@ -1,0 +1,125 @@
+"""Text: cleaning as the released code does it, and the WordPiece tokenizer."""
+
+import os
+import re
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer as HFTokenizer
+from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
+from torch import Tensor
+
+from data.files import InputError
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # loader workers are the parallelism
+PAD, UNK, CLS, SEP, MASK, DEC, ENC = "[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "[DEC]", "[ENC]"
+MAX_WORDS = 30  # of a caption (released code)
+SIGNS = r"[.!\"()*#:;~]"  # that are no words (released code)
+
+
+def clean_caption(text: str, max_words: int = MAX_WORDS) -> str:
+    """A caption as the model reads it (released code).
+
+    Lower case, at most max_words. The signs . ! " ( ) * # : ; ~ become spaces; spaces are
+    collapsed.
+    """
+    return " ".join(re.sub(SIGNS, " ", text.lower()).split()[:max_words])
+
+
+def clean_question(text: str, max_words: int = 50) -> str:
+    """As a caption, but the signs vanish, and "?" stays (released code)."""
+    return " ".join(re.sub(SIGNS, "", text.lower()).split()[:max_words])
+
+
+class Tokenizer:
+    """BERT's uncased WordPiece, and two more tokens at the end.
+
+    [DEC] starts the decoder's text, [ENC] the grounded encoder's.
+    """
+
+    def __init__(self, vocab: list[str], name: str = "the vocabulary"):
+        """vocab: token of each id, as `state` returns it."""
+        missing = [token for token in (PAD, UNK, CLS, SEP) if token not in vocab]
+        if missing:
+            raise InputError(f"{name} lacks {', '.join(missing)}, which BERT's WordPiece needs; "
+                             "take the vocab.txt of bert-base-uncased, or leave --vocab out to "
+                             "train one")
+        self.vocab = vocab + [token for token in (DEC, ENC) if token not in vocab]
+        self.ids = {token: i for i, token in enumerate(self.vocab)}
+        self.pad, self.cls, self.sep = self.ids[PAD], self.ids[CLS], self.ids[SEP]
+        self.dec, self.enc = self.ids[DEC], self.ids[ENC]
+        self.pieces = HFTokenizer(models.WordPiece(self.ids, unk_token=UNK))
+        self.pieces.normalizer = normalizers.BertNormalizer(lowercase=True)
+        self.pieces.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+        self.pieces.decoder = decoders.WordPiece(cleanup=False)
+
+    @classmethod
+    def train(cls, texts: Iterable[str], vocab_size: int = 8000) -> "Tokenizer":
+        """Train a vocabulary of at most `vocab_size` pieces, [DEC] and [ENC] included."""
+        learner = HFTokenizer(models.WordPiece(unk_token=UNK))
+        learner.normalizer = normalizers.BertNormalizer(lowercase=True)
+        learner.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+        texts = [learner.normalizer.normalize_str(clean_caption(text)) for text in texts]
+        # The trainer numbers inner letters in the order of a hash table, and breaks ties by number:
+        # naming them first makes the vocabulary the same in every run.
+        letters = sorted(set("".join(texts)) - {" "})
+        learner.train_from_iterator(texts, trainers.WordPieceTrainer(
+            vocab_size=vocab_size - 2,
+            special_tokens=[PAD, UNK, CLS, SEP, MASK] + ["##" + c for c in letters],
+            min_frequency=2, show_progress=False))
+        ids = learner.get_vocab()
+        return cls(sorted(ids, key=ids.get))
+
+    @classmethod
+    def from_file(cls, path: str | Path) -> "Tokenizer":
+        """Read BERT's vocab.txt: one token a line."""
+        try:
+            lines = Path(path).read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"vocabulary {path} cannot be read ({error}); give a vocab.txt with "
+                             "one token a line")
+        repeated = [token for token, n in Counter(lines).items() if n > 1]
+        if repeated:
+            raise InputError(f"vocabulary {path} lists {repeated[0]!r} twice; every line must be "
+                             "another token")
+        return cls(lines, f"vocabulary {path}")
+
+    def state(self) -> list[str]:
+        """What a checkpoint stores; Tokenizer(state) is the same tokenizer."""
+        return self.vocab
+
+    def config(self) -> dict[str, int]:
+        """The fields of BLIPConfig that the tokenizer decides."""
+        return dict(vocab_size=len(self.vocab), pad_id=self.pad, cls_id=self.cls, sep_id=self.sep,
+                    dec_id=self.dec, enc_id=self.enc)
+
+    def piece_ids(self, text: str) -> list[int]:
+        """text -> ids without [CLS] and [SEP]."""
+        return self.pieces.encode(text, add_special_tokens=False).ids
+
+    def can_spell(self, text: str) -> bool:
+        """Whether the vocabulary has pieces for all of the text, and the text has any."""
+        pieces = self.piece_ids(text)
+        return bool(pieces) and self.ids[UNK] not in pieces
+
+    def encode(self, texts: list[str], max_tokens: int) -> tuple[Tensor, Tensor]:
+        """texts -> ids and mask (B, L): [CLS] pieces [SEP], padded to the longest text.
+
+        A text longer than max_tokens is cut; its [SEP] stays.
+        """
+        encodings = self.pieces.encode_batch(list(texts), add_special_tokens=False)
+        return self.pad_rows([[self.cls, *e.ids[:max_tokens - 2], self.sep] for e in encodings])
+
+    def pad_rows(self, rows: list[list[int]]) -> tuple[Tensor, Tensor]:
+        """Rows of ids -> ids and mask (B, L), padded to the longest row."""
+        length = max(len(row) for row in rows)
+        ids = torch.tensor([row + [self.pad] * (length - len(row)) for row in rows])
+        mask = torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in rows])
+        return ids, mask
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """ids -> text without special tokens."""
+        special = {self.pad, self.cls, self.sep, self.dec, self.enc}
+        return self.pieces.decode([int(i) for i in ids if int(i) not in special])

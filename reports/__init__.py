@@ -1,0 +1,1 @@
+"""Measures, numbers on the screen, sheets of pictures."""

@@ -1,0 +1,66 @@
+"""A table of an experiment over seeds: mean and spread, the paper's numbers, which order came out.
+"""
+
+import statistics
+
+from reports.statistics import mean_and_spread, paired_test
+
+Cells = dict[str, list[dict]]  # cell -> the numbers of each seed
+
+
+def verdicts(claims: tuple[tuple[str, str], ...], measures: dict[str, str],
+             cells: Cells) -> list[dict]:
+    """For each claim (better, worse) and measure: the difference, the paired test, the order."""
+    results = []
+    for better, worse in claims:
+        for measure in measures:
+            differences = [a[measure] - b[measure] for a, b in zip(cells[better], cells[worse])]
+            difference = statistics.mean(differences)
+            results.append({"better": better, "worse": worse, "measure": measure,
+                            "difference": difference, "p": paired_test(differences),
+                            "came_out": difference > 0})
+    return results
+
+
+def markdown_row(cells: list) -> str:
+    """| a | b |"""
+    return f"| {' | '.join(str(cell) for cell in cells)} |"
+
+
+def cell_table(cells: Cells, measures: dict[str, str],
+               paper: dict[str, tuple[float, ...]]) -> list[str]:
+    """Mean and standard deviation of each cell, with the paper's numbers beside them."""
+    columns = ["paper: COCO IR@1", "TR@1", "CIDEr"] if paper else []
+    lines = [markdown_row(["", *measures.values(), "minutes", *columns]),
+             "|---" * (len(measures) + 2 + len(columns)) + "|"]
+    for cell, rows in cells.items():
+        minutes = statistics.mean(row["minutes"] for row in rows)
+        ours = [mean_and_spread([row[measure] for row in rows]) for measure in measures]
+        lines.append(markdown_row([cell, *ours, f"{minutes:.1f}",
+                                   *paper.get(cell, [""] * len(columns))]))
+    return lines
+
+
+def set_lines(cell: str, rows: list[dict]) -> list[str]:
+    """What the filter did to the texts of a cell's bootstrapped set."""
+    lines = []
+    for source in ("web", "synthetic"):
+        before, kept, kept_true, true_kept = (
+            mean_and_spread([row["set"][f"{source}_{name}"] for row in rows])
+            for name in ("true", "kept_rate", "kept_true", "true_kept"))
+        lines += ["", f"{cell}, {source} texts: {before} % true before filtering; {kept} % kept, "
+                      f"{kept_true} % of these true; {true_kept} % of the true ones kept."]
+    return lines
+
+
+def verdict_table(claims: tuple[tuple[str, str], ...], measures: dict[str, str], cells: Cells,
+                  heading: str) -> list[str]:
+    """Which claims came out, by how much, and how surely."""
+    lines = [markdown_row([heading, *measures.values()]), "|---" * (len(measures) + 1) + "|"]
+    for claim in claims:
+        row = [f"{' > '.join(claim)}"]
+        for verdict in verdicts((claim,), measures, cells):
+            row.append(f"{'yes' if verdict['came_out'] else '**no**'}: "
+                       f"{100 * verdict['difference']:+.1f} (p {verdict['p']:.2f})")
+        lines.append(markdown_row(row))
+    return lines

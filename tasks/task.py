@@ -1,0 +1,262 @@
+"""What a task is: one record, which train.py and eval.py read.
+
+A new task is one file beside this one, with a `TASK` or `BENCHMARKS`, and its name in registry.py.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from blip import make_vit
+from config import BLIPConfig, TrainConfig
+from data.datasets import Collate, ImageDataset, caption_collate
+from data.images import batch_to
+from data.pairs import merge_captions, read_pairs
+from data.sources import open_mixture
+from data.text import Tokenizer
+from reports.sheets import Sections
+from training import distributed
+from world.datasets import World
+
+BATCH = 64  # images that an evaluation encodes at a time
+GREY_LEVEL = 128  # of the images that a blind model sees
+
+
+class TaskModel(nn.Module):
+    """What the training loop asks of every model; here one objective, no twins, no queue."""
+
+    def __init__(self, config: BLIPConfig):
+        super().__init__()
+        self.config = config
+        self.vit = make_vit(config)
+
+    def twins(self) -> list:
+        """(online module, momentum twin) pairs: none."""
+        return []
+
+    def set_objectives(self, objectives: tuple[str, ...]) -> None:
+        """There is one."""
+
+    def update_momentum(self) -> None:
+        """There are no twins."""
+
+    def enqueue(self, keys: dict[str, Tensor]) -> None:
+        """There is no queue."""
+
+    def clamp_temperature(self) -> None:
+        """There is no temperature."""
+
+    def pretrained_name(self, name: str) -> str:
+        """Parameter -> the one of a pretrained BLIP that it starts from."""
+        return name
+
+
+@dataclass
+class TrainedModel:
+    """A model with what is needed to use it."""
+
+    model: nn.Module
+    tokenizer: Tokenizer
+    settings: dict  # of its training: TrainConfig's fields
+    answers: list[str] = field(default_factory=list)  # that a VQA model ranks
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return next(self.model.parameters()).device
+
+    @property
+    def image_size(self) -> int:
+        """In pixels."""
+        return self.model.config.image_size
+
+    @property
+    def max_tokens(self) -> int:
+        """The length at which texts are cut."""
+        return self.settings["max_tokens"]
+
+    def digest(self) -> str:
+        """Of the weights: under the same file name there may be others tomorrow."""
+        content = hashlib.sha256()
+        for value in self.model.state_dict().values():
+            content.update(value.cpu().numpy().tobytes())
+        return content.hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where examples come from: files, or without them the built-in world."""
+
+    data: str  # files with commas between them
+    image_root: str  # "": the folder of the first file
+    split: str  # train, val or held-out of the world; of a Karpathy file
+    size: int  # the first so many; 0: all
+    image_size: int  # pixels
+    seed: int = 0
+    augment: bool = False  # random crops, flips and RandAugment, for training
+    crop_min: float = 1.0  # smallest share of the area in a random crop
+    noise: float = 0.0  # share of bad texts in the world
+    frames: int = 0  # of a clip
+    need_labels: bool = True  # an example without its captions or answers is an error
+    index: Path = Path("runs/index")  # where the index of large sources is kept
+
+    def folder(self) -> str | Path:
+        """That the images are relative to."""
+        return self.image_root or Path(self.data.split(",")[0]).parent
+
+    def images(self, examples: list, kind: type[ImageDataset] = ImageDataset) -> ImageDataset:
+        """Examples from files as a data set."""
+        return kind(examples[:self.size or None], self.folder(), self.image_size,
+                    self.augment, (self.crop_min, 1.0), self.seed)
+
+
+@dataclass
+class Datasets:
+    """What a run trains on and is judged by."""
+
+    train: Dataset
+    val: Dataset | None  # what the best epoch is chosen by; None: the last step is kept
+    final: Dataset | None  # what is judged at the end; None: nothing is
+    answers: list[str] = field(default_factory=list)  # that a VQA model ranks
+
+
+@dataclass(frozen=True)
+class EvalSettings:
+    """How an evaluation is done. None: as the checkpoint was trained."""
+
+    top_k: int | None = None  # candidates: of ITM, or answers whose likelihood is computed
+    rerank_score: str = ""  # TrainConfig.rerank_score; "": as the checkpoint was trained
+    decoding: dict = field(default_factory=dict)  # what was asked of captioning.Decoding
+    generate: bool = False  # VQA: answer freely instead of ranking
+    answers: tuple[str, ...] = ()  # VQA: those that are ranked
+    training: Dataset | None = None  # its commonest caption or answer is what a blind model says
+    baselines: bool = True  # also what a model that sees nothing scores
+
+
+@dataclass
+class Evaluation:
+    """What an evaluation finds."""
+
+    numbers: dict  # "chance" and "constant" hold trivial levels, NAME_by values for each kind
+    sections: Sections  # of the sheet
+    files: dict[str, list | dict] = field(default_factory=dict)  # json files for servers and tools
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """A command of eval.py."""
+
+    name: str
+    about: str
+    model: type  # that it judges
+    evaluate: Callable[[TrainedModel, Dataset, EvalSettings], Evaluation]
+    open_data: Callable[[Source], Dataset]
+    needs: tuple[str, ...] = ()  # objectives that the checkpoint must have been trained with
+    flags: tuple[str, ...] = ()  # of eval.FLAGS, beside those that all commands have
+    defaults: dict = field(default_factory=dict)  # of these flags
+    size: int = 1000  # items of the world
+    max_tokens: int = 0  # a longer text is cut; 0: as the checkpoint was trained
+    needs_data: bool = False  # the world has none of it
+    need_labels: bool = True  # an example without its captions or answers is an error
+
+
+@dataclass(frozen=True)
+class Task:
+    """What train.py has to know of a task."""
+
+    name: str  # the first word of the command
+    about: str
+    model: type[nn.Module]
+    open_data: Callable[[Source], Dataset]
+    collate: Callable[[Tokenizer, TrainConfig], Collate]
+    evaluate: Callable[[TrainedModel, Dataset, EvalSettings], Evaluation]
+    score: Callable[[dict], float] | None = None  # numbers -> by what the best epoch is chosen
+    # (config, tokenizer, alpha) -> arguments of the model's forward beside the batch's tensors
+    inputs: Callable[[TrainConfig, Tokenizer, float], dict] = lambda config, tokenizer, alpha: {}
+    needs: tuple[str, ...] = ()  # objectives that its start must have been trained with
+    holds_splits: bool = False  # a file may hold training and validation (Karpathy's)
+    reranks: bool = False  # it is judged by re-ranking --eval-top-k candidates
+    prepare: Callable[[Datasets, Tokenizer], Datasets] = lambda datasets, tokenizer: datasets
+    # (config, state dict) -> keyword arguments of `model` that only the weights tell
+    options: Callable[[BLIPConfig, dict], dict] = lambda config, weights: {}
+    settings: dict = field(default_factory=dict)  # of TrainConfig, what differs from the default
+    large: dict = field(default_factory=dict)  # and with --preset large
+    tiny: dict = field(default_factory=dict)  # and with --preset tiny
+    tiny_own: dict = field(default_factory=dict)  # and with --preset tiny on own data
+    # what the end of a run shows: reports.numbers.print_highlights
+    highlights: tuple[tuple[tuple[str, str, str], ...], ...] = ()
+    model_settings: dict = field(default_factory=dict)  # of BLIPConfig, with base and large
+
+    def benchmark(self, name: str, about: str, **changes) -> Benchmark:
+        """A command of eval.py that evaluates as this task does."""
+        return Benchmark(name, about, self.model, self.evaluate, self.open_data, **changes)
+
+
+# ---- settings that several tasks have ------------------------------------------------------------
+
+# BLIP sec. 5 and the released configurations: no warm-up, cosine to 0 per epoch, milder crops.
+FINETUNE = dict(schedule="epoch_cosine", warmup_steps=0, min_lr=0.0, crop_min=0.5, batch_size=256)
+# Measured, not the paper's: see "The tiny preset" in docs/training.md.
+TINY = dict(batch_size=32, schedule="cosine", warmup_steps=100, beta2=0.98, grad_clip=1.0,
+            workers=1, eval_top_k=16, rerank_score="posterior", min_length=5, max_length=30)
+
+
+# ---- image-text pairs: what pretraining, retrieval and captioning read --------------------------
+
+def open_pairs(source: Source) -> Dataset:
+    """Image-text pairs: one caption each in training, else one item for each image."""
+    if not source.data:
+        return World(source.split, source.size, source.image_size, source.seed, source.noise)
+    if source.split != "train":
+        pairs = read_pairs(source.data, source.image_root or None, source.split,
+                           source.need_labels)
+        return source.images(merge_captions(pairs))
+    pairs = open_mixture(source.data, source.image_root, source.index)
+    return ImageDataset(pairs, "", source.image_size, source.augment, (source.crop_min, 1.0),
+                        source.seed)
+
+
+def collate_captions(tokenizer: Tokenizer, config: TrainConfig) -> Collate:
+    """Batches of pairs, each caption behind the prompt."""
+    return caption_collate(tokenizer, config.max_tokens, config.prompt)
+
+
+# ---- evaluation, shared out over processes -------------------------------------------------------
+
+def shared_batches(count: int, batch_size: int = BATCH) -> list[list[int]]:
+    """This rank's share of the batches of 0 ... count - 1.
+
+    The batches are the same whatever the number of ranks, and so are the numbers.
+    """
+    return distributed.share([rows.tolist() for rows in torch.arange(count).split(batch_size)])
+
+
+def evaluation_batches(dataset: Dataset, collate: Collate, device: torch.device, about: str,
+                       broken: list[str] | None = None, batch_size: int = BATCH,
+                       grey: bool = False) -> Iterator[dict]:
+    """This rank's batches on the device, images normalised (data.images.batch_to).
+
+    Images that cannot be read are left out; their names go into `broken`. grey: a model that sees
+    nothing, every image is grey.
+    """
+    loader = DataLoader(dataset, collate_fn=collate,
+                        batch_sampler=shared_batches(len(dataset), batch_size))
+    for batch in distributed.progress(loader, about, unit="batch"):
+        if broken is not None:
+            broken += batch["broken"]
+        if batch["image"] is None:
+            continue
+        if grey:
+            batch["image"] = torch.full_like(batch["image"], GREY_LEVEL)
+        yield batch_to(batch, device)
+
+
+def subsets_of(dataset: Dataset) -> dict[str, list[int]]:
+    """Parts of a data set that are also reported by themselves: name -> indices."""
+    return dataset.subsets() if hasattr(dataset, "subsets") else {}
+

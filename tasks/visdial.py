@@ -1,0 +1,290 @@
+"""Visual dialog: choose the answer to a question in a dialog (BLIP sec. 5.5, Fig. 5c).
+
+History, question and candidate answer are judged against image and caption. Here: the model, the
+files of dialogs, the evaluation. Letters: K candidates.
+"""
+
+import random
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from blip import init_weights, make_med
+from config import BLIPConfig, TrainConfig
+from data.datasets import Collate, DialogExample, DialogRound
+from data.files import InputError, read_json
+from data.images import prepare_images
+from data.text import Tokenizer, clean_question
+from med import ImageKV
+from reports.metrics import dialog_scores, mean, ndcg
+from reports.sheets import BLACK, GREEN, GREY, RED, Cell, Sections, in_rows
+from tasks.task import (
+    FINETUNE,
+    GREY_LEVEL,
+    TINY,
+    EvalSettings,
+    Evaluation,
+    Source,
+    Task,
+    TaskModel,
+    TrainedModel,
+)
+from training import distributed
+from world.datasets import Dialogs
+
+CANDIDATES = 100  # of a round, in VisDial
+TURNS, WRONG = 2, 3  # in training: rounds of each dialog in a step, wrong candidates of a round
+
+
+class VisDial(TaskModel):
+    """vit, med (unimodal for the caption, grounded for the dialog), head.
+
+    What the dialog encoder looks at is the image's tokens and behind them the caption's states.
+    Raises ValueError where their widths differ.
+    """
+
+    def __init__(self, config: BLIPConfig):
+        super().__init__(config)
+        if config.vit_width != config.text_width:
+            raise ValueError("visual dialog puts image tokens and caption states side by side: "
+                             f"vit_width {config.vit_width} and text_width {config.text_width} "
+                             "must be equal")
+        self.med = make_med(config, ("text", "grounded"))
+        self.head = nn.Linear(config.text_width, 2)
+        self.apply(init_weights)
+
+    def pretrained_name(self, name: str) -> str:
+        """The head comes from ITM's."""
+        return name.replace("head.", "itm_head.") if name.startswith("head.") else name
+
+    def encode_context(self, image: Tensor, caption_ids: Tensor, caption_mask: Tensor) -> ImageKV:
+        """Keys and values of images and captions, projected once for all rounds and candidates.
+
+        image (B, 3, S, S), captions ids and mask (B, Lc); a caption's padding is masked.
+        """
+        tokens = self.vit(image)
+        states = self.med.encode_text(caption_ids, caption_mask)
+        mask = torch.cat([caption_mask.new_ones(tokens.shape[:2]), caption_mask], 1)
+        return self.med.project(torch.cat([tokens, states], 1), mask)
+
+    def logits(self, kv: ImageKV, ids: Tensor, mask: Tensor) -> Tensor:
+        """Text i belongs to dialog i // n; class 1 = the answer.
+
+        kv of B dialogs, ids and mask (n*B, L) of question, candidate, history -> (n*B, 2).
+        """
+        return self.head(self.med.encode_grounded(ids, mask, kv, cls_only=True)[:, 0])
+
+    def forward(self, image: Tensor, caption_ids: Tensor, caption_mask: Tensor, ids: Tensor,
+                mask: Tensor, label: Tensor) -> tuple[dict, dict]:
+        """n candidates for each of B dialogs: ids, mask (n*B, L), label (n*B,) -> cross-entropy."""
+        kv = self.encode_context(image, caption_ids, caption_mask)
+        return {"visdial": F.cross_entropy(self.logits(kv, ids, mask), label)}, {}
+
+
+# ---- files of dialogs ----------------------------------------------------------------------------
+
+def read_dialogs(data: str) -> list[DialogExample]:
+    """VisDial 1.0's file, and perhaps behind a comma its dense annotations.
+
+    Images are VisualDialog_SPLIT_ID.jpg, or COCO's for the training split. Raises InputError.
+    """
+    path, _, dense = data.partition(",")
+    content, relevance = read_json(path), {}
+    try:
+        questions, answers = content["data"]["questions"], content["data"]["answers"]
+        dialogs, split = content["data"]["dialogs"], content.get("split", "val2018")
+    except (KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{path} is no VisDial 1.0 file: {error} is missing; it needs data with "
+                         "questions, answers and dialogs")
+    for note in read_json(dense) if dense else []:
+        of_candidates = tuple(note.get("gt_relevance", note.get("relevance")))
+        relevance[note["image_id"]] = (note["round_id"] - 1, of_candidates)
+    examples = []
+    for number, record in enumerate(dialogs):
+        where = f"{path}, dialog {number}"
+        try:
+            rounds = []
+            for turn, record_round in enumerate(record["dialog"]):
+                choices = record_round.get("answer_options", [])
+                if len(choices) != CANDIDATES:
+                    raise InputError(f"{where}, round {turn + 1}: it has {len(choices)} candidate "
+                                     f"answers and must have {CANDIDATES}")
+                rounds.append(DialogRound(
+                    questions[record_round["question"]], answers[record_round["answer"]],
+                    tuple(answers[i] for i in choices), record_round["gt_index"]))
+            image = record.get("image") or f"VisualDialog_{split}_{record['image_id']:012d}.jpg"
+            examples.append(DialogExample(image, record["caption"], tuple(rounds),
+                                          record["image_id"], relevance.get(record["image_id"])))
+        except (KeyError, IndexError, TypeError, ValueError) as error:
+            raise InputError(f"{where}: {error!r}; a dialog needs image_id, caption and rounds of "
+                             "question, answer, answer_options and gt_index")
+    if not examples:
+        raise InputError(f"{path} holds no dialog")
+    return examples
+
+
+def open_data(source: Source) -> Dataset:
+    """Dialogs of a file, or of the world."""
+    if not source.data:
+        return Dialogs(source.split, source.size, source.image_size, source.seed)
+    return source.images(read_dialogs(source.data))
+
+
+def dialog_ids(tokenizer: Tokenizer, rounds, turn: int, candidates,
+               max_tokens: int) -> list[list[int]]:
+    """For each candidate the ids of the text that is judged.
+
+    [CLS] question [SEP] candidate [SEP] the rounds before, the latest first, [SEP] behind each.
+    What is judged stands in front, at the same positions in every dialog (with the history in front
+    the picture world's R@1 was 5 points lower, one run each), and what `max_tokens` cuts off is the
+    oldest.
+    """
+    def ids(text, most=max_tokens):
+        return [*tokenizer.piece_ids(clean_question(text))[:most], tokenizer.sep]
+    history = []
+    for earlier in reversed(rounds[:turn]):
+        history += ids(earlier.question)[:-1] + ids(earlier.answer)
+    question = [tokenizer.cls, *ids(rounds[turn].question, max_tokens // 2)]
+    return [(question + ids(candidate, max_tokens // 3) + history)[:max_tokens]
+            for candidate in candidates]
+
+
+def encode_captions(examples: list[DialogExample], tokenizer: Tokenizer,
+                    max_tokens: int) -> tuple[Tensor, Tensor]:
+    """ids and mask (B, Lc)."""
+    return tokenizer.encode([clean_question(example.caption, 40) for example in examples],
+                            max_tokens)
+
+
+def collate(tokenizer: Tokenizer, config: TrainConfig) -> Collate:
+    """Batches for VisDial.forward: caption_ids, caption_mask, ids, mask, label.
+
+    Of TURNS rounds of each dialog (its image and caption are read once for all of them) the answer
+    and WRONG other candidates, drawn by the item's seed. The turns are the same for the whole
+    batch: its texts are about as long, so little is padding.
+    """
+    def encode(items):
+        examples = [item["example"] for item in items]
+        caption_ids, caption_mask = encode_captions(examples, tokenizer, config.max_tokens)
+        shortest = min(len(example.rounds) for example in examples)
+        turns = random.Random(items[0]["seed"]).sample(range(shortest), min(TURNS, shortest))
+        rows, labels = [], []
+        for item in items:
+            rng, rounds = random.Random(item["seed"]), item["example"].rounds
+            for turn in turns:
+                others = [text for i, text in enumerate(rounds[turn].candidates)
+                          if i != rounds[turn].target]
+                candidates = [rounds[turn].answer, *rng.sample(others, WRONG)]
+                rows += dialog_ids(tokenizer, rounds, turn, candidates, config.max_tokens)
+                labels += [1] + [0] * WRONG
+        ids, mask = tokenizer.pad_rows(rows)
+        return {"caption_ids": caption_ids, "caption_mask": caption_mask, "ids": ids, "mask": mask,
+                "label": torch.tensor(labels)}
+    return Collate(encode)
+
+
+# ---- evaluation ----------------------------------------------------------------------------------
+
+@torch.no_grad()
+def rank_candidates(trained: TrainedModel, dataset: Dataset, grey: bool = False) -> list[dict]:
+    """{dialog, round, scores, target, relevance, index} of each round.
+
+    Image and caption are projected once for a dialog; all candidates of a round look at them in one
+    pass.
+    """
+    model, tokenizer, device = trained.model.eval(), trained.tokenizer, trained.device
+    records = []
+    own = distributed.share(list(range(len(dataset))))
+    for index in distributed.progress(own, "dialogs", unit="dialog"):
+        item = dataset[index]
+        if item["image"] is None:
+            continue
+        example, image = item["example"], item["image"][None]
+        image = prepare_images(torch.full_like(image, GREY_LEVEL) if grey else image, device)
+        caption_ids, caption_mask = encode_captions([example], tokenizer, trained.max_tokens)
+        kv = model.encode_context(image, caption_ids.to(device), caption_mask.to(device))
+        for turn, asked in enumerate(example.rounds):
+            rows = dialog_ids(tokenizer, example.rounds, turn, asked.candidates,
+                              trained.max_tokens)
+            ids, mask = tokenizer.pad_rows(rows)
+            logits = model.logits(kv, ids.to(device), mask.to(device)).float()
+            relevance = None
+            if example.relevance and example.relevance[0] == turn:
+                relevance = example.relevance[1]
+            records.append({"dialog": example.dialog_id, "round": turn, "index": index,
+                            "scores": (logits[:, 1] - logits[:, 0]).tolist(),
+                            "target": asked.target, "relevance": relevance})
+    records = distributed.gather(records)
+    return sorted(records, key=lambda record: (record["index"], record["round"]))
+
+
+def evaluate(trained: TrainedModel, dataset: Dataset, settings: EvalSettings) -> Evaluation:
+    """mrr, r1, r5, r10, mean_rank; ndcg where there is dense relevance.
+
+    "chance": a random order. With baselines blank_...: the same model on grey images. Raises
+    InputError where no image can be read.
+    """
+    records = rank_candidates(trained, dataset)
+    if not records:
+        raise InputError(f"none of the {len(dataset)} images could be read")
+    numbers = dialog_scores(answer_ranks(records))
+    dense = [ndcg(r["scores"], r["relevance"]) for r in records if r["relevance"]]
+    if dense:
+        numbers["ndcg"] = mean(dense)
+    n = len(records[0]["scores"])
+    numbers["chance"] = {"mrr": mean(1 / rank for rank in range(1, n + 1)),
+                         "mean_rank": (n + 1) / 2,
+                         **{f"r{k}": min(1.0, k / n) for k in (1, 5, 10)}}
+    if settings.baselines:
+        blind = dialog_scores(answer_ranks(rank_candidates(trained, dataset, grey=True)))
+        numbers |= {f"blank_{name}": value for name, value in blind.items()}
+    numbers["rounds"] = len(records)
+    files = {"answers.json": [{"image_id": record["dialog"], "round_id": record["round"] + 1,
+                               "ranks": ranks_of(record["scores"])} for record in records]}
+    return Evaluation(numbers, sections(dataset, records), files)
+
+
+def answer_ranks(records: list[dict]) -> list[int]:
+    """Of each round's answer among its candidates, 0 = first; a tie counts against it."""
+    return [sum(value >= record["scores"][record["target"]] for value in record["scores"]) - 1
+            for record in records]
+
+
+def ranks_of(scores: list[float]) -> list[int]:
+    """Scores -> the rank of each, 1 = highest, as VisDial's server reads them."""
+    order = sorted(range(len(scores)), key=lambda i: -scores[i])
+    ranks = [0] * len(scores)
+    for rank, i in enumerate(order, 1):
+        ranks[i] = rank
+    return ranks
+
+
+def sections(dataset: Dataset, records: list[dict]) -> Sections:
+    """Some dialogs: caption, questions, best candidates (green: right)."""
+    rounds_of: dict[int, list[dict]] = {}
+    for record in records[:50]:
+        rounds_of.setdefault(record["index"], []).append(record)
+    cells = []
+    for index, rounds in rounds_of.items():
+        example = dataset.example(index)
+        lines = [(example.caption, GREY)]
+        for record in rounds:
+            asked, scores = example.rounds[record["round"]], record["scores"]
+            best = max(range(len(scores)), key=scores.__getitem__)
+            lines += [(asked.question, BLACK),
+                      (asked.candidates[best], GREEN if best == asked.target else RED)]
+        cells.append(Cell(dataset[index]["image"], lines))
+    return [("dialogs: caption, questions, best candidates (green: right)", in_rows(cells, 6))]
+
+
+TASK = Task(
+    "visdial", "hold a dialog about an image", VisDial, open_data, collate, evaluate,
+    lambda numbers: numbers["mrr"],
+    settings=dict(FINETUNE, out="runs/visdial", lr=2e-5, epochs=20, max_tokens=160,
+                  batch_size=120),  # two rounds of each dialog: 240, as in the paper
+    tiny=dict(TINY, epochs=1, batch_size=16, scenes=40000, lr=5e-4, max_tokens=60, eval_size=200),
+    tiny_own=dict(min_steps=2500),
+    model_settings=dict(image_size=384))
+BENCHMARKS = (TASK.benchmark("visdial", "MRR, recall and mean rank of 100 candidate answers"),)

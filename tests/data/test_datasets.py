@@ -1,0 +1,60 @@
+"""Examples with their pictures, and batches of them."""
+
+import torch
+from PIL import Image
+from test_images import picture
+from test_text import CAPTIONS
+
+from data.datasets import ImageDataset, Pair, caption_collate
+from data.text import Tokenizer
+
+
+def test_no_flip_where_a_caption_says_left_or_right(tmp_path):
+    half = Image.new("RGB", (32, 32), (255, 0, 0))
+    half.paste((0, 0, 255), (16, 0, 32, 32))
+    half.save(tmp_path / "a.png")
+    def left_is_red(text):
+        data = ImageDataset([Pair("a.png", (text,), 0)], tmp_path, 32, augment=True,
+                            crop=(0.95, 1.0))
+        found = []
+        for epoch in range(30):
+            data.set_epoch(epoch)
+            image = data[0]["image"].float()
+            found.append(bool(image[0, 16, 8] > image[0, 16, 24]))
+        return sum(found)
+    assert left_is_red("a red wall on the left") == 30
+    assert 5 < left_is_red("a red wall") < 25
+
+
+def test_unreadable_images_are_replaced_in_training_and_left_out_in_evaluation(tmp_path):
+    picture(tmp_path / "good.png")
+    (tmp_path / "broken.jpg").write_bytes(b"no image")
+    pairs = [Pair("broken.jpg", ("one",), 0), Pair("good.png", ("two",), 1),
+             Pair("missing.png", ("three",), 2)]
+    train = ImageDataset(pairs, tmp_path, 16, augment=True)
+    assert [train[i]["example"].captions for i in range(3)] == [("two",)] * 3
+    assert "broken.jpg" in train[0]["broken"][0] and len(train[2]["broken"]) == 2
+    collate = caption_collate(Tokenizer.train(CAPTIONS, 300), 30)
+    batch = collate([ImageDataset(pairs, tmp_path, 16)[i] for i in range(3)])
+    assert (batch["image"].shape == (1, 3, 16, 16) and len(batch["broken"]) == 2
+            and [example.captions for example in batch["examples"]] == [("two",)])
+    assert collate([ImageDataset(pairs, tmp_path, 16)[0]])["image"] is None
+
+
+def test_a_batch_of_captions():
+    """The first caption is read, cleaned, after the prompt; images have ids where asked for."""
+    tokenizer = Tokenizer.train(CAPTIONS, 300)
+    pairs = [Pair("a.png", ('A "dog" #runs!', "two"), 7), Pair("b.png", (), 8),
+             Pair("a.png", ("a ball",), 7)]
+    items = [{"image": torch.zeros(3, 4, 4, dtype=torch.uint8), "example": pair, "index": i,
+              "broken": []} for i, pair in enumerate(pairs)]
+    batch = caption_collate(tokenizer, 30)(items)
+    assert [tokenizer.decode(row) for row in batch["ids"]] == ["a dog runs", "", "a ball"]
+    assert (batch["examples"] == pairs and batch["index"] == [0, 1, 2]
+            and "image_ids" not in batch)
+    batch = caption_collate(tokenizer, 30, "the man", image_ids=True)(items)
+    assert [tokenizer.decode(row) for row in batch["ids"]] == [
+        "the man a dog runs", "the man", "the man a ball"]
+    assert batch["image_ids"].tolist() == [7, 8, 7]
+    assert batch["mask"].sum(1).tolist() == [7, 4, 6]
+    assert caption_collate(tokenizer, 4)(items)["ids"].shape == (3, 4)

@@ -1,0 +1,181 @@
+"""Pairs by the million: tar shards, the index, mixtures."""
+
+import io
+import json
+import os
+import pickle
+import random
+import tarfile
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from test_files import write_json
+
+from data.datasets import ImageDataset, Pair, caption_collate, name_hash
+from data.files import InputError
+from data.sources import Mixture, PairIndex, open_mixture, tar_records
+from data.text import Tokenizer
+
+
+def shard(path: Path, members: dict[str, bytes], links: dict[str, str] | None = None) -> Path:
+    with tarfile.open(path, "w") as archive:
+        for name, content in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+        for name, target in (links or {}).items():
+            info = tarfile.TarInfo(name)
+            info.type, info.linkname = tarfile.SYMTYPE, target
+            archive.addfile(info)
+    return path
+
+
+def png(colour) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (20, 20), colour).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def test_tar_shards(tmp_path, capsys):
+    web = tmp_path / "web"
+    web.mkdir()
+    shard(web / "00000.tar", {
+        "000.png": png("red"), "000.txt": b"A red thing", "000.json": b"{}",
+        "001.png": png("blue"), "001.json": json.dumps({"caption": "a blue thing"}).encode(),
+        "002.png": png("green"), "003.txt": b"no image", "004.png": png("red"), "004.txt": b" . ",
+        "../005.png": png("red"), "../005.txt": b"outside", "/006.png": png("red")},
+        {"007.png": "/etc/passwd"})
+    shard(web / "00001.tar", {"000.jpg": b"broken", "000.txt": b"a broken thing",
+                              "001.png": png("white"), "001.txt": b"a white thing"})
+    whole = (web / "00001.tar").read_bytes()
+    (web / "00002.tar").write_bytes(whole[:700])
+    (web / "00003.tar").write_bytes(b"not a tar file" * 100)
+    pairs = open_mixture(str(web), "", tmp_path / "index")
+    assert [p.captions[0] for p in pairs] == ["A red thing", "a blue thing", "a broken thing",
+                                              "a white thing"]
+    assert pairs[0].image_id != pairs[2].image_id  # equal keys of two shards
+    error = capsys.readouterr().err
+    for reason in ("unsafe or no file", "no caption", "00003.tar is broken"):
+        assert reason in error
+    data = ImageDataset(pairs, "", 16, augment=True)
+    item = data[1]
+    assert item["example"].captions == ("a blue thing",) and item["image"][2].float().mean() > 150
+    assert "(damaged or no image)" in data[2]["broken"][0]
+    assert data[2]["example"].captions == ("a white thing",)
+    again = open_mixture(str(web / "*.tar"), "", tmp_path / "index")
+    assert capsys.readouterr().err == "" and len(again) == 4  # not built again
+    batch = caption_collate(Tokenizer.train(["a red thing"] * 3, 100), 30)([data[0], data[1]])
+    assert batch["image"].shape == (2, 3, 16, 16)
+
+
+def test_an_index_gives_what_the_file_holds(tmp_path):
+    path = write_json(tmp_path / "p.json", [
+        {"image": "a.jpg", "caption": ["One", " ", "two"], "image_id": 4},
+        {"image": "b.jpg", "caption": "é"}])
+    rows = PairIndex.open(str(path), None, tmp_path / "index")
+    assert list(rows) == [Pair("a.jpg", ("One",), name_hash(4), "a.jpg"),
+                          Pair("a.jpg", ("two",), name_hash(4), "a.jpg"),
+                          Pair("b.jpg", ("é",), name_hash("b.jpg"), "b.jpg")]
+    assert list(pickle.loads(pickle.dumps(rows))) == list(rows)
+    with pytest.raises(IndexError):
+        rows[3]
+    os.utime(path, (1, 1))  # another file: another index
+    assert PairIndex.open(str(path), None, tmp_path / "index").folder != rows.folder
+    assert len(list((tmp_path / "index").iterdir())) == 2
+    bad = write_json(tmp_path / "bad.json", [{"image": "a.jpg", "caption": "x"}, {"image": "b"}])
+    with pytest.raises(InputError, match="record 1: 'caption' is missing"):
+        PairIndex.open(str(bad), None, tmp_path / "index")
+    assert len(list((tmp_path / "index").iterdir())) == 2  # nothing half-written stays
+
+
+def test_shares_of_an_epoch_go_through_everything():
+    rows = [[Pair(f"{name}{i}", ("x",), i) for i in range(count)]
+            for name, count in (("a", 4), ("b", 10))]
+    mixture = Mixture(rows, [1.0, 0.2], ["r", "s"])
+    seen = []
+    for epoch in range(5):
+        mixture.set_epoch(epoch)
+        assert len(mixture) == 6
+        names = [pair.image for pair in mixture]
+        assert names[:4] == ["r/a0", "r/a1", "r/a2", "r/a3"]
+        seen += names[4:]
+    assert sorted(seen) == sorted(f"s/b{i}" for i in range(10))
+    assert [p.image for p in Mixture(rows[:1], [2.0], [""])] == ["a0", "a1", "a2", "a3"] * 2
+
+
+def test_a_source_with_a_share(tmp_path):
+    path = write_json(tmp_path / "p.json", [{"image": f"{i}.jpg", "caption": "x"}
+                                            for i in range(10)])
+    assert len(open_mixture(f"{path}:0.2,{path}", "", tmp_path / "index")) == 12
+    for wrong, message in ((f"{path}:0", "give one above 0"), (f"{tmp_path}/*.tar", "no tar file"),
+                           (f"{tmp_path}/x.json", "does not exist")):
+        with pytest.raises(InputError, match=message):
+            open_mixture(wrong, "", tmp_path / "index")
+
+
+def test_a_hundred_mutated_files(tmp_path):
+    """json and tar: read, or one sentence that names the file."""
+    rng, said = random.Random(0), Counter()
+    text = json.dumps([{"image": f"{i}.jpg", "caption": f"a dog {i}"} for i in range(30)]).encode()
+    tar = shard(tmp_path / "s.tar", {f"{i:03}.{e}": png("red") if e == "png" else b"a dog"
+                                     for i in range(10) for e in ("png", "txt")}).read_bytes()
+    for number in range(100):
+        content = bytearray(text if number % 2 else tar)
+        for _ in range(rng.choice((1, 3, 30))):
+            content[rng.randrange(len(content))] = rng.randrange(256)
+        if rng.random() < 0.3:
+            del content[rng.randrange(len(content)):]
+        path = tmp_path / (f"{number}.json" if number % 2 else f"{number}.tar")
+        path.write_bytes(bytes(content))
+        try:
+            rows = PairIndex.open(str(path), None, tmp_path / "index")
+            assert all(isinstance(pair, Pair) for pair in rows)
+            said["read"] += 1
+        except InputError as error:
+            assert str(path) in str(error) and "\n" not in str(error)
+            said["refused"] += 1
+    assert said.total() == 100 and min(said.values()) > 10
+
+
+def test_a_broken_shard_gives_what_stands_before_the_break(tmp_path):
+    """Wherever it is cut, each pair that is told of is there to the last byte."""
+    whole = shard(tmp_path / "whole.tar", {f"{i:03}.{e}": png("red") if e == "png" else b"a dog"
+                                           for i in range(10) for e in ("txt", "png")}).read_bytes()
+    counts = []
+    for cut in range(1000, len(whole), 300):
+        path = tmp_path / "s.tar"
+        path.write_bytes(whole[:cut])
+        records = [record for _, record in tar_records(path, Counter())]
+        for number, record in enumerate(records):
+            offset, size = map(int, record["image"].split("::")[1].split(":"))
+            assert record["image_id"] == f"s.tar {number:03}" and offset + size <= cut
+            assert whole[offset:offset + size] == png("red")
+        counts.append(len(records))
+    assert counts == sorted(counts) and counts[0] == 0 and counts[-1] == 10
+
+
+@pytest.mark.slow
+def test_a_loaders_memory_does_not_grow_with_the_rows(tmp_path):
+    """1 million rows against 10 million, 20,000 of them read at random in a process of its own."""
+    def resident(rows: int) -> int:
+        path = tmp_path / f"{rows}.json"
+        with open(path, "w") as file:
+            file.write("[")
+            for i in range(rows):
+                file.write(f'{"," if i else ""}{{"image":"{i}.jpg","caption":"a dog {i}"}}')
+            file.write("]")
+        folder = PairIndex.open(str(path), None, tmp_path / "index").folder
+        reader, writer = os.pipe()
+        if os.fork() == 0:
+            index, rng = PairIndex(folder, ""), random.Random(0)
+            for _ in range(20_000):
+                index[rng.randrange(rows)]
+            status = Path("/proc/self/status").read_text()
+            os.write(writer, status.split("VmRSS:")[1].split()[0].encode())
+            os._exit(0)
+        os.wait()
+        return int(os.read(reader, 100))
+    small, large = resident(1_000_000), resident(10_000_000)
+    assert large < 1.1 * small

@@ -1,0 +1,63 @@
+"""Cleaning and the WordPiece tokenizer."""
+
+import random
+
+import pytest
+from conftest import REFERENCE, reference
+
+from data.files import InputError
+from data.text import Tokenizer, clean_caption
+
+CAPTIONS = ["a dog runs on the grass", "a man on a red surfboard", "two dogs play with a ball",
+            "the man runs"] * 3
+
+
+def test_captions_are_cleaned_as_in_the_released_code():
+    assert clean_caption('A "Dog" (runs).. on #1: the; grass!~*') == "a dog runs on 1 the grass"
+    assert clean_caption("word " * 40).split() == ["word"] * 30
+    assert clean_caption("it's a dog-house, ok?") == "it's a dog-house, ok?"
+
+
+def test_tokenizer_round_trip_and_padding():
+    tokenizer = Tokenizer.train(CAPTIONS, 300)
+    ids, mask = tokenizer.encode(["a dog", "a man on a red surfboard"], 30)
+    assert ids[0, 0] == tokenizer.cls and ids[0, mask[0].sum() - 1] == tokenizer.sep
+    assert (ids[0, mask[0].sum():] == tokenizer.pad).all() and ids.shape[1] == mask[1].sum()
+    assert tokenizer.decode(ids[1]) == "a man on a red surfboard"
+    again = Tokenizer(tokenizer.state())
+    assert again.encode(CAPTIONS, 30)[0].equal(tokenizer.encode(CAPTIONS, 30)[0])
+    assert tokenizer.config()["vocab_size"] == len(tokenizer.vocab)
+    assert tokenizer.vocab[-2:] == ["[DEC]", "[ENC]"]
+
+
+def test_a_long_text_is_cut_and_keeps_sep():
+    tokenizer = Tokenizer.train(CAPTIONS, 300)
+    ids, mask = tokenizer.encode(["dog " * 50], 10)
+    assert ids.shape == (1, 10) and ids[0, -1] == tokenizer.sep and mask.all()
+
+
+def test_training_a_vocabulary_repeats():
+    texts = [" ".join(random.Random(i).choices(
+        "runs running runner jumps jumped dog dogs boat boats".split(), k=6)) for i in range(50)]
+    assert len({tuple(Tokenizer.train(texts, size).vocab) for size in (60, 60, 60, 60)}) == 1
+
+
+def test_bert_vocabulary_gives_the_released_ids():
+    ref = reference("b_pretrain_parts.pt")
+    tokenizer = Tokenizer.from_file(REFERENCE / "vocab.txt")
+    ids, mask = tokenizer.encode(ref["inputs"]["captions"], 30)
+    length = ids.shape[1]
+    assert (ids.equal(ref["inputs"]["input_ids"][:, :length])
+            and mask.equal(ref["inputs"]["attention_mask"][:, :length]))
+    assert (tokenizer.dec, tokenizer.enc) == (484, 485)
+
+
+@pytest.mark.parametrize("content, message",
+                         [("[PAD]\n[UNK]\ndog\n", r"lacks \[CLS\], \[SEP\]"),
+                          ("[PAD]\n[UNK]\n[CLS]\n[SEP]\ndog\ndog\n", "lists 'dog' twice")])
+def test_a_vocabulary_that_cannot_be_used(tmp_path, content, message):
+    (tmp_path / "vocab.txt").write_text(content)
+    with pytest.raises(InputError, match=message):
+        Tokenizer.from_file(tmp_path / "vocab.txt")
+    with pytest.raises(InputError, match="cannot be read"):
+        Tokenizer.from_file(tmp_path / "nothing.txt")

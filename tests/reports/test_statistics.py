@@ -1,0 +1,24 @@
+"""The paired test, against closed forms."""
+
+import math
+import statistics
+
+import pytest
+
+from reports.statistics import paired_test
+
+
+@pytest.mark.parametrize("differences", [[1.0, 2.0, 3.0], [0.5, -0.5, 0.1], [4.0, 5.0],
+                                         [1.0, 2.0, 3.0, 4.0, 5.0]])
+def test_the_paired_test(differences):
+    """Against closed forms of Student's t (1, 2 and 4 degrees of freedom)."""
+    n = len(differences)
+    t = abs(statistics.mean(differences)) / statistics.stdev(differences) * math.sqrt(n)
+    expected = {1: 1 - 2 * math.atan(t) / math.pi, 2: 1 - t / math.sqrt(2 + t * t),
+                4: 1 - (1 + 2 / (4 + t * t)) * t / math.sqrt(4 + t * t)}[n - 1]
+    assert paired_test(differences) == pytest.approx(expected, abs=1e-6)
+    assert paired_test([-d for d in differences]) == pytest.approx(expected, abs=1e-6)
+
+
+def test_one_seed_proves_nothing():
+    assert paired_test([5.0]) == 1.0 and paired_test([0.0, 0.0]) == 1.0

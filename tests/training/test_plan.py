@@ -1,0 +1,49 @@
+"""How long a run is: epochs and ramps fitted to the size of the data, and told."""
+
+from conftest import photographs, run
+
+from training.plan import describe, fit
+from training.settings import resolve
+
+
+def fitted(pairs: int, **given):
+    _, config = resolve(given)
+    return fit(config, given, pairs)
+
+
+def test_a_small_set_of_own_pairs_gets_the_steps_that_the_preset_needs():
+    config, sentences = fitted(8542, data="a.json")
+    assert config.epochs == 7 and config.epochs * (8542 // 32) >= 1600  # 266 steps an epoch
+    assert config.lm_only_steps == 200 and config.crop_min == 0.5
+    assert abs(config.alpha_epochs - 0.085 * 7) < 1e-9  # the same share of the run
+    assert "--epochs 7 instead of 1: the preset needs about 1600 steps" in sentences[0]
+    assert describe(config, 8542).endswith("7 epochs of 266 steps (8542 pairs in batches of 32)")
+
+
+def test_what_is_given_stays_and_the_rest_is_cut_to_a_share():
+    config, sentences = fitted(8542, data="a.json", epochs=1)
+    assert config.epochs == 1
+    assert (config.warmup_steps, config.lm_only_steps) == (26, 53)  # of 266
+    assert "only 266 steps" in sentences[-1] and "more --epochs" in sentences[-1]
+    config, _ = fitted(8542, data="a.json", epochs=1, lm_only_steps=200, warmup_steps=100)
+    assert (config.warmup_steps, config.lm_only_steps) == (100, 200)
+
+
+def test_the_worlds_and_the_papers_runs_stay_as_they_are():
+    for given, pairs in (({}, 38400), ({"preset": "base", "data": "a.json"}, 14_000_000)):
+        _, config = resolve(given)
+        assert fit(config, given, pairs) == (config, [])
+
+
+def test_many_pairs_need_no_more_epochs():
+    config, sentences = fitted(100_000, data="a.json")
+    assert config.epochs == 1 and not sentences
+
+
+def test_the_plan_is_printed(tmp_path, capsys):
+    folder = photographs(tmp_path, 40)
+    assert run(tmp_path / "a", "--data", folder / "train.json", "--min-steps", "12",
+               "--warmup-steps", "1") == 0
+    out = capsys.readouterr().out
+    assert "plan     15 steps: 3 epochs of 5 steps (40 pairs in batches of 8)" in out
+    assert "--epochs 3 instead of 1: the preset needs about 12 steps" in out

@@ -1,0 +1,1 @@
+"""Measurements and demonstrations: nothing that a reader of the paper has to open."""

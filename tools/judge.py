@@ -1,0 +1,53 @@
+"""What the built-in world says of models and of bootstrapped sets."""
+
+from pathlib import Path
+
+import torch
+
+from tasks.registry import TASKS
+from tasks.task import EvalSettings, Source
+from training.checkpoints import open_model
+from training.distributed import print0
+
+MEASURES = {"t2i_r1": "text-to-image R@1", "i2t_r1": "image-to-text R@1",
+            "itm_swap": "ITM prefers the true text", "caption_true": "captions wholly true"}
+
+
+def judge_in_world(checkpoint: str, device: torch.device, size: int) -> dict[str, float]:
+    """A pretrained model on held-out scenes with clean texts -> MEASURES and more.
+
+    All ranks call it.
+    """
+    trained = open_model(checkpoint, device=device)
+    task = TASKS["pretrain"]
+    held_out = task.open_data(Source("", "", "held-out", size, trained.image_size))
+    return task.evaluate(trained, held_out, EvalSettings(top_k=0)).numbers
+
+
+def print_comparison(numbers: dict[str, dict[str, float]]) -> None:
+    """The MEASURES of several models side by side: name -> its numbers."""
+    print0(f"{'%':30}" + "".join(f"{name:>14}" for name in numbers))
+    for measure, about in MEASURES.items():
+        print0(f"{about:30}" + "".join(f"{100 * of_model[measure]:14.1f}"
+                                       for of_model in numbers.values()))
+
+
+def print_truth(shares: dict[str, float]) -> None:
+    """What world.web.truth_of_set found."""
+    for source in ("web", "synthetic"):
+        before, after, recall = (100 * shares[f"{source}_{name}"]
+                                 for name in ("true", "kept_true", "true_kept"))
+        print0(f"{source + ' texts':16}{before:6.1f} % true before, {after:.1f} % of the kept; "
+               f"{recall:.1f} % of the true ones were kept")
+
+
+def print_report(report: dict, folder: Path) -> None:
+    """How many texts of a bootstrapped set were kept, and where it lies."""
+    for source in ("web", "synthetic"):
+        kept, dropped = report[f"{source}_kept"], report[f"{source}_rejected"]
+        print0(f"{source + ' texts':16}{kept:9} of {kept + dropped} kept "
+               f"({100 * report[f'{source}_kept_rate']:.1f} %)")
+    left_out = "".join(f", {count} x {reason}"
+                       for reason, count in (report["left_out"] | report["broken"]).items())
+    print0(f"{'human pairs':16}{report['human']:9}\n{'images':16}{report['images']:9}{left_out}\n"
+           f"wrote {folder}/bootstrapped.json, rejected.json, report.json, sheet.png")

@@ -1,0 +1,190 @@
+"""Checkpoints: written whole or not at all, read without running any code in them.
+
+    save(path, state)      a run's whole state
+    load(path)             that state, checked
+    load_model(path)       -> (model, tokenizer): a checkpoint is enough to rebuild both
+    open_model(path, ...)  -> TrainedModel, for a purpose that the checkpoint must fit
+    initialise(new, old)   start a finetuning from another model's weights
+
+    python -m training.checkpoints export CKPT FOLDER --kind caption    for the transformers library
+"""
+
+import argparse
+import os
+import shutil
+import sys
+from collections.abc import Iterable
+from dataclasses import asdict, fields
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from blip import BLIP
+from config import BLIPConfig, TrainConfig
+from data.files import InputError, read_tensors, whole_file
+from data.text import Tokenizer
+from tasks.registry import TASKS, make_model
+from tasks.task import TrainedModel
+from training.precision import speed_up_generation
+from vit import resize_positions
+from weights.released import export, load_released
+from weights.transformers_library import export_transformers
+
+# Fields and parameters of checkpoints that were written under another name.
+OLD_FIELDS = {"world_size": "scenes"}
+OLD_PARAMETERS = {".twins.0.": ".first.", ".twins.1.": ".second."}
+
+
+def save(path: str | Path, state: dict, keep: int = 1) -> None:
+    """Write `state`; the old file is whole until the new one is. Raises InputError.
+
+    With keep > 1 the last so many stay, as checkpoint-STEP.pt beside checkpoint.pt, which is the
+    newest.
+    """
+    path = Path(path)
+    if keep == 1:
+        with whole_file(path, "wb") as file:
+            torch.save(state, file)
+        return
+    numbered = path.with_name(f"{path.stem}-{state['step']:08d}{path.suffix}")
+    with whole_file(numbered, "wb") as file:
+        torch.save(state, file)
+    second_name(numbered, path)
+    for old in sorted(path.parent.glob(f"{path.stem}-*{path.suffix}"))[:-keep]:
+        old.unlink()
+
+
+def second_name(path: Path, name: Path) -> None:
+    """Give a file a second name, whole or not at all; a copy where there are no hard links."""
+    temporary = Path(f"{name}.{os.getpid()}.tmp")
+    try:
+        temporary.unlink(missing_ok=True)
+        os.link(path, temporary)
+        os.replace(temporary, name)
+    except OSError:
+        with open(path, "rb") as source, whole_file(name, "wb") as file:
+            shutil.copyfileobj(source, file)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def load(path: str | Path) -> dict:
+    """A checkpoint of this project; InputError if the file is something else."""
+    state = read_tensors(path)
+    if not is_ours(state):
+        raise InputError(f"{path} is not a checkpoint of this project; released weights go through "
+                         "load_released")
+    return with_new_names(state)
+
+
+def is_ours(state) -> bool:
+    """Whether what a file holds is a checkpoint of this project."""
+    return isinstance(state, dict) and {"model", "model_config", "tokenizer"} <= state.keys()
+
+
+def with_new_names(state: dict) -> dict:
+    """A checkpoint under today's names; what exists no longer is left out."""
+    model = {}
+    for name, value in state["model"].items():
+        for old, new in OLD_PARAMETERS.items():
+            name = name.replace(old, new)
+        model[name] = value
+    settings = {OLD_FIELDS.get(name, name): value
+                for name, value in state.get("train_config", {}).items()}
+    settings = asdict(TrainConfig(**known_fields(TrainConfig, settings)))
+    return state | {"model": model, "train_config": settings,
+                    "model_config": known_fields(BLIPConfig, state["model_config"])}
+
+
+def known_fields(config_class: type, values: dict) -> dict:
+    """Without the fields that the class does not have."""
+    names = {f.name for f in fields(config_class)}
+    return {name: value for name, value in values.items() if name in names}
+
+
+def load_model(path: str | Path, device: str | torch.device = "cpu") -> tuple[nn.Module, Tokenizer]:
+    """-> the model, in eval mode, and its tokenizer. Raises InputError."""
+    trained = open_model(path, device=device)
+    return trained.model, trained.tokenizer
+
+
+def open_model(path: str | Path, needs: Iterable[str] = (), vocab: str = "",
+               device: str | torch.device = "cpu",
+               kinds: tuple[type, ...] = (BLIP,)) -> TrainedModel:
+    """A checkpoint of this project, or released weights, with a model in eval mode.
+
+    Released weights need BERT's vocab.txt as `vocab`. `needs` names the objectives that must have
+    been trained: a model finetuned for captions can no longer match. kinds: the classes that the
+    model may have. Raises InputError.
+    """
+    state = read_tensors(path)
+    if is_ours(state):
+        state = with_new_names(state)
+        settings, tokenizer = state["train_config"], Tokenizer(state["tokenizer"])
+        config = BLIPConfig(**state["model_config"])
+        model = make_model(settings.get("task", "pretrain"), config, state["model"])
+        model.load_state_dict(state["model"])
+        answers = state.get("answers", [])
+    elif vocab:
+        tokenizer = Tokenizer.from_file(vocab)
+        model, report = load_released(path, tokenizer=tokenizer)
+        settings, answers = report.settings(), []
+        print(report, file=sys.stderr)
+    else:
+        raise InputError(f"{path} is not a checkpoint of this project; if it holds released "
+                         "weights, give --vocab with the vocab.txt of bert-base-uncased")
+    task = settings.get("task", "pretrain")
+    if not isinstance(model, kinds):
+        raise InputError(f"{path} is a checkpoint of another task ({task}); give one of "
+                         f"{' or '.join(kind.__name__ for kind in kinds)}")
+    untrained = [name for name in needs if not settings.get(f"{name}_weight", 1.0)]
+    if untrained:
+        losses = " and ".join(name.upper() for name in untrained)
+        raise InputError(f"{path} is a checkpoint of another task ({task}): it was trained without "
+                         f"{losses}, which this needs; give one of pretraining, or one finetuned "
+                         "for this")
+    model = speed_up_generation(model.to(device).eval())
+    return TrainedModel(model, tokenizer, settings, answers)
+
+
+def initialise(model: nn.Module, source: nn.Module) -> None:
+    """Copy the weights of `source`, positions resized to the model's grid.
+
+    The queues come along unless their length differs; then they start anew. A task's model takes
+    from a pretrained one what it has a place for (TaskModel.pretrained_name).
+    """
+    theirs, alike = source.state_dict(), type(model) is type(source)
+    for name, ours in model.state_dict().items():  # aliases the parameters
+        value = theirs.get(name if alike else model.pretrained_name(name))
+        if value is not None and name.endswith("pos_embed"):
+            value = resize_positions(value, ours.shape[1])
+        if value is not None and ours.shape == value.shape:
+            ours.copy_(value)
+    if isinstance(model, BLIP) and model.config.queue_size != source.config.queue_size:
+        model.queue_ptr.zero_()
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """-> exit status."""
+    parser = argparse.ArgumentParser(description="Export a checkpoint to the transformers library.",
+                                     allow_abbrev=False)
+    parser.add_argument("command", choices=["export"])
+    parser.add_argument("checkpoint")
+    parser.add_argument("folder", help="for from_pretrained")
+    parser.add_argument("--kind", choices=["caption", "retrieval"], required=True,
+                        help="BlipForConditionalGeneration or BlipForImageTextRetrieval")
+    o = parser.parse_args(arguments)
+    try:
+        trained = open_model(o.checkpoint, TASKS[o.kind].needs)
+        export_transformers(export(trained.model, o.kind), trained.model.config,
+                            trained.tokenizer, Path(o.folder), o.kind)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"wrote {o.folder}/pytorch_model.bin, config.json, vocab.txt")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

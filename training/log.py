@@ -1,0 +1,64 @@
+"""What a run writes down while it trains."""
+
+import json
+import math
+import time
+from pathlib import Path
+
+from torch import Tensor
+from tqdm import tqdm
+
+from data.files import InputError
+from training import distributed
+
+
+class Log:
+    """log.jsonl, the progress bar's losses, and TensorBoard where it is installed.
+
+    Rank 0 writes.
+    """
+
+    def __init__(self, out: Path, step: int, every: int):
+        """out: the run's folder; step: where it stands; every: steps between two lines."""
+        self.every, self.sums, self.count, self.since = every, {}, 0, time.perf_counter()
+        self.file = self.board = None
+        if distributed.rank():
+            return
+        path, kept = out / "log.jsonl", []
+        # resumed: what was logged after the checkpoint happens again
+        if step and path.exists():
+            kept = [line for line in path.read_text().splitlines()
+                    if json.loads(line)["step"] <= step]
+        self.file = open(path, "w", buffering=1)
+        self.file.writelines(line + "\n" for line in kept)
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+            self.board = SummaryWriter(out / "tensorboard")
+        except ImportError:
+            pass
+
+    def add(self, losses: dict[str, Tensor], bar: tqdm, step: int, last: bool, batch_size: int,
+            **values: float) -> None:
+        """Called after every step; the losses stay on the device until a line is due."""
+        for name, loss in losses.items():
+            self.sums[name] = self.sums.get(name, 0) + loss.detach()
+        self.count += 1
+        if step % self.every and not last:
+            return
+        means = {name: round(total.item() / self.count, 4) for name, total in self.sums.items()}
+        if not all(map(math.isfinite, means.values())):
+            raise InputError(f"the loss is no longer finite at step {step} ({means}); try a "
+                             "smaller --lr or --grad-clip 1, or --precision fp32")
+        rate = self.count * batch_size / (time.perf_counter() - self.since)
+        self.sums, self.count, self.since = {}, 0, time.perf_counter()
+        bar.set_postfix(means | {"pairs/s": round(rate)})
+        self.write({"step": step, **means, **{k: float(v) for k, v in values.items()},
+                    "pairs_per_s": round(rate, 1)})
+
+    def write(self, line: dict) -> None:
+        """One line of log.jsonl, {step, ...}; nothing on other ranks than 0."""
+        if not self.file:
+            return
+        self.file.write(json.dumps(line) + "\n")
+        for name, value in line.items() if self.board else ():
+            self.board.add_scalar(name, value, line["step"])

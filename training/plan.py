@@ -1,0 +1,49 @@
+"""How long a run is: epochs, and what ramps up at its start, fitted to the size of the data."""
+
+import math
+from dataclasses import replace
+
+from config import TrainConfig
+from training.settings import flag_name
+
+# What the beginning of a run may take of it at most.
+WARMUP_SHARE, LM_ONLY_SHARE, ALPHA_SHARE = 0.1, 0.2, 0.25
+
+
+def fit(config: TrainConfig, given: dict, pairs: int) -> tuple[TrainConfig, list[str]]:
+    """The settings fitted to so many pairs, and sentences that say what was changed and why.
+
+    What was given on the command line stays. On own data epochs are added until there are
+    `min_steps`; warm-up, steps of LM alone and alpha's ramp are cut to a share of the run.
+    """
+    changes, reasons = {}, {}
+    steps_per_epoch = max(1, pairs // config.batch_size)
+    if config.data and config.epochs * steps_per_epoch < config.min_steps:
+        changes["epochs"] = math.ceil(config.min_steps / steps_per_epoch)
+        reasons["epochs"] = f"the preset needs about {config.min_steps} steps"
+        if "epochs" not in given:  # the ramp keeps its share of the run
+            changes["alpha_epochs"] = config.alpha_epochs * changes["epochs"] / config.epochs
+    changes = {name: value for name, value in changes.items() if name not in given}
+    epochs = changes.get("epochs", config.epochs)
+    steps = epochs * steps_per_epoch
+    for name, share in (("warmup_steps", WARMUP_SHARE), ("lm_only_steps", LM_ONLY_SHARE)):
+        if getattr(config, name) > share * steps and name not in given:
+            changes[name] = int(share * steps)
+            reasons[name] = f"at most {share:.0%} of the run"
+    if changes.get("alpha_epochs", config.alpha_epochs) > ALPHA_SHARE * epochs and (
+            "alpha_epochs" not in given):
+        changes["alpha_epochs"] = ALPHA_SHARE * epochs
+        reasons["alpha_epochs"] = f"at most {ALPHA_SHARE:.0%} of the run"
+    sentences = [f"  {flag_name(name)} {changes[name]:g} instead of {getattr(config, name):g}: "
+                 f"{reason}" for name, reason in reasons.items() if name in changes]
+    if config.data and steps < config.min_steps / 2:
+        sentences.append(f"  only {steps} steps: a model from scratch needs about "
+                         f"{config.min_steps} to learn anything; give more --epochs")
+    return replace(config, **changes), sentences
+
+
+def describe(config: TrainConfig, pairs: int) -> str:
+    """The length of a run in words."""
+    steps = pairs // config.batch_size
+    return (f"plan     {config.epochs * steps} steps: {config.epochs} epochs of {steps} steps "
+            f"({pairs} pairs in batches of {config.batch_size})")

@@ -1,0 +1,43 @@
+"""How a program begins and ends: signals, exit status, one sentence for a user's mistake."""
+
+import contextlib
+import signal
+import sys
+from collections.abc import Callable, Iterator
+
+from config import SettingError
+from data.files import InputError
+from training import distributed
+
+
+@contextlib.contextmanager
+def signals_noted() -> Iterator[list]:
+    """Within it, SIGINT and SIGTERM put something into the list instead of ending the program."""
+    noted = []
+    before = {number: signal.signal(number, lambda *_: noted.append(True))
+              for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield noted
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def exit_status(program: Callable[[], int | None], interrupted: str = "interrupted") -> int:
+    """Run a program's main part -> its exit status.
+
+    That is what the part returns, 2 after a user's mistake, which is one sentence, and 130 after an
+    interrupt.
+    """
+    try:
+        status = program() or 0
+        distributed.barrier()  # a rank that leaves while another still talks may be aborted
+        return status
+    except (InputError, SettingError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(interrupted, file=sys.stderr)
+        return 130
+    finally:
+        distributed.finish()

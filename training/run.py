@@ -1,0 +1,251 @@
+"""What a training run consists of, and how all of it gets into a checkpoint and out of it.
+
+Data in its order, model, optimizer, counters. What a run does depends on (seed, epoch, step), and
+not on the clock, the loader's workers or, but for dropout and mining, the number of processes: each
+global batch is cut into world x accumulate chunks, number micro * world + rank for each micro-batch
+of each rank.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from config import BLIPConfig, TrainConfig
+from data.datasets import ImageDataset, some_examples
+from data.files import InputError, is_list
+from data.images import batch_to
+from data.text import Tokenizer
+from tasks.registry import TASKS, make_model
+from tasks.task import Datasets, Source, Task, TrainedModel
+from training import checkpoints, distributed, plan
+from weights.starting import start_from
+from world.datasets import all_texts
+
+
+class EpochBatches(Sampler):
+    """This rank's micro-batches of one epoch, `accumulate` for each step.
+
+    A function of (seed, epoch, step) alone, so that a run can start anywhere and the samples of a
+    global batch do not depend on the number of processes. The last, incomplete batch is left out.
+    """
+
+    def __init__(self, size: int, batch_size: int, seed: int, epoch: int, first_step: int,
+                 accumulate: int = 1):
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+        self.order = torch.randperm(size, generator=generator)
+        self.batch_size, self.first_step, self.steps = batch_size, first_step, size // batch_size
+        self.accumulate = accumulate
+
+    def __iter__(self) -> Iterator[list[int]]:
+        processes, rank = distributed.world_size(), distributed.rank()
+        share = self.batch_size // (processes * self.accumulate)
+        for step in range(self.first_step, self.steps):
+            for micro in range(self.accumulate):
+                start = step * self.batch_size + (micro * processes + rank) * share
+                yield self.order[start:start + share].tolist()
+
+    def __len__(self) -> int:
+        return (self.steps - self.first_step) * self.accumulate
+
+
+# ---- data ----------------------------------------------------------------------------------------
+
+def open_datasets(task: Task, config: TrainConfig, image_size: int) -> Datasets:
+    """The data sets of a run: the world without --data. One --val serves both purposes."""
+    c = config
+    base = Source(c.data, c.image_root, "train", 0, image_size, c.seed,
+                  index=Path(c.out).parent / "index")
+    train = task.open_data(replace(base, size=0 if c.data else c.scenes, noise=c.noise,
+                                   augment=c.augment, crop_min=c.crop_min))
+    if not c.data:
+        val = task.open_data(replace(base, split="val", size=min(300, c.eval_size), seed=0))
+        return Datasets(train, val, task.open_data(
+            replace(base, split="held-out", size=c.eval_size, seed=0)))
+    files = c.val
+    if not files and c.data.endswith(".json") and "," not in c.data and not is_list(c.data):
+        files = c.data if task.holds_splits else ""  # a Karpathy file holds all splits
+    if not files:
+        return Datasets(train, None, None)
+    held_out = task.open_data(replace(base, data=files, split=c.val_split, size=c.eval_size))
+    if task.reranks and c.eval_top_k > len(held_out):
+        raise InputError(f"--eval-top-k {c.eval_top_k} is larger than the gallery of "
+                         f"{len(held_out)} images in {files}; give a smaller one")
+    return Datasets(train, held_out, held_out)
+
+
+def make_tokenizer(config: TrainConfig, train: Dataset) -> Tokenizer:
+    """Read with --vocab, else trained on the data's texts."""
+    if config.vocab:
+        return Tokenizer.from_file(config.vocab)
+    texts = all_texts()
+    if config.data:
+        texts = [text for example in some_examples(train, 200_000) for text in example.texts]
+    return Tokenizer.train(texts, config.vocab_pieces)
+
+
+# ---- the run -------------------------------------------------------------------------------------
+
+def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
+    """AdamW over everything that a new model wants to have trained.
+
+    NOTE(differs from salesforce/BLIP): no weight decay on biases, LayerNorms and the temperature,
+    which have nothing to gain from being small.
+    """
+    trained = [p for p in model.parameters() if p.requires_grad]
+    groups = [{"params": [p for p in trained if p.ndim > 1], "weight_decay": config.weight_decay},
+              {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0}]
+    fused = next(model.parameters()).device.type in ("cuda", "cpu")
+    return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, config.beta2), fused=fused)
+
+
+def trainable_names(model: nn.Module) -> set[str]:
+    """Names of the parameters that a new model wants to have trained, not its twins."""
+    return {name for name, p in model.named_parameters() if p.requires_grad}
+
+
+class Run:
+    """A training run: its data, model, optimizer and counters."""
+
+    def __init__(self, model_config: BLIPConfig, config: TrainConfig, device: torch.device,
+                 state: dict | None = None, source: TrainedModel | None = None,
+                 given: dict | None = None):
+        """state: a checkpoint to continue; source: a model to start from. Raises InputError.
+
+        given: settings that are not fitted to the size of the data (training/plan.py).
+        """
+        self.device, self.out, self.task = device, Path(config.out), TASKS[config.task]
+        self.datasets = open_datasets(self.task, config, model_config.image_size)
+        if len(self.datasets.train) < config.batch_size:
+            raise InputError(f"there are {len(self.datasets.train)} training pairs, fewer than "
+                             f"--batch-size {config.batch_size}; give a smaller one")
+        self.plan = []
+        if not state:
+            config, self.plan = plan.fit(config, given or {}, len(self.datasets.train))
+        self.config = config
+        if state:
+            self.tokenizer = Tokenizer(state["tokenizer"])
+        elif source:
+            self.tokenizer = source.tokenizer
+        else:
+            self.tokenizer = make_tokenizer(config, self.datasets.train)
+        self.datasets = self.task.prepare(self.datasets, self.tokenizer)
+        self.model = self.make_model(model_config, state, source)
+        self.optimizer = make_optimizer(self.model, config)
+        self.trainable = trainable_names(self.model)
+        self.step, self.seconds, self.best = 0, 0.0, -math.inf
+        self.seen, self.broken = 0, Counter()  # images, and why some of them could not be read
+        self.steps_per_epoch = len(self.datasets.train) // config.batch_size
+        self.steps = self.steps_per_epoch * config.epochs
+        if state:
+            self.restore(state)
+        self.set_generators(state)
+
+    def make_model(self, model_config: BLIPConfig, state: dict | None,
+                   source: TrainedModel | None) -> nn.Module:
+        """The model with its starting weights, on the device. Raises InputError."""
+        c = self.config
+        torch.manual_seed(c.seed)  # the same on all ranks: weights and queues start equal
+        model_config = replace(model_config, **self.tokenizer.config())
+        try:
+            model = make_model(c.task, model_config, state and state["model"]).to(self.device)
+        except ValueError as error:  # sizes that do not fit the task
+            raise InputError(str(error))
+        if source:
+            checkpoints.initialise(model, source.model)
+        elif not state and (c.init_vit or c.init_text):
+            if c.init_text and not c.vocab:
+                raise InputError("--init-text needs --vocab with the vocab.txt of those weights")
+            distributed.print0(start_from(model, c.init_vit, c.init_text))
+        return model
+
+    # ---- batches ----
+
+    def batches(self) -> Iterator[list[dict]]:
+        """For each step from the current one to the end of the last epoch, its micro-batches."""
+        c, train = self.config, self.datasets.train
+        workers = c.workers if isinstance(train, ImageDataset) else 0
+        while self.step < self.steps:
+            epoch, first = divmod(self.step, self.steps_per_epoch)
+            train.set_epoch(epoch)
+            sampler = EpochBatches(len(train), c.batch_size, c.seed, epoch, first, c.accumulate)
+            loader = iter(DataLoader(
+                train, collate_fn=self.task.collate(self.tokenizer, c), batch_sampler=sampler,
+                num_workers=workers, pin_memory=self.device.type == "cuda",
+                # its own: else each start of a loader would move the run's generator
+                generator=torch.Generator()))
+            for _ in range(first, self.steps_per_epoch):
+                yield [next(loader) for _ in range(c.accumulate)]
+
+    def inputs(self, batch: dict, alpha: float) -> dict:
+        """The arguments of the model's forward: the batch's tensors, and the task's."""
+        tensors = {name: value for name, value in batch_to(batch, self.device).items()
+                   if isinstance(value, torch.Tensor)}
+        return tensors | self.task.inputs(self.config, self.tokenizer, alpha)
+
+    def count(self, batch: dict) -> None:
+        """Keep count of unreadable images; InputError when they are too many."""
+        self.seen += len(batch["broken"]) + (0 if batch["image"] is None else len(batch["image"]))
+        for name in batch["broken"]:  # "name (reason)"
+            self.broken[name.rpartition(" (")[2].rstrip(")")] += 1
+        enough = self.seen >= min(100, len(self.datasets.train))
+        broken = self.broken.total()
+        if batch["image"] is None or (enough and broken > self.config.max_broken * self.seen):
+            raise InputError(f"{broken} of {self.seen} images could not be read, more than "
+                             f"--max-broken {self.config.max_broken:g} allows; the last: "
+                             f"{batch['broken'][-1:]}; is --image-root right?")
+
+    # ---- into a checkpoint and out of it ----
+
+    def trained_model(self) -> TrainedModel:
+        """The model as it stands, for an evaluation."""
+        return TrainedModel(self.model, self.tokenizer, asdict(self.config), self.datasets.answers)
+
+    def weights(self) -> dict:
+        """What rebuilds the model and its tokenizer, and says how they were trained."""
+        state = {"model": self.model.state_dict(), "model_config": asdict(self.model.config),
+                 "tokenizer": self.tokenizer.state(), "train_config": asdict(self.config)}
+        return state | ({"answers": self.datasets.answers} if self.datasets.answers else {})
+
+    def save(self) -> None:
+        """Write checkpoint.pt; all ranks call it, rank 0 writes.
+
+        The schedules are functions of `step`: nothing else is needed to go on.
+        """
+        cuda = torch.cuda.get_rng_state() if self.device.type == "cuda" else None
+        ranks = distributed.gather([{"rng": torch.get_rng_state(), "rng_cuda": cuda,
+                                     "seen": self.seen, "broken": self.broken}])
+        if distributed.rank() == 0:
+            broken = sum((rank["broken"] for rank in ranks), Counter())
+            checkpoints.save(self.out / "checkpoint.pt", self.weights() | {
+                "optimizer": self.optimizer.state_dict(), "step": self.step,
+                "seconds": self.seconds, "best": self.best, "broken": dict(broken),
+                "seen": sum(rank["seen"] for rank in ranks),
+                "rng": [rank["rng"] for rank in ranks],
+                "rng_cuda": [rank["rng_cuda"] for rank in ranks]}, self.config.keep)
+
+    def restore(self, state: dict) -> None:
+        """Model, optimizer and counters of a checkpoint."""
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.step, self.seconds, self.best = state["step"], state["seconds"], state["best"]
+        if distributed.rank() == 0:  # of all ranks together
+            self.seen, self.broken = state["seen"], Counter(state["broken"])
+
+    def set_generators(self, state: dict | None) -> None:
+        """Dropout and mining differ from rank to rank, and go on as they stood in the checkpoint.
+
+        With another number of processes they start anew, as a function of seed, step and rank.
+        """
+        rank = distributed.rank()
+        if state is None or len(state["rng"]) != distributed.world_size():
+            torch.manual_seed(self.config.seed + rank + 1_000_003 * self.step)
+            return
+        torch.set_rng_state(state["rng"][rank])
+        if self.device.type == "cuda" and state["rng_cuda"][rank] is not None:
+            torch.cuda.set_rng_state(state["rng_cuda"][rank])

@@ -1,0 +1,98 @@
+"""The world as a web to be cleaned: a noisy web set and a small clean human set, as files.
+
+And what only the world can say of a bootstrapped set: which of its texts are true.
+"""
+
+import json
+from argparse import Namespace
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from config import check_settings, setting
+from data.files import InputError, read_json, whole_file
+from data.text import Tokenizer
+from training import distributed
+from world.datasets import World
+from world.language import all_captions, is_true
+
+# Every set is seen for as many steps, and the recipe is that of `python train.py` with a longer
+# start on LM alone, which noisy texts disturb less than they do ITC and ITM.
+WORLD_RECIPE = {"augment": False, "workers": 0, "min_steps": 0}
+WORLD_PRETRAIN, WORLD_PAIRS = WORLD_RECIPE | {"lm_only_steps": 800}, 44800
+WORLD_FINETUNE = WORLD_RECIPE | {"epochs": 16}
+
+
+@dataclass(frozen=True)
+class WorldSets:
+    """The world's web and human sets, which stand in for missing --web and --human."""
+
+    world_web: int = setting(6000, "web images, with one text each", least=1)
+    world_human: int = setting(1000, "human pairs, all true", least=1)
+    world_noise: float = setting(0.5, "share of web texts that are bad: another's, one word wrong, "
+                                      "or junk", least=0, most=1)
+    held_out: int = setting(1000, "scenes that the models are judged on", least=1)
+
+    def __post_init__(self):
+        check_settings(self)
+
+    def web(self, seed: int) -> World:
+        """The web set; item i is web/i.png."""
+        return World("train", self.world_web, seed=seed, noise=self.world_noise)
+
+    def save(self, folder: Path, seed: int) -> None:
+        """Write web.json, human.json, their pictures and vocab.txt, unless they are there.
+
+        InputError where the folder holds another world's.
+        """
+        path, made_of = folder / "world.json", json.dumps(asdict(self) | {"seed": seed})
+        if path.exists():  # written last
+            if path.read_text() != made_of:
+                raise InputError(f"{folder} holds the sets of another seed or world "
+                                 f"({path.read_text()}); give another --out")
+            return
+        self.web(seed).save(folder, "web")
+        World("train", self.world_human, seed=seed + 1_000_000).save(folder, "human")
+        tokenizer = Tokenizer.train(all_captions(), 4000)
+        with whole_file(folder / "vocab.txt") as file:
+            file.writelines(token + "\n" for token in tokenizer.state())
+        with whole_file(path) as file:
+            file.write(made_of)
+
+
+def stand_in(options: Namespace, world: WorldSets, folder: Path) -> None:
+    """Write the world's sets into `folder`; they and their recipe become capfilt.py's options."""
+    o = options
+    if distributed.rank() == 0:
+        world.save(folder, o.seed)
+    distributed.barrier()
+    o.web, o.human, o.image_root = str(folder / "web.json"), str(folder / "human.json"), ""
+    o.pairs, o.vocab = o.pairs or WORLD_PAIRS, o.vocab or str(folder / "vocab.txt")
+    o.pretrain = WORLD_PRETRAIN if o.pretrain is None else o.pretrain
+    if o.finetune is None and not o.captioner + o.filter:
+        o.finetune = WORLD_FINETUNE
+
+
+def truth_of_set(folder: Path, web: World) -> dict[str, float]:
+    """What the world says of a bootstrapped set, for each source of texts.
+
+    SOURCE_true: share of true texts among all, SOURCE_kept_true: among the kept, SOURCE_true_kept:
+    share of the true ones that were kept.
+    """
+    verdicts: dict[str, list[tuple[bool, bool]]] = {"web": [], "synthetic": []}
+    for name, kept in (("bootstrapped", True), ("rejected", False)):
+        for record in read_json(folder / f"{name}.json"):
+            if record["source"] in verdicts:
+                scene = web.scene(int(Path(record["image"]).stem))
+                verdicts[record["source"]].append((kept, is_true(record["caption"], scene)))
+    shares = {}
+    for source, rows in verdicts.items():
+        shares[f"{source}_true"] = share(true for _, true in rows)
+        shares[f"{source}_kept_true"] = share(true for kept, true in rows if kept)
+        shares[f"{source}_true_kept"] = share(kept for kept, true in rows if true)
+    return shares
+
+
+def share(flags) -> float:
+    """Of the flags that are up; 0 for none."""
+    flags = list(flags)
+    return sum(flags) / max(len(flags), 1)
