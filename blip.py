@@ -53,7 +53,7 @@ class BLIP(nn.Module):
         self.text_proj = nn.Linear(c.text_width, c.embed_dim)
         self.itm_head = nn.Linear(c.text_width, 2)  # class 1 = matched
         self.temp = nn.Parameter(torch.tensor(c.temp))
-        self.apply(init_weights)
+        init_weights(self, c.init_std)
         # Momentum twins hold only what ITC uses: no cross-attention, no decoder.
         self.vit_m = ViT(c.image_size, c.patch_size, c.vit_width, c.vit_depth, c.vit_heads)
         self.med_m = make_med(c, ("text",))
@@ -117,6 +117,8 @@ class BLIP(nn.Module):
         """ITM logits: text i is compared with image i // n; class 1 = matched.
 
         kv of B images (`model.med.project(tokens)`), ids and mask (n*B, L) -> (n*B, 2).
+        NOTE(differs from salesforce/BLIP): [ENC] stands in front, as in training; the released
+        class for ITM scores keeps [CLS] there (`med.encode_grounded(first_token=...)`).
         """
         enc_state = self.med.encode_grounded(ids, mask, kv, cls_only=True)[:, 0]
         return self.itm_head(enc_state)
@@ -256,10 +258,10 @@ class BLIP(nn.Module):
 
     @torch.no_grad()
     def update_momentum(self, momentum: float | None = None) -> None:
-        """twin = m * twin + (1 - m) * online, parameter by parameter (ALBEF sec. 3.4).
+        """twin = m * twin + (1 - m) * online, parameter by parameter (MoCo eq. 2; ALBEF sec. 3.5).
 
         After a step, where the released code does it before the next step's features: the same, but
-        for the very first step from released weights; call it once before that.
+        for the very first step from other weights; a run calls it once before that.
         """
         m = self.config.momentum if momentum is None else momentum
         for p, p_m in self.twin_parameters:
@@ -297,20 +299,19 @@ def l2_normalize(x: Tensor) -> Tensor:
     return F.normalize(x.float(), dim=-1)
 
 
-def init_weights(module: nn.Module) -> None:
-    """Normal with std 1/sqrt(fan in): unit variance in gives unit variance out at every width.
+def init_weights(model: nn.Module, std: float) -> None:
+    """Linear layers, convolutions, embeddings and ViT positions: normal with this std.
 
-    The usual std of 0.02 is about half of that at width 768, where BERT and ViT use it, and a
-    quarter at width 128, where a model that starts with 0.02 hardly learns at all.
+    std 0 goes by the width: 1 / sqrt(fan in), and 0.5 for positions and [CLS], the scale of the
+    patch embeddings that they are added to. The usual 0.02 is half of that at width 768; at width
+    128 a model that starts with it hardly learns (results/pretrain_world.md).
     """
-    if isinstance(module, (nn.Linear, nn.Conv2d)):
-        nn.init.normal_(module.weight, std=module.weight[0].numel() ** -0.5)
-        nn.init.zeros_(module.bias)
-    elif isinstance(module, nn.Embedding):
-        nn.init.normal_(module.weight, std=module.embedding_dim ** -0.5)
-    elif isinstance(module, ViT):
-        # On the scale of the patch embeddings that they are added to. Positions that start small
-        # are learnt late, and with them everything that depends on where things are (measured:
-        # results/pretrain_world.md).
-        nn.init.normal_(module.cls_token, std=0.5)
-        nn.init.normal_(module.pos_embed, std=0.5)
+    for module in model.modules():
+        if isinstance(module, (nn.Linear, nn.Conv2d)):
+            nn.init.normal_(module.weight, std=std or module.weight[0].numel() ** -0.5)
+            nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.Embedding):
+            nn.init.normal_(module.weight, std=std or module.embedding_dim ** -0.5)
+        elif isinstance(module, ViT):
+            nn.init.normal_(module.cls_token, std=std or 0.5)
+            nn.init.normal_(module.pos_embed, std=std or 0.5)

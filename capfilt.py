@@ -121,14 +121,17 @@ def caption_and_filter(shard: Shard, captioners: list[Captioner], filters: list[
 
 def add_synthetic_texts(texts: list[list[dict]], captioner: Captioner, images: dict[int, Tensor],
                         number: int, seed: int, count: int) -> None:
-    """The captioner writes `count` captions for each image (Cap)."""
+    """The captioner writes `count` captions for each image (Cap).
+
+    NOTE: a synthetic text that equals the web text is dropped; the paper does not say.
+    """
     trained, decoding = captioner.trained, replace(captioner.decoding, seed=seed + number)
     written = write_captions(trained.model, trained.tokenizer, images[trained.image_size],
                              decoding, count)
     for of_image, captions in zip(texts, written):
         for caption, score in captions:
             others = {clean_caption(text["caption"]) for text in of_image} | {""}
-            if clean_caption(caption) not in others:  # a repeated text would only weigh double
+            if clean_caption(caption) not in others:
                 of_image.append({"caption": caption, "source": "synthetic", "captioner": number,
                                  "log_probability": round(score, 3)})
 
@@ -152,7 +155,7 @@ def itm_scores(trained: TrainedModel, images: Tensor, texts: list[list[str]]) ->
     most = max(len(of_image) for of_image in texts)
     # As many texts for each image: a shorter row repeats its last one.
     padded = [of_image + of_image[-1:] * (most - len(of_image)) for of_image in texts]
-    flat = [clean_caption(text) for of_image in padded for text in of_image]
+    flat = [clean_caption(text, trained.max_words) for of_image in padded for text in of_image]
     ids, mask = trained.tokenizer.encode(flat, trained.max_tokens)
     kv = trained.model.med.project(trained.model.vit(images))
     logits = trained.model.match(kv, ids.to(trained.device), mask.to(trained.device)).float()

@@ -75,6 +75,11 @@ class BLIPConfig:
     temp_min: float = setting(0.001, "released code", above=0)
     temp_max: float = setting(0.5, "released code", above=0)
     label_smoothing: float = setting(0.1, "of the LM loss (BLIP sec. 3.2)", least=0, most=0.99)
+    init_std: float = setting(0.02, "of the initial weights (BERT and ViT; released code); 0: by "
+                                    "width, for narrow models (blip.init_weights)", least=0)
+    merge_from: int = setting(-1, "NLVR2: the first layer that merges what is seen in two images; "
+                                  "-1: half of the depth, which is the released 6 at base size",
+                              least=-1)
     hard_negatives: bool = setting(True, "ITM's negatives by similarity (ALBEF sec. 3.2); false: "
                                          "at random")
     negative_floor: float = setting(1e-4, "added to each negative's probability of being drawn in "
@@ -107,7 +112,7 @@ SIZES = {
     "large": dict(vit_width=1024, vit_depth=24, vit_heads=16, drop_path=0.1),
     "tiny": dict(image_size=64, vit_width=128, vit_depth=4, vit_heads=4, text_width=128,
                  text_depth=2, text_heads=4, text_ffn=512, max_positions=64, dropout=0.0,
-                 embed_dim=64, queue_size=1024, momentum=0.99, mask_positives=True,
+                 embed_dim=64, queue_size=1024, momentum=0.99, init_std=0.0, mask_positives=True,
                  negative_floor=0.0),
 }
 
@@ -160,13 +165,19 @@ class TrainConfig:
     lm_weight: float = setting(1.0, "of the loss; 0 switches it off", least=0)
     all_negatives: bool = setting(False, "ITM's negatives from all processes in finetuning (paper: "
                                          "COCO)")
+    answers: str = setting("", "json list of the answers that VQA ranks, as the released "
+                               "answer_list.json; none: the commonest training answers")
     prompt: str = setting("", "words before each caption, which give no loss")
     lm_only_steps: int = setting(0, "steps of LM alone first (warm start for tiny models; not in "
                                     "the paper)", least=0)
     augment: bool = setting(True, "random crop, flip, RandAugment on photographs; the world has "
                                   "none")
+    # NOTE(differs from salesforce/BLIP): there every picture is mirrored half of the time.
+    flip: str = setting("safe", "mirror half of the pictures: safe (not where a text says left or "
+                                "right), always, never", choices=("safe", "always", "never"))
     crop_min: float = setting(0.2, "smallest share of the area in a random crop", above=0, most=1)
-    max_tokens: int = setting(30, "a longer text is cut", least=3)
+    max_words: int = setting(30, "a longer text is cut to so many words", least=1)
+    max_tokens: int = setting(30, "and to so many tokens, [CLS] and [SEP] included", least=3)
     scenes: int = setting(60000, "train scenes in the built-in world", least=1)
     noise: float = setting(0.0, "share of bad texts in the built-in world (web style)", least=0,
                            most=1)

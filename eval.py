@@ -30,8 +30,9 @@ from pathlib import Path
 
 import torch
 
+from blip import BLIP
 from data.datasets import ImageDataset
-from data.files import InputError, make_folder, read_json, write_json
+from data.files import InputError, make_folder, write_json
 from data.pairs import read_pairs
 from reports.metrics import caption_scores
 from reports.numbers import print_numbers, write_numbers
@@ -46,6 +47,14 @@ from training.checkpoints import open_model
 from training.program import exit_status
 from training.settings import add_flags, given_for
 
+
+def open_checkpoint(o: argparse.Namespace, needs: tuple[str, ...], kind: type = BLIP,
+                    ) -> TrainedModel:
+    """The command line's model, which must be of a kind and trained with what it `needs`."""
+    heads = {name: getattr(o, name) for name in ("vit_heads", "text_heads") if getattr(o, name)}
+    return open_model(o.checkpoint, needs, o.vocab, distributed.init(o.device), (kind,), heads)
+
+
 # ---- benchmarks ----------------------------------------------------------------------------------
 
 FLAGS = {  # of benchmarks, beside those that all have
@@ -58,7 +67,7 @@ FLAGS = {  # of benchmarks, beside those that all have
     "generate": dict(action="store_true", help="answer freely; default: rank the answers of the "
                      "checkpoint, or of --answers"),
     "answers": dict(default="", help="json list of the answers that are ranked"),
-    "frames": dict(type=int, help="drawn uniformly from a clip (1: the middle one)"),
+    "frames": dict(type=int, help="drawn uniformly from a clip (1: the first one)"),
     "constant_from": dict(default="", help="json of training captions: the commonest is the "
                           "constant answer to compare with (default: the references' own)"),
 }
@@ -68,10 +77,8 @@ def run_benchmark(o: argparse.Namespace, benchmark: Benchmark) -> None:
     """Measure; print the numbers; write them, the sheet and the results into --out."""
     if benchmark.needs_data and not o.data:
         raise InputError(f"{benchmark.name} needs --data: its annotations")
-    device = distributed.init(o.device)
-    trained = open_model(o.checkpoint, benchmark.needs, o.vocab, device, (benchmark.model,))
-    if benchmark.max_tokens:
-        trained.settings = trained.settings | {"max_tokens": benchmark.max_tokens}
+    trained = open_checkpoint(o, benchmark.needs, benchmark.model)
+    trained.settings = trained.settings | benchmark.settings
     size = o.size or (0 if o.data else benchmark.size)
     split = o.split if o.data else "held-out"
     source = Source(o.data, o.image_root, split, size, trained.image_size,
@@ -110,10 +117,7 @@ def eval_settings(o: argparse.Namespace, benchmark: Benchmark,
     elif benchmark.model is vqa.VQA and not o.data:  # the world's prior
         training = TASKS["vqa"].open_data(Source("", "", "train", 5000, trained.image_size))
     if getattr(o, "answers", ""):
-        answers = read_json(o.answers)
-        if not isinstance(answers, list) or not answers or not all(
-                isinstance(answer, str) and answer for answer in answers):
-            raise InputError(f"{o.answers} must be a json list of answers")
+        answers = vqa.read_answers(o.answers)
     # On files, the model on grey images would cost as much again.
     return EvalSettings(top_k=top_k, rerank_score=getattr(o, "rerank_score", ""),
                         decoding=benchmark.defaults | given_for(Decoding, vars(o)),
@@ -133,7 +137,7 @@ def score(o: argparse.Namespace) -> None:
 
 def describe(o: argparse.Namespace) -> None:
     """Captions of pictures, and samples."""
-    trained = open_model(o.checkpoint, TASKS["caption"].needs, o.vocab, distributed.init(o.device))
+    trained = open_checkpoint(o, TASKS["caption"].needs)
     decoding = Decoding.choose(vars(o), trained.settings)
     records = demo.describe(trained, demo.find_pictures(o.picture), decoding, o.captions, o.samples)
     write_json(make_folder(o.out) / "captions.json", records)
@@ -143,14 +147,13 @@ def describe(o: argparse.Namespace) -> None:
 
 def ask(o: argparse.Namespace) -> None:
     """An answer to a question about a picture."""
-    trained = open_model(o.checkpoint, (), o.vocab, distributed.init(o.device), (vqa.VQA,))
+    trained = open_checkpoint(o, (), vqa.VQA)
     print(demo.ask(trained, o.picture, o.question, o.generate))
 
 
 def search(o: argparse.Namespace) -> None:
     """The pictures of a folder that fit a text best."""
-    trained = open_model(o.checkpoint, TASKS["retrieval"].needs, o.vocab,
-                         distributed.init(o.device))
+    trained = open_checkpoint(o, TASKS["retrieval"].needs)
     for record in demo.search(trained, o.text, demo.find_pictures(o.images), Path(o.checkpoint),
                               Path(o.out), o.top_k):
         print(f"{record['score']:7.2f}   ITC {record['itc']:6.3f}  ITM {record['itm']:5.3f}  "
@@ -160,15 +163,14 @@ def search(o: argparse.Namespace) -> None:
 
 def match(o: argparse.Namespace) -> None:
     """ITC similarity and ITM probability of a picture and a text."""
-    trained = open_model(o.checkpoint, TASKS["retrieval"].needs, o.vocab,
-                         distributed.init(o.device))
+    trained = open_checkpoint(o, TASKS["retrieval"].needs)
     itc, itm = demo.match(trained, demo.open_picture(o.picture, trained.image_size), o.text)
     print(f"ITC similarity {itc:.4f} (-1 to 1), ITM probability {itm:.4f}")
 
 
 def attend(o: argparse.Namespace) -> None:
     """Where cross-attention looks, word by word."""
-    trained = open_model(o.checkpoint, ("itm",), o.vocab, distributed.init(o.device))
+    trained = open_checkpoint(o, ("itm",))
     image = demo.open_picture(o.picture, trained.image_size)
     words, heat, itm = demo.attention(trained, image, o.text, o.layer)
     path = make_folder(o.out) / "attention.png"
@@ -192,6 +194,9 @@ def command_line() -> argparse.ArgumentParser:
         if model:
             p.add_argument("--checkpoint", required=True, help="of train.py, or released weights")
             p.add_argument("--vocab", default="", help="vocab.txt, for released weights")
+            for part, about in (("vit", "image encoder"), ("text", "text transformer")):
+                p.add_argument(f"--{part}-heads", type=int, default=0, help="attention heads of "
+                               f"the {about}, for released weights of an unusual width")
             p.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
         return p
 

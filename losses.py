@@ -101,15 +101,3 @@ def next_token_targets(ids: Tensor, mask: Tensor, prompt_length: int = 0) -> Ten
     if prompt_length > 1:
         targets[:, :prompt_length - 1] = -100
     return targets
-
-
-def text_nll(logits: Tensor, targets: Tensor, rows: Tensor, texts: int,
-             label_smoothing: float = 0.0) -> Tensor:
-    """Negative log-likelihood of each text, in nats, summed over its tokens (BLIP sec. 5.3).
-
-    logits (T, V) at the T positions that have a target, targets (T,), rows (T,): the text that each
-    belongs to -> (texts,). VQA trains and ranks answers by it.
-    """
-    loss = F.cross_entropy(logits.float(), targets, reduction="none",
-                           label_smoothing=label_smoothing)
-    return loss.new_zeros(texts).index_add(0, rows, loss)

@@ -243,8 +243,9 @@ def new_config(given: dict) -> tuple[BLIPConfig, TrainConfig, object]:
     task = TASKS[given.get("task", "pretrain")]
     if given.get("init"):
         kinds = tuple({TASKS["pretrain"].model, task.model})
+        heads = {name: given[name] for name in ("vit_heads", "text_heads") if name in given}
         source = checkpoints.open_model(given["init"], task.needs, given.get("vocab", ""),
-                                        kinds=kinds)
+                                        kinds=kinds, heads=heads)
         start_settings = {"model_config": asdict(source.model.config),
                           "train_config": source.settings}
     return *resolve(given, start_settings), source

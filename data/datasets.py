@@ -136,9 +136,12 @@ class ImageDataset(Dataset):
     """
 
     def __init__(self, examples: Sequence, image_root: str | Path, image_size: int,
-                 augment: bool = False, crop: tuple[float, float] = (0.2, 1.0), seed: int = 0):
+                 augment: bool = False, crop: tuple[float, float] = (0.2, 1.0),
+                 flip: str = "safe", seed: int = 0):
+        """crop: smallest and largest share of the area; flip: TrainConfig.flip."""
         self.examples, self.root, self.image_size = examples, Path(image_root), image_size
-        self.augment, self.crop, self.seed, self.epoch = augment, crop, seed, 0
+        self.augment, self.crop, self.flip = augment, crop, flip
+        self.seed, self.epoch = seed, 0
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -173,11 +176,9 @@ class ImageDataset(Dataset):
         return {"image": image, "example": example, "index": index, "seed": seed, "broken": broken}
 
     def load(self, example, rng: random.Random | None) -> Tensor:
-        """-> (3, S, S) uint8, or (n, 3, S, S) of an example with n pictures. Raises OSError.
-
-        A picture is never flipped where one of the example's texts says left or right.
-        """
-        flip = not any(SIDES.search(text) for text in example.texts)
+        """-> (3, S, S) uint8, or (n, 3, S, S) of an example with n pictures. Raises OSError."""
+        says_side = any(SIDES.search(text) for text in example.texts)
+        flip = self.flip == "always" or (self.flip == "safe" and not says_side)
         pictures = [load_image(open_member(self.root / name), self.image_size, rng, self.crop, flip)
                     for name in example.images]
         return pictures[0] if len(pictures) == 1 else torch.stack(pictures)
@@ -210,18 +211,19 @@ class Collate:
         return batch
 
 
-def caption_collate(tokenizer: Tokenizer, max_tokens: int, prompt: str = "",
+def caption_collate(tokenizer: Tokenizer, max_words: int, max_tokens: int, prompt: str = "",
                     image_ids: bool = False) -> Collate:
     """Batches of Pairs: ids and mask (B, L) of each pair's first caption.
 
-    `prompt` stands before each caption. image_ids: also image_ids (B,), equal where two pairs share
-    an image.
+    A caption is cut to max_words, then to max_tokens. `prompt` stands before each caption.
+    image_ids: also image_ids (B,), equal where two pairs share an image.
     """
     def encode(items):
         texts = []
         for item in items:
             captions = item["example"].captions  # none in a test set
-            texts.append(f"{prompt} {clean_caption(captions[0]) if captions else ''}")
+            caption = clean_caption(captions[0], max_words) if captions else ""
+            texts.append(f"{prompt} {caption}")
         ids, mask = tokenizer.encode(texts, max_tokens)
         tensors = {"ids": ids, "mask": mask}
         if image_ids:

@@ -36,7 +36,9 @@ def random_crop(width: int, height: int, scale: tuple[float, float],
                 rng: random.Random) -> tuple[float, ...]:
     """Box (left, top, right, bottom) of a random share of the area (Szegedy et al. 2015).
 
-    scale bounds the share; the aspect ratio is 3/4 to 4/3.
+    scale bounds the share; the aspect ratio is 3/4 to 4/3. After ten boxes that do not fit, the
+    whole picture.
+    NOTE(differs from salesforce/BLIP): there, a central box of the nearest allowed ratio.
     """
     for _ in range(10):
         area, ratio = (width * height * rng.uniform(*scale),
@@ -91,17 +93,21 @@ def load_image(source: str | Path | BytesIO, size: int, rng: random.Random | Non
     Without `rng`: the whole picture, resized to a square (evaluation). With it: random crop of a
     share `crop` of the area, horizontal flip where allowed, RandAugment (training). Raises OSError
     with one of three reasons: missing, too large, damaged or no image.
+    NOTE(differs from salesforce/BLIP): EXIF's rotation is applied; a file that breaks off is
+    damaged, not filled up with grey; in training a large JPEG is decoded at a fraction of its size.
     """
     try:
         with Image.open(source) as image:
             sideways = image.getexif().get(0x0112, 1) >= 5  # EXIF: the camera was turned
             width, height = image.size[::-1] if sideways else image.size
             box = random_crop(width, height, crop, rng) if rng else (0, 0, width, height)
-            # A JPEG can be decoded at 1/2, 1/4 or 1/8 of its size for a fraction of the time: as
-            # small as the crop still has `size` pixels.
-            enough = [int(size * width / (box[2] - box[0])) + 1,
-                      int(size * height / (box[3] - box[1])) + 1]
-            image.draft("RGB", enough[::-1] if sideways else enough)
+            if rng:
+                # A JPEG can be decoded at 1/2, 1/4 or 1/8 of its size for a fraction of the time:
+                # as small as the crop still has `size` pixels. It changes pixels a little: not in
+                # evaluation.
+                enough = [int(size * width / (box[2] - box[0])) + 1,
+                          int(size * height / (box[3] - box[1])) + 1]
+                image.draft("RGB", enough[::-1] if sideways else enough)
             image = ImageOps.exif_transpose(image)
             x, y = image.size[0] / width, image.size[1] / height
             if image.mode.startswith(("I", "F")):  # 16 bits: PIL would clip instead of scale

@@ -15,12 +15,11 @@ from data.files import InputError
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # loader workers are the parallelism
 PAD, UNK, CLS, SEP, MASK, DEC, ENC = "[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "[DEC]", "[ENC]"
-MAX_WORDS = 30  # of a caption (released code)
 SIGNS = r"[.!\"()*#:;~]"  # that are no words (released code)
 
 
-def clean_caption(text: str, max_words: int = MAX_WORDS) -> str:
-    """A caption as the model reads it (released code).
+def clean_caption(text: str, max_words: int | None = None) -> str:
+    """A caption or statement as the model reads it (released code).
 
     Lower case, at most max_words. The signs . ! " ( ) * # : ; ~ become spaces; spaces are
     collapsed.
@@ -28,8 +27,8 @@ def clean_caption(text: str, max_words: int = MAX_WORDS) -> str:
     return " ".join(re.sub(SIGNS, " ", text.lower()).split()[:max_words])
 
 
-def clean_question(text: str, max_words: int = 50) -> str:
-    """As a caption, but the signs vanish, and "?" stays (released code)."""
+def clean_question(text: str, max_words: int | None = None) -> str:
+    """As a caption, but the signs vanish: "10:30" becomes "1030" (released code)."""
     return " ".join(re.sub(SIGNS, "", text.lower()).split()[:max_words])
 
 
@@ -53,7 +52,7 @@ class Tokenizer:
         self.pieces = HFTokenizer(models.WordPiece(self.ids, unk_token=UNK))
         self.pieces.normalizer = normalizers.BertNormalizer(lowercase=True)
         self.pieces.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-        self.pieces.decoder = decoders.WordPiece(cleanup=False)
+        self.pieces.decoder = decoders.WordPiece(cleanup=True)  # "a , b" -> "a, b"
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int = 8000) -> "Tokenizer":

@@ -30,7 +30,7 @@ def markdown_row(cells: list) -> str:
 def cell_table(cells: Cells, measures: dict[str, str],
                paper: dict[str, tuple[float, ...]]) -> list[str]:
     """Mean and standard deviation of each cell, with the paper's numbers beside them."""
-    columns = ["paper: COCO IR@1", "TR@1", "CIDEr"] if paper else []
+    columns = ["paper: COCO IR@1, finetuned, re-ranked", "TR@1", "CIDEr"] if paper else []
     lines = [markdown_row(["", *measures.values(), "minutes", *columns]),
              "|---" * (len(measures) + 2 + len(columns)) + "|"]
     for cell, rows in cells.items():

@@ -109,7 +109,8 @@ def caption_all(trained: TrainedModel, dataset: Dataset,
     model, tokenizer = trained.model.eval(), trained.tokenizer
     decoding.prompt_ids(model, tokenizer)  # says what is wrong before anything is read
     records, broken = [], []
-    for batch in evaluation_batches(dataset, caption_collate(tokenizer, trained.max_tokens),
+    for batch in evaluation_batches(dataset, caption_collate(tokenizer, trained.max_words,
+                                                             trained.max_tokens),
                                     trained.device, "captions", broken):
         captions = write_captions(model, tokenizer, batch["image"], decoding)
         for index, example, hypotheses in zip(batch["index"], batch["examples"], captions):
@@ -310,6 +311,8 @@ def inputs(config: TrainConfig, tokenizer: Tokenizer, alpha: float) -> dict:
     return {"prompt_length": 1 + len(tokenizer.piece_ids(config.prompt))}
 
 
+# The best epoch is the one with the highest CIDEr.
+# NOTE(differs from salesforce/BLIP): there, the sum of BLEU-4 and CIDEr.
 TASK = Task(
     "caption", "describe images", BLIP, open_pairs, collate_captions, evaluate,
     lambda numbers: numbers["cider"], inputs, needs=("lm",), holds_splits=True,

@@ -18,7 +18,7 @@ from blip import init_weights, make_med
 from config import BLIPConfig, TrainConfig
 from data.datasets import Collate, ImageDataset, NLVR2Example
 from data.files import InputError, is_list, stream_list
-from data.text import Tokenizer, clean_question
+from data.text import Tokenizer, clean_caption
 from reports.metrics import consistency, mean
 from reports.sheets import GREEN, RED, Cell
 from tasks.task import (
@@ -70,12 +70,13 @@ class NLVR2(TaskModel):
 
     In the lower half of the layers what is seen in the two images is averaged, in the upper half
     merged.
+    NOTE(differs from salesforce/BLIP): there, layers 6 and above merge, whatever the depth
+    (`merge_from`).
     """
 
-    def __init__(self, config: BLIPConfig, merge_from: int | None = None):
-        """merge_from: the first layer that merges; None: half of the depth, 6 at base size."""
+    def __init__(self, config: BLIPConfig):
         super().__init__(config)
-        merge_from = config.text_depth // 2 if merge_from is None else merge_from
+        merge_from = config.merge_from if config.merge_from >= 0 else config.text_depth // 2
         width = config.text_width
 
         def cross_attention(layer: int) -> PairCrossAttention:
@@ -83,7 +84,7 @@ class NLVR2(TaskModel):
                                       merge=layer >= merge_from)
         self.med = make_med(config, ("grounded",), cross_attention=cross_attention)
         self.head = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 2))
-        self.apply(init_weights)
+        init_weights(self, config.init_std)
 
     def pretrained_name(self, name: str) -> str:
         """Both cross-attentions come from the one."""
@@ -99,13 +100,6 @@ class NLVR2(TaskModel):
                 label: Tensor) -> tuple[dict, dict]:
         """label (B,) 0 or 1 -> cross-entropy."""
         return {"nlvr2": F.cross_entropy(self.logits(image, ids, mask), label)}, {}
-
-
-def options(config: BLIPConfig, weights: dict) -> dict:
-    """Which layers merge, as a state dict tells it; our names or the released ones."""
-    merging = [int(re.search(r"layers?\.(\d+)\.", name)[1]) for name in weights
-               if re.search(r"\.merge(_layer)?\.weight$", name)]
-    return {"merge_from": min(merging, default=config.text_depth)}
 
 
 # ---- files of statements -------------------------------------------------------------------------
@@ -174,14 +168,14 @@ def open_data(source: Source) -> Dataset:
 
 def collate(tokenizer: Tokenizer, config: TrainConfig) -> Collate:
     """Batches for NLVR2.forward."""
-    return statement_collate(tokenizer, config.max_tokens)
+    return statement_collate(tokenizer, config.max_words, config.max_tokens)
 
 
-def statement_collate(tokenizer: Tokenizer, max_tokens: int) -> Collate:
+def statement_collate(tokenizer: Tokenizer, max_words: int, max_tokens: int) -> Collate:
     """ids and mask (B, L) of the statements, label (B,)."""
     def encode(items):
         examples = [item["example"] for item in items]
-        sentences = [clean_question(example.sentence, 40) for example in examples]
+        sentences = [clean_caption(example.sentence, max_words) for example in examples]
         ids, mask = tokenizer.encode(sentences, max_tokens)
         label = torch.tensor([int(example.label) for example in examples])
         return {"ids": ids, "mask": mask, "label": label}
@@ -195,9 +189,8 @@ def judge_statements(trained: TrainedModel, dataset: Dataset, grey: bool = False
     """{identifier, sentence, label, answer, index} of each statement."""
     model = trained.model.eval()
     records = []
-    for batch in evaluation_batches(dataset,
-                                    statement_collate(trained.tokenizer, trained.max_tokens),
-                                    trained.device, "statements", grey=grey):
+    collate = statement_collate(trained.tokenizer, trained.max_words, trained.max_tokens)
+    for batch in evaluation_batches(dataset, collate, trained.device, "statements", grey=grey):
         answers = model.logits(batch["image"], batch["ids"], batch["mask"]).argmax(1).tolist()
         for example, answer, index in zip(batch["examples"], answers, batch["index"]):
             records.append({"identifier": example.identifier, "sentence": example.sentence,
@@ -242,9 +235,10 @@ def sentence_of(record: dict) -> str:
 
 TASK = Task(
     "nlvr2", "judge statements about two images", NLVR2, open_data, collate, evaluate,
-    lambda numbers: numbers["accuracy"], options=options,
-    settings=dict(FINETUNE, out="runs/nlvr2", lr=3e-5, epochs=15, max_tokens=40),
-    tiny=dict(TINY, epochs=1, scenes=64000, lr=3e-4),
+    lambda numbers: numbers["accuracy"],
+    # Tokens are as many as BERT has positions: the released code cuts words alone.
+    settings=dict(FINETUNE, out="runs/nlvr2", lr=3e-5, epochs=15, max_words=40, max_tokens=512),
+    tiny=dict(TINY, epochs=1, scenes=64000, lr=3e-4, max_tokens=64),
     tiny_own=dict(min_steps=2000),
     model_settings=dict(image_size=384, drop_path=0.1))
 BENCHMARKS = (TASK.benchmark("nlvr2", "accuracy and consistency of judging statements"),)

@@ -37,7 +37,8 @@ def swap_preference(trained: TrainedModel, world: World) -> dict[str, float]:
     """
     model, tokenizer = trained.model.eval(), trained.tokenizer
     wins = []
-    for batch in evaluation_batches(world, caption_collate(tokenizer, trained.max_tokens),
+    for batch in evaluation_batches(world, caption_collate(tokenizer, trained.max_words,
+                                                             trained.max_tokens),
                                     trained.device, "swaps"):
         texts = []
         for index in batch["index"]:

@@ -26,10 +26,9 @@ for module_name in NAMES:
     register(module_name)
 
 
-def make_model(task: str, config: BLIPConfig, weights: dict | None = None) -> nn.Module:
-    """The model of a task. `weights`: a state dict that it is to hold, ours or a released one."""
-    options = TASKS[task].options(config, weights) if weights else {}
-    return TASKS[task].model(config, **options)
+def make_model(task: str, config: BLIPConfig) -> nn.Module:
+    """The model of a task, with new weights."""
+    return TASKS[task].model(config)
 
 
 def preset_settings(task: str, preset: str, own_data: bool = False) -> dict:

@@ -84,8 +84,8 @@ def encode(trained: TrainedModel, dataset: Dataset) -> Gallery:
     model, tokenizer, device = trained.model.eval(), trained.tokenizer, trained.device
     batch_size = max(1, BATCH // getattr(dataset, "frames", 1))
     encoded, broken = [], []  # (index, captions, feature) of each image
-    for batch in evaluation_batches(dataset, caption_collate(tokenizer, trained.max_tokens), device,
-                                    "images", broken, batch_size):
+    collate = caption_collate(tokenizer, trained.max_words, trained.max_tokens)
+    for batch in evaluation_batches(dataset, collate, device, "images", broken, batch_size):
         image_feat = model.encode_image(batch["image"])[1].cpu()
         captions = [example.captions for example in batch["examples"]]
         encoded += zip(batch["index"], captions, image_feat)
@@ -95,7 +95,8 @@ def encode(trained: TrainedModel, dataset: Dataset) -> Gallery:
     encoded.sort(key=lambda item: item[0])
     texts = [text for _, captions, _ in encoded for text in captions]
     counts = torch.tensor([len(captions) for _, captions, _ in encoded])
-    ids, mask = tokenizer.encode([clean_caption(text) for text in texts], trained.max_tokens)
+    ids, mask = tokenizer.encode([clean_caption(text, trained.max_words) for text in texts],
+                                 trained.max_tokens)
     text_feat = []
     for rows in distributed.progress(shared_batches(len(texts)), "texts"):
         some_ids, some_mask = crop_padding(ids[rows], mask[rows])
@@ -231,11 +232,16 @@ def truth_in(gallery: Gallery) -> Callable[[int, int], bool]:
 
 
 def chance_of_truth(world: World) -> float:
-    """How often a text of the world is true of a scene that is drawn at random."""
-    scenes = [world.scene(i) for i in range(len(world))]
-    texts = [world.example(i).captions[0] for i in range(len(world))]
-    return mean(is_true(texts[i], scenes[i - shift])
-                for shift in range(1, min(20, len(scenes))) for i in range(shift, len(scenes)))
+    """How often a text is true of a picture of the gallery that is drawn at random.
+
+    Its own picture is one of the N; of the others a sample is looked at.
+    """
+    count = len(world)
+    scenes = [world.scene(i) for i in range(count)]
+    texts = [world.example(i).captions[0] for i in range(count)]
+    of_another = mean(is_true(texts[i], scenes[i - shift])
+                      for shift in range(1, min(20, count)) for i in range(shift, count))
+    return 1 / count + (1 - 1 / count) * of_another
 
 
 def sections(gallery: Gallery, t2i: Tensor, i2t: Tensor,
@@ -278,7 +284,7 @@ def score(numbers: dict) -> float:
 
 def collate(tokenizer: Tokenizer, config: TrainConfig) -> Collate:
     """Batches of pairs that tell which texts share an image."""
-    return caption_collate(tokenizer, config.max_tokens, image_ids=True)
+    return caption_collate(tokenizer, config.max_words, config.max_tokens, image_ids=True)
 
 
 def inputs(config: TrainConfig, tokenizer: Tokenizer, alpha: float) -> dict:

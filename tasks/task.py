@@ -76,8 +76,13 @@ class TrainedModel:
         return self.model.config.image_size
 
     @property
+    def max_words(self) -> int:
+        """The number of words at which texts are cut."""
+        return self.settings["max_words"]
+
+    @property
     def max_tokens(self) -> int:
-        """The length at which texts are cut."""
+        """The number of tokens at which texts are cut, [CLS] and [SEP] included."""
         return self.settings["max_tokens"]
 
     def digest(self) -> str:
@@ -100,6 +105,7 @@ class Source:
     seed: int = 0
     augment: bool = False  # random crops, flips and RandAugment, for training
     crop_min: float = 1.0  # smallest share of the area in a random crop
+    flip: str = "safe"  # TrainConfig.flip
     noise: float = 0.0  # share of bad texts in the world
     frames: int = 0  # of a clip
     need_labels: bool = True  # an example without its captions or answers is an error
@@ -112,7 +118,7 @@ class Source:
     def images(self, examples: list, kind: type[ImageDataset] = ImageDataset) -> ImageDataset:
         """Examples from files as a data set."""
         return kind(examples[:self.size or None], self.folder(), self.image_size,
-                    self.augment, (self.crop_min, 1.0), self.seed)
+                    self.augment, (self.crop_min, 1.0), self.flip, self.seed)
 
 
 @dataclass
@@ -160,7 +166,7 @@ class Benchmark:
     flags: tuple[str, ...] = ()  # of eval.FLAGS, beside those that all commands have
     defaults: dict = field(default_factory=dict)  # of these flags
     size: int = 1000  # items of the world
-    max_tokens: int = 0  # a longer text is cut; 0: as the checkpoint was trained
+    settings: dict = field(default_factory=dict)  # instead of the checkpoint's
     needs_data: bool = False  # the world has none of it
     need_labels: bool = True  # an example without its captions or answers is an error
 
@@ -181,9 +187,9 @@ class Task:
     needs: tuple[str, ...] = ()  # objectives that its start must have been trained with
     holds_splits: bool = False  # a file may hold training and validation (Karpathy's)
     reranks: bool = False  # it is judged by re-ranking --eval-top-k candidates
-    prepare: Callable[[Datasets, Tokenizer], Datasets] = lambda datasets, tokenizer: datasets
-    # (config, state dict) -> keyword arguments of `model` that only the weights tell
-    options: Callable[[BLIPConfig, dict], dict] = lambda config, weights: {}
+    # before training: what the data sets must still be told, or be rid of
+    prepare: Callable[[Datasets, Tokenizer, TrainConfig], Datasets] = (
+        lambda datasets, tokenizer, config: datasets)
     settings: dict = field(default_factory=dict)  # of TrainConfig, what differs from the default
     large: dict = field(default_factory=dict)  # and with --preset large
     tiny: dict = field(default_factory=dict)  # and with --preset tiny
@@ -218,12 +224,12 @@ def open_pairs(source: Source) -> Dataset:
         return source.images(merge_captions(pairs))
     pairs = open_mixture(source.data, source.image_root, source.index)
     return ImageDataset(pairs, "", source.image_size, source.augment, (source.crop_min, 1.0),
-                        source.seed)
+                        source.flip, source.seed)
 
 
 def collate_captions(tokenizer: Tokenizer, config: TrainConfig) -> Collate:
     """Batches of pairs, each caption behind the prompt."""
-    return caption_collate(tokenizer, config.max_tokens, config.prompt)
+    return caption_collate(tokenizer, config.max_words, config.max_tokens, config.prompt)
 
 
 # ---- evaluation, shared out over processes -------------------------------------------------------

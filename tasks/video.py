@@ -99,7 +99,7 @@ BENCHMARKS = (
     Benchmark("video-retrieval", "clips found by text, with a model of images",
               retrieval.TASK.model, retrieval.evaluate, open_clips, needs=("itc", "itm"),
               flags=("frames", "top_k", "rerank_score"), defaults=dict(frames=8, top_k=128),
-              max_tokens=35, size=500),
+              settings=dict(max_words=40, max_tokens=35), size=500),
     Benchmark("video-qa", "questions about clips, with a VQA model of images", vqa.VQA,
               vqa.evaluate, open_clip_questions, flags=("frames", "generate", "answers", "top_k"),
               defaults=dict(frames=16), size=500))

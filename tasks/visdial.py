@@ -1,7 +1,8 @@
 """Visual dialog: choose the answer to a question in a dialog (BLIP sec. 5.5, Fig. 5c).
 
-History, question and candidate answer are judged against image and caption. Here: the model, the
-files of dialogs, the evaluation. Letters: K candidates.
+Question, candidate answer and history are judged against image and caption. The paper names the
+parts and not their order, and no code was released: the order here is our choice (`dialog_ids`).
+Here: the model, the files of dialogs, the evaluation. Letters: K candidates.
 """
 
 import random
@@ -16,7 +17,7 @@ from config import BLIPConfig, TrainConfig
 from data.datasets import Collate, DialogExample, DialogRound
 from data.files import InputError, read_json
 from data.images import prepare_images
-from data.text import Tokenizer, clean_question
+from data.text import Tokenizer, clean_caption, clean_question
 from med import ImageKV
 from reports.metrics import dialog_scores, mean, ndcg
 from reports.sheets import BLACK, GREEN, GREY, RED, Cell, Sections, in_rows
@@ -35,6 +36,7 @@ from training import distributed
 from world.datasets import Dialogs
 
 CANDIDATES = 100  # of a round, in VisDial
+CAPTION_WORDS = 40  # a longer caption is cut
 TURNS, WRONG = 2, 3  # in training: rounds of each dialog in a step, wrong candidates of a round
 
 
@@ -53,7 +55,7 @@ class VisDial(TaskModel):
                              "must be equal")
         self.med = make_med(config, ("text", "grounded"))
         self.head = nn.Linear(config.text_width, 2)
-        self.apply(init_weights)
+        init_weights(self, config.init_std)
 
     def pretrained_name(self, name: str) -> str:
         """The head comes from ITM's."""
@@ -154,8 +156,8 @@ def dialog_ids(tokenizer: Tokenizer, rounds, turn: int, candidates,
 def encode_captions(examples: list[DialogExample], tokenizer: Tokenizer,
                     max_tokens: int) -> tuple[Tensor, Tensor]:
     """ids and mask (B, Lc)."""
-    return tokenizer.encode([clean_question(example.caption, 40) for example in examples],
-                            max_tokens)
+    captions = [clean_caption(example.caption, CAPTION_WORDS) for example in examples]
+    return tokenizer.encode(captions, max_tokens)
 
 
 def collate(tokenizer: Tokenizer, config: TrainConfig) -> Collate:
@@ -283,7 +285,8 @@ TASK = Task(
     "visdial", "hold a dialog about an image", VisDial, open_data, collate, evaluate,
     lambda numbers: numbers["mrr"],
     settings=dict(FINETUNE, out="runs/visdial", lr=2e-5, epochs=20, max_tokens=160,
-                  batch_size=120),  # two rounds of each dialog: 240, as in the paper
+                  # The paper's batch of 240, read as rounds: TURNS of each of 120 dialogs.
+                  batch_size=120),
     tiny=dict(TINY, epochs=1, batch_size=16, scenes=40000, lr=5e-4, max_tokens=60, eval_size=200),
     tiny_own=dict(min_steps=2500),
     model_settings=dict(image_size=384))

@@ -6,8 +6,10 @@ ranked by their likelihood, or generated. Here: the model, the files of question
 
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -17,7 +19,7 @@ from data.datasets import Collate, VQAExample, some_examples
 from data.files import InputError, is_list, read_json, stream_list
 from data.text import Tokenizer, clean_question
 from decoding import Hypothesis, beam_search
-from losses import next_token_targets, text_nll
+from losses import next_token_targets
 from med import DecoderStep, ImageKV
 from reports.metrics import mean, vqa_accuracy
 from reports.sheets import BLACK, GREEN, GREY, RED, Cell, Sections, in_rows
@@ -52,7 +54,7 @@ class VQA(TaskModel):
         super().__init__(config)
         self.question = make_med(config, ("grounded",))
         self.answer = make_med(config, ("decode",), context_width=config.text_width)
-        self.apply(init_weights)
+        init_weights(self, config.init_std)
 
     def pretrained_name(self, name: str) -> str:
         """question.* and answer.* both come from med.*"""
@@ -129,6 +131,18 @@ class VQA(TaskModel):
         return [(ids[1:], score) for ids, score in best]
 
 
+def text_nll(logits: Tensor, targets: Tensor, rows: Tensor, texts: int,
+             label_smoothing: float = 0.0) -> Tensor:
+    """Negative log-likelihood of each text, in nats, summed over its tokens (BLIP sec. 5.3).
+
+    logits (T, V) at the T positions that have a target, targets (T,), rows (T,): the text that each
+    belongs to -> (texts,). Answers are trained and ranked by it.
+    """
+    loss = F.cross_entropy(logits.float(), targets, reduction="none",
+                           label_smoothing=label_smoothing)
+    return loss.new_zeros(texts).index_add(0, rows, loss)
+
+
 # ---- files of questions --------------------------------------------------------------------------
 
 def read_questions(data: str, need_answers: bool = True) -> list[VQAExample]:
@@ -201,17 +215,18 @@ def open_data(source: Source) -> Dataset:
 
 def collate(tokenizer: Tokenizer, config: TrainConfig) -> Collate:
     """Batches for VQA.forward."""
-    return question_collate(tokenizer, config.max_tokens)
+    return question_collate(tokenizer, config.max_words, config.max_tokens)
 
 
-def question_collate(tokenizer: Tokenizer, max_tokens: int) -> Collate:
+def question_collate(tokenizer: Tokenizer, max_words: int, max_tokens: int) -> Collate:
     """ids, mask, and answer_ids, answer_mask, counts, weights unless an answer is missing.
 
     Each distinct answer stands once, weighted by the share of people who gave it (BLIP sec. 5.3).
     """
     def encode(items):
         examples = [item["example"] for item in items]
-        ids, mask = tokenizer.encode([clean_question(e.question) for e in examples], max_tokens)
+        questions = [clean_question(example.question, max_words) for example in examples]
+        ids, mask = tokenizer.encode(questions, max_tokens)
         tensors = {"ids": ids, "mask": mask}
         if all(example.answers for example in examples):
             answers, weights, counts = [], [], []
@@ -229,8 +244,8 @@ def question_collate(tokenizer: Tokenizer, max_tokens: int) -> Collate:
 
 # ---- the list of answers -------------------------------------------------------------------------
 
-def prepare(datasets: Datasets, tokenizer: Tokenizer) -> Datasets:
-    """The training set without what the vocabulary cannot spell, and its commonest answers."""
+def prepare(datasets: Datasets, tokenizer: Tokenizer, config: TrainConfig) -> Datasets:
+    """The training set without what the vocabulary cannot spell, and the answers to rank."""
     train = datasets.train
     if hasattr(train, "examples"):  # files
         train.examples, sentence = leave_out_unknown(train.examples, tokenizer)
@@ -239,7 +254,16 @@ def prepare(datasets: Datasets, tokenizer: Tokenizer) -> Datasets:
         answers = common_answers(example.answers for example in train.examples)
     else:
         answers = common_answers(train.example(i).answers for i in range(min(5000, len(train))))
-    return replace(datasets, answers=answers)
+    return replace(datasets, answers=read_answers(config.answers) if config.answers else answers)
+
+
+def read_answers(path: str | Path) -> list[str]:
+    """A json list of answers, as the released answer_list.json. Raises InputError."""
+    answers = read_json(path)
+    if not isinstance(answers, list) or not answers or not all(
+            isinstance(answer, str) and answer for answer in answers):
+        raise InputError(f"{path} must be a json list of answers")
+    return answers
 
 
 def leave_out_unknown(examples: list[VQAExample],
@@ -265,7 +289,12 @@ def leave_out_unknown(examples: list[VQAExample],
 
 
 def common_answers(answer_lists, count: int = MOST_ANSWERS) -> list[str]:
-    """The commonest answers: the list that is ranked."""
+    """The commonest answers: the list that is ranked.
+
+    Of all training answers, so with Visual Genome in the data also of its.
+    NOTE(differs from salesforce/BLIP): there, a list of 3,128 answers of VQAv2 comes with the code
+    (`--answers answer_list.json`).
+    """
     counts = Counter(answer for answers in answer_lists for answer in dict.fromkeys(answers))
     return [answer for answer, _ in counts.most_common(count)]
 
@@ -283,8 +312,8 @@ def answer_questions(trained: TrainedModel, dataset: Dataset, settings: EvalSett
     if answers:
         ids, mask = (x.to(device) for x in tokenizer.encode(answers, trained.max_tokens))
     records = []
-    for batch in evaluation_batches(dataset, question_collate(tokenizer, trained.max_tokens),
-                                    device, "answers", grey=grey):
+    collate = question_collate(tokenizer, trained.max_words, trained.max_tokens)
+    for batch in evaluation_batches(dataset, collate, device, "answers", grey=grey):
         kv = model.encode_question(batch["image"], batch["ids"], batch["mask"])
         if answers:
             candidates, nll = model.rank(kv, ids, mask, settings.top_k or 128)
@@ -378,7 +407,8 @@ def sections(dataset: Dataset, records: list[dict], examples: list[VQAExample]) 
 TASK = Task(
     "vqa", "answer questions about an image", VQA, open_data, collate, evaluate,
     lambda numbers: numbers["accuracy"], prepare=prepare,
-    settings=dict(FINETUNE, out="runs/vqa", lr=2e-5, epochs=10, max_tokens=35),
+    settings=dict(FINETUNE, out="runs/vqa", lr=2e-5, epochs=10, max_words=50,
+                  max_tokens=35),
     tiny=dict(TINY, epochs=1, scenes=128000, lr=3e-4),
     tiny_own=dict(min_steps=4000),
     model_settings=dict(image_size=480, drop_path=0.1))

@@ -16,7 +16,7 @@ from world.scenes import render
 
 TOY = dict(image_size=32, vit_width=32, vit_depth=2, vit_heads=2, text_width=48, text_depth=2,
            text_heads=4, text_ffn=96, max_positions=32, dropout=0.0, embed_dim=16, queue_size=10,
-           vocab_size=40, cls_id=2, sep_id=3, dec_id=38, enc_id=39)
+           init_std=0.0, vocab_size=40, cls_id=2, sep_id=3, dec_id=38, enc_id=39)
 # A model that trains in seconds on anything.
 SMALL = ("--image-size 32 --vit-width 16 --vit-depth 1 --vit-heads 2 --text-width 16 --text-depth "
          "1 --text-heads 2 --text-ffn 32 --embed-dim 8 --queue-size 20 --batch-size 8 --min-steps "

@@ -57,7 +57,8 @@ def files(tmp_path_factory) -> Path:
         checkpoints.save(folder / f"{task}{seed}.pt", {
             "model": model.state_dict(), "model_config": asdict(model.config),
             "tokenizer": tokenizer.state(),
-            "train_config": {"task": task, "max_tokens": 30, **UNTRAINED[task], "max_length": 12}})
+            "train_config": {"task": task, "max_tokens": 30, "prompt": "",
+                             **UNTRAINED[task], "max_length": 12}})
     return folder
 
 

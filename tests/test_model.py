@@ -348,7 +348,7 @@ def test_initialisation_keeps_the_scale_at_every_width():
     for width in (64, 768):
         torch.manual_seed(0)
         layer = torch.nn.Linear(width, 256)
-        layer.apply(init_weights)
+        init_weights(layer, 0.0)
         assert layer(torch.randn(512, width)).std().item() == pytest.approx(1.0, abs=0.05)
 
 

@@ -298,6 +298,16 @@ def test_retrieval_knows_which_texts_share_an_image(tmp_path, pretrained, monkey
     assert all(arguments["finetuning"] and arguments["all_negatives"] for arguments in seen)
 
 
+def test_twins_move_once_before_the_first_step_of_a_finetuning(tmp_path, pretrained):
+    """As in the released code, which moves them before the features of a step."""
+    start = checkpoints.load(pretrained)["model"]
+    run = train.start({"task": "retrieval", "init": str(pretrained), "scenes": 16, "batch_size": 8,
+                       "out": str(tmp_path / "r")})
+    online, twin = start["vit.cls_token"], start["vit_m.cls_token"]
+    assert torch.allclose(run.model.vit_m.cls_token, 0.99 * twin + 0.01 * online, atol=1e-7)
+    assert not torch.equal(run.model.vit_m.cls_token, twin)
+
+
 def test_a_resumed_finetuning_remembers_the_best_score(tmp_path, pretrained):
     assert finetune("retrieval", pretrained, tmp_path / "a", "--epochs", 2) == 0
     best = checkpoints.load(tmp_path / "a/checkpoint.pt")["best"]

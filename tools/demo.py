@@ -113,12 +113,13 @@ def ask(trained: TrainedModel, picture: str | Path, question: str,
     Raises InputError for a picture that cannot be read or a question that is too long.
     """
     model, tokenizer, max_tokens = trained.model, trained.tokenizer, trained.max_tokens
-    length = 2 + len(tokenizer.piece_ids(clean_question(question)))
+    question = clean_question(question)
+    length = 2 + len(tokenizer.piece_ids(question))
     if length > max_tokens:
         raise InputError(f"the question has {length} tokens, more than the {max_tokens} that the "
                          "model reads; shorten it")
     image = open_picture(picture, trained.image_size)[None]
-    ids, mask = encode_text(trained, clean_question(question), max_tokens)
+    ids, mask = encode_text(trained, question, max_tokens)
     kv = model.encode_question(prepare_images(image, trained.device), ids, mask)
     answers = [] if generate else trained.answers
     if not answers:

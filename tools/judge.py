@@ -9,7 +9,9 @@ from tasks.task import EvalSettings, Source
 from training.checkpoints import open_model
 from training.distributed import print0
 
-MEASURES = {"t2i_r1": "text-to-image R@1", "i2t_r1": "image-to-text R@1",
+MEASURES = {"t2i_r1": "text-to-image R@1, ITC", "i2t_r1": "image-to-text R@1, ITC",
+            "t2i_r1_rerank": "text-to-image R@1, re-ranked",
+            "i2t_r1_rerank": "image-to-text R@1, re-ranked",
             "itm_swap": "ITM prefers the true text", "caption_true": "captions wholly true"}
 
 
@@ -21,7 +23,7 @@ def judge_in_world(checkpoint: str, device: torch.device, size: int) -> dict[str
     trained = open_model(checkpoint, device=device)
     task = TASKS["pretrain"]
     held_out = task.open_data(Source("", "", "held-out", size, trained.image_size))
-    return task.evaluate(trained, held_out, EvalSettings(top_k=0)).numbers
+    return task.evaluate(trained, held_out, EvalSettings()).numbers
 
 
 def print_comparison(numbers: dict[str, dict[str, float]]) -> None:

@@ -24,7 +24,7 @@ from blip import BLIP
 from config import BLIPConfig, TrainConfig
 from data.files import InputError, read_tensors, whole_file
 from data.text import Tokenizer
-from tasks.registry import TASKS, make_model
+from tasks.registry import TASKS, make_model, preset_settings
 from tasks.task import TrainedModel
 from training.precision import speed_up_generation
 from vit import resize_positions
@@ -92,7 +92,9 @@ def with_new_names(state: dict) -> dict:
         model[name] = value
     settings = {OLD_FIELDS.get(name, name): value
                 for name, value in state.get("train_config", {}).items()}
-    settings = asdict(TrainConfig(**known_fields(TrainConfig, settings)))
+    task, preset = settings.get("task", "pretrain"), settings.get("preset", "base")
+    settings = preset_settings(task, preset) | known_fields(TrainConfig, settings)
+    settings = asdict(TrainConfig(**settings))
     return state | {"model": model, "train_config": settings,
                     "model_config": known_fields(BLIPConfig, state["model_config"])}
 
@@ -110,25 +112,26 @@ def load_model(path: str | Path, device: str | torch.device = "cpu") -> tuple[nn
 
 
 def open_model(path: str | Path, needs: Iterable[str] = (), vocab: str = "",
-               device: str | torch.device = "cpu",
-               kinds: tuple[type, ...] = (BLIP,)) -> TrainedModel:
+               device: str | torch.device = "cpu", kinds: tuple[type, ...] = (BLIP,),
+               heads: dict[str, int] | None = None) -> TrainedModel:
     """A checkpoint of this project, or released weights, with a model in eval mode.
 
-    Released weights need BERT's vocab.txt as `vocab`. `needs` names the objectives that must have
-    been trained: a model finetuned for captions can no longer match. kinds: the classes that the
-    model may have. Raises InputError.
+    Released weights need BERT's vocab.txt as `vocab`, and of unusual widths {"vit_heads",
+    "text_heads"} as `heads`. `needs` names the objectives that must have been trained: a model
+    finetuned for captions can no longer match. kinds: the classes that the model may have. Raises
+    InputError.
     """
     state = read_tensors(path)
     if is_ours(state):
         state = with_new_names(state)
         settings, tokenizer = state["train_config"], Tokenizer(state["tokenizer"])
         config = BLIPConfig(**state["model_config"])
-        model = make_model(settings.get("task", "pretrain"), config, state["model"])
+        model = make_model(settings.get("task", "pretrain"), config)
         model.load_state_dict(state["model"])
         answers = state.get("answers", [])
     elif vocab:
         tokenizer = Tokenizer.from_file(vocab)
-        model, report = load_released(path, tokenizer=tokenizer)
+        model, report = load_released(path, tokenizer=tokenizer, **(heads or {}))
         settings, answers = report.settings(), []
         print(report, file=sys.stderr)
     else:
@@ -148,21 +151,24 @@ def open_model(path: str | Path, needs: Iterable[str] = (), vocab: str = "",
     return TrainedModel(model, tokenizer, settings, answers)
 
 
-def initialise(model: nn.Module, source: nn.Module) -> None:
-    """Copy the weights of `source`, positions resized to the model's grid.
+def initialise(model: nn.Module, source: nn.Module) -> list[str]:
+    """Copy the weights of `source`, positions resized -> names of what starts afresh.
 
     The queues come along unless their length differs; then they start anew. A task's model takes
     from a pretrained one what it has a place for (TaskModel.pretrained_name).
     """
-    theirs, alike = source.state_dict(), type(model) is type(source)
+    theirs, alike, fresh = source.state_dict(), type(model) is type(source), []
     for name, ours in model.state_dict().items():  # aliases the parameters
         value = theirs.get(name if alike else model.pretrained_name(name))
         if value is not None and name.endswith("pos_embed"):
             value = resize_positions(value, ours.shape[1])
         if value is not None and ours.shape == value.shape:
             ours.copy_(value)
+        else:
+            fresh.append(name)
     if isinstance(model, BLIP) and model.config.queue_size != source.config.queue_size:
         model.queue_ptr.zero_()
+    return fresh
 
 
 def main(arguments: list[str] | None = None) -> int:

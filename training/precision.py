@@ -15,6 +15,7 @@ def use_bf16(precision: str, device: torch.device) -> bool:
 
     auto says yes where the hardware multiplies it fast, which among CPUs means AMX (without, it
     measured four times slower than float32).
+    NOTE(differs from salesforce/BLIP): there, all is float32; --precision fp32.
     """
     if precision != "auto":
         return precision == "bf16"

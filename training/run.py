@@ -24,6 +24,7 @@ from data.text import Tokenizer
 from tasks.registry import TASKS, make_model
 from tasks.task import Datasets, Source, Task, TrainedModel
 from training import checkpoints, distributed, plan
+from weights.files import shorten
 from weights.starting import start_from
 from world.datasets import all_texts
 
@@ -62,7 +63,7 @@ def open_datasets(task: Task, config: TrainConfig, image_size: int) -> Datasets:
     base = Source(c.data, c.image_root, "train", 0, image_size, c.seed,
                   index=Path(c.out).parent / "index")
     train = task.open_data(replace(base, size=0 if c.data else c.scenes, noise=c.noise,
-                                   augment=c.augment, crop_min=c.crop_min))
+                                   augment=c.augment, crop_min=c.crop_min, flip=c.flip))
     if not c.data:
         val = task.open_data(replace(base, split="val", size=min(300, c.eval_size), seed=0))
         return Datasets(train, val, task.open_data(
@@ -134,7 +135,7 @@ class Run:
             self.tokenizer = source.tokenizer
         else:
             self.tokenizer = make_tokenizer(config, self.datasets.train)
-        self.datasets = self.task.prepare(self.datasets, self.tokenizer)
+        self.datasets = self.task.prepare(self.datasets, self.tokenizer, config)
         self.model = self.make_model(model_config, state, source)
         self.optimizer = make_optimizer(self.model, config)
         self.trainable = trainable_names(self.model)
@@ -153,11 +154,16 @@ class Run:
         torch.manual_seed(c.seed)  # the same on all ranks: weights and queues start equal
         model_config = replace(model_config, **self.tokenizer.config())
         try:
-            model = make_model(c.task, model_config, state and state["model"]).to(self.device)
+            model = make_model(c.task, model_config).to(self.device)
         except ValueError as error:  # sizes that do not fit the task
             raise InputError(str(error))
         if source:
-            checkpoints.initialise(model, source.model)
+            fresh = checkpoints.initialise(model, source.model)
+            if fresh:
+                distributed.print0(f"not in --init, starts afresh: {shorten(fresh)}")
+            # The released code does this before the features of a step, also of the first one.
+            model.clamp_temperature()
+            model.update_momentum()
         elif not state and (c.init_vit or c.init_text):
             if c.init_text and not c.vocab:
                 raise InputError("--init-text needs --vocab with the vocab.txt of those weights")

@@ -5,6 +5,7 @@
     export(model, kind)   -> state dict with the released key names
 """
 
+import re
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -19,6 +20,8 @@ from weights.files import fill, shorten, state_dict_of
 from weights.names import names_of, pretrain_names
 from weights.transformers_library import from_transformers
 
+KNOWN_HEADS = {192: 3, 384: 6, 768: 12, 1024: 16}  # of a ViT (DeiT) or BERT of this width
+
 
 @dataclass
 class Report:
@@ -31,6 +34,7 @@ class Report:
     left_over: list[str] = field(default_factory=list)
     kind: str = "pretrain"  # pretrain, retrieval (also ITM), caption, vqa or nlvr2
     preset: str = "base"  # or large
+    notes: list[str] = field(default_factory=list)  # what was taken for granted
 
     def settings(self) -> dict:
         """Its training's settings, as far as the paper tells them: TrainConfig's fields."""
@@ -38,7 +42,7 @@ class Report:
         return asdict(TrainConfig(**own, task=self.kind, preset=self.preset))
 
     def __str__(self) -> str:
-        lines = []
+        lines = list(self.notes)
         if self.missing:
             lines.append(f"missing, left at their initial values: {shorten(self.missing)}")
         if self.left_over:
@@ -62,7 +66,7 @@ def infer_config(weights: dict[str, Tensor], path, vit_heads: int | None,
                  text_heads: int | None) -> BLIPConfig:
     """Sizes from the tensors' shapes. Raises InputError for what is no released BLIP model.
 
-    Heads leave no trace there: width / 64, as in BERT and ViT, unless given.
+    Heads leave no trace there: those of BERT and ViT of that width (KNOWN_HEADS), unless given.
     """
     text = "text_decoder.bert."
     if "text_encoder.embeddings.word_embeddings.weight" in weights:
@@ -102,14 +106,22 @@ def depth_of(weights: dict[str, Tensor], prefix: str) -> int:
     return 1 + max(numbers, default=-1)
 
 
+def first_merging_layer(weights: dict[str, Tensor], depth: int) -> int:
+    """The first layer of a released NLVR2 model that merges two images; `depth` if none does."""
+    merging = [int(re.search(r"layer\.(\d+)\.", name)[1]) for name in weights
+               if name.endswith("merge_layer.weight")]
+    return min(merging, default=depth)
+
+
 def heads_of(width: int, given: int | None, flag: str) -> int:
-    """The number of heads that was given, or width / 64. Raises InputError where it cannot be."""
-    if given is None and width % 64:
-        raise InputError(f"the model's width {width} is no multiple of 64, so its number of "
-                         f"attention heads cannot be told from the weights; give {flag}")
+    """The number of heads that was given or is known. Raises InputError where it cannot be."""
+    if given is None and width not in KNOWN_HEADS:
+        raise InputError(f"how many attention heads a model of width {width} has cannot be told "
+                         f"from its weights; give {flag}, on the command line "
+                         f"--{flag.replace('_', '-')}")
     if given is not None and width % given:
-        raise InputError(f"{flag}={given} does not divide the model's width {width}")
-    return given or width // 64
+        raise InputError(f"{flag} {given} does not divide the model's width {width}")
+    return given or KNOWN_HEADS[width]
 
 
 def load_released(path: str | Path, image_size: int | None = None, vit_heads: int | None = None,
@@ -132,7 +144,9 @@ def load_released(path: str | Path, image_size: int | None = None, vit_heads: in
                              "the vocab.txt that it was trained with")
         config = replace(config, **tokenizer.config())
     kind = kind_of(weights)
-    model = make_model(kind, config, weights)
+    if kind == "nlvr2":
+        config = replace(config, merge_from=first_merging_layer(weights, config.text_depth))
+    model = make_model(kind, config)
     filled, used = fill(model, weights, names_of(kind, config), path)
     if isinstance(model, BLIP):
         fill_twins(model, weights, filled, used)
@@ -140,7 +154,12 @@ def load_released(path: str | Path, image_size: int | None = None, vit_heads: in
     redundant = ("position_ids", "cls.predictions.decoder.weight", "cls.predictions.decoder.bias")
     left_over = [name for name in weights if name not in used and not name.endswith(redundant)]
     missing = [name for name, p in model.named_parameters() if p.data_ptr() not in filled]
-    return model.eval(), Report(missing, left_over, kind, "large" if config.drop_path else "base")
+    notes = []
+    if tokenizer is None and config.vocab_size != BLIPConfig.vocab_size:
+        notes = [f"no tokenizer given: [PAD] {config.pad_id}, [CLS] {config.cls_id}, [SEP] "
+                 f"{config.sep_id} as in BERT, though the vocabulary is another"]
+    preset = "large" if config.drop_path else "base"
+    return model.eval(), Report(missing, left_over, kind, preset, notes)
 
 
 def fill_twins(model: BLIP, weights: dict[str, Tensor], filled: set, used: set) -> None:

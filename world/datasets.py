@@ -201,7 +201,7 @@ def film(scene: Scene) -> list[Scene]:
 
 
 class Clips(SceneDataset):
-    """Captioned clips (F, 3, S, S): `frames` of them, uniformly drawn (1: the middle one)."""
+    """Captioned clips (F, 3, S, S): `frames` of them, uniformly drawn (1: the first one)."""
 
     def __init__(self, split: str, size: int, image_size: int = 64, seed: int = 0,
                  frames: int = FRAMES):

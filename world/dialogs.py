@@ -3,7 +3,7 @@
 import random
 
 from data.datasets import DialogRound
-from world.questions import KINDS, NUMBERS, ask, describe_thing
+from world.questions import KINDS, NUMBERS, ask, describe_thing, with_article
 from world.scenes import BACKGROUNDS, COLOURS, COLUMNS, ROWS, SHAPES, SIZES, Scene, Thing
 
 ROUNDS, CANDIDATES, PLAUSIBLE = 3, 100, 80
@@ -56,8 +56,8 @@ def converse(scene: Scene, rng: random.Random) -> tuple[str, list[DialogRound]]:
     is needed.
     """
     mentioned = rng.choice(scene.things)
-    caption = (f"a {describe_thing({'colour': mentioned.colour}, rng)} on a {scene.background} "
-               "background")
+    noun = with_article(describe_thing({"colour": mentioned.colour}, rng))
+    caption = f"{noun} on a {scene.background} background"
     rounds, thing, kind = [], None, ""  # what the question before was about, and its kind
     for _ in range(ROUNDS):
         if thing is not None and rng.random() < 0.5:

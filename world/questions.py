@@ -59,6 +59,11 @@ def describe_thing(facts: dict[str, str], rng: random.Random) -> str:
     return " ".join(filter(None, words))
 
 
+def with_article(noun: str) -> str:
+    """"red disc" -> "a red disc", "orange disc" -> "an orange disc"."""
+    return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
+
+
 def name_thing(scene: Scene, thing: Thing, without: tuple[str, ...],
                rng: random.Random) -> str | None:
     """Words for this thing and no other of the scene; None if there are none.
@@ -136,7 +141,7 @@ def ask_yes_no(scene: Scene, thing: Thing, rng: random.Random) -> Question:
         values = {"colour": COLOURS, "shape": SHAPES, "size": SIZES}[changed]
         stated[changed] = choose_other(values, [stated[changed]], rng)
     fitting = [other for other in scene.things if holds(other, stated)]
-    return Question(f"is there a {describe_thing(stated, rng)}?",
+    return Question(f"is there {with_article(describe_thing(stated, rng))}?",
                     ("yes" if fitting else "no",) * PEOPLE, "yes/no",
                     fitting[0] if len(fitting) == 1 else None)
 
@@ -147,20 +152,20 @@ def draw_statement(rng: random.Random) -> tuple[str, Callable[[Scene, Scene], bo
     """A statement about a left and a right image, and the test whether two scenes fit it."""
     shape, colour = rng.choice(list(SHAPES)), rng.choice(list(COLOURS))
     ground, number = rng.choice(list(BACKGROUNDS)), rng.choice((2, 3, 4))
-    noun = rng.choice(SHAPES[shape])
+    noun, coloured = with_article(rng.choice(SHAPES[shape])), with_article(f"{colour} thing")
     def has(scene, **facts):
         return any(holds(thing, facts) for thing in scene.things)
     return rng.choice((
-        (f"the left image shows a {noun}", lambda a, b: has(a, shape=shape)),
-        (f"the right image shows a {noun}", lambda a, b: has(b, shape=shape)),
-        (f"the left image shows a {colour} thing", lambda a, b: has(a, colour=colour)),
-        (f"the right image shows a {colour} thing", lambda a, b: has(b, colour=colour)),
-        (f"both images show a {noun}", lambda a, b: has(a, shape=shape) and has(b, shape=shape)),
-        (f"both images show a {colour} thing",
+        (f"the left image shows {noun}", lambda a, b: has(a, shape=shape)),
+        (f"the right image shows {noun}", lambda a, b: has(b, shape=shape)),
+        (f"the left image shows {coloured}", lambda a, b: has(a, colour=colour)),
+        (f"the right image shows {coloured}", lambda a, b: has(b, colour=colour)),
+        (f"both images show {noun}", lambda a, b: has(a, shape=shape) and has(b, shape=shape)),
+        (f"both images show {coloured}",
          lambda a, b: has(a, colour=colour) and has(b, colour=colour)),
         (f"only one of the images has a {ground} background",
          lambda a, b: (a.background == ground) != (b.background == ground)),
-        (f"there is a {colour} thing in one of the images",
+        (f"there is {coloured} in one of the images",
          lambda a, b: has(a, colour=colour) or has(b, colour=colour)),
         ("the images have the same background", lambda a, b: a.background == b.background),
         ("the left image shows more things than the right one",

@@ -66,7 +66,7 @@ def test_tar_shards(tmp_path, capsys):
     assert data[2]["example"].captions == ("a white thing",)
     again = open_mixture(str(web / "*.tar"), "", tmp_path / "index")
     assert capsys.readouterr().err == "" and len(again) == 4  # not built again
-    batch = caption_collate(Tokenizer.train(["a red thing"] * 3, 100), 30)([data[0], data[1]])
+    batch = caption_collate(Tokenizer.train(["a red thing"] * 3, 100), 30, 30)([data[0], data[1]])
     assert batch["image"].shape == (2, 3, 16, 16)
 
 

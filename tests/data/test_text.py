@@ -14,7 +14,7 @@ CAPTIONS = ["a dog runs on the grass", "a man on a red surfboard", "two dogs pla
 
 def test_captions_are_cleaned_as_in_the_released_code():
     assert clean_caption('A "Dog" (runs).. on #1: the; grass!~*') == "a dog runs on 1 the grass"
-    assert clean_caption("word " * 40).split() == ["word"] * 30
+    assert clean_caption("word " * 40, 30).split() == ["word"] * 30
     assert clean_caption("it's a dog-house, ok?") == "it's a dog-house, ok?"
 
 

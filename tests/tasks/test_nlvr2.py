@@ -2,17 +2,20 @@
 
 import json
 import re
+from dataclasses import replace
 
 import pytest
 import torch
 from conftest import toy_batch, toy_model
 from PIL import Image
 
+from config import TrainConfig
+from data.datasets import NLVR2Example
 from data.files import InputError
 from data.text import Tokenizer
 from reports.metrics import consistency
 from tasks import nlvr2
-from tasks.registry import make_model
+from tasks.registry import make_model, preset_settings
 from tasks.task import EvalSettings, TrainedModel
 from training import checkpoints
 from weights.names import names_of
@@ -33,7 +36,7 @@ def test_two_equal_images_are_one_image_below_the_merge():
     """NLVR2 averages: with two equal cross-attentions and equal images the layer is that of the
     pretrained one."""
     blip = toy_model(text_width=32, text_heads=2).eval()
-    model = nlvr2.NLVR2(blip.config, merge_from=2).eval()
+    model = nlvr2.NLVR2(replace(blip.config, merge_from=2)).eval()
     checkpoints.initialise(model, blip)
     batch = toy_batch()
     tokens = blip.vit(batch["image"])
@@ -59,14 +62,11 @@ def test_nlvr2_by_hand():
     assert one.shape == (4, 2) and not torch.allclose(one, other, atol=1e-3)
 
 
-def test_merge_from_is_read_from_the_weights(tmp_path):
-    config = toy_model(text_depth=4).config
-    for first in (1, 3, 4):
-        weights = nlvr2.NLVR2(config, first).state_dict()
-        again = make_model("nlvr2", config, weights)
-        again.load_state_dict(weights)
-    assert [layer.cross_attn.attn.merge is not None for layer in
-            nlvr2.NLVR2(config).med.layers] == [False, False, True, True]
+@pytest.mark.parametrize("merge_from, expected", [(-1, [0, 0, 1, 1]), (1, [0, 1, 1, 1]),
+                                                  (4, [0, 0, 0, 0])])
+def test_the_layers_that_merge(merge_from, expected):
+    model = make_model("nlvr2", replace(toy_model(text_depth=4).config, merge_from=merge_from))
+    assert [layer.cross_attn.attn.merge is not None for layer in model.med.layers] == expected
 
 
 def test_released_nlvr2_names_all_find_their_place(tmp_path):
@@ -146,6 +146,20 @@ def test_official_nlvr2_and_images_of_different_sizes(tmp_path):
     assert broken["image"] is None and "damaged" in broken["broken"][0]
 
 
+def test_statements_are_cleaned_as_captions_and_cut_at_40_words_alone():
+    tokenizer = Tokenizer.train(["two dogs one at 10 30"] * 3, 100)
+    config = TrainConfig(**preset_settings("nlvr2", "base"))
+    collate = nlvr2.collate(tokenizer, config)
+    def words(sentence):
+        example = NLVR2Example(("a", "b"), sentence, True, "x")
+        item = {"image": torch.zeros(2, 3, 8, 8), "example": example, "index": 0, "broken": []}
+        return tokenizer.decode(collate([item])["ids"][0].tolist())
+    assert words("Two dogs;one at 10:30.") == "two dogs one at 10 30"
+    assert words("dogs " * 60) == " ".join(["dogs"] * 40)
+    assert len(collate.encode([{"example": NLVR2Example(("a", "b"), "zwei " * 40, True, "x")}]
+                              )["ids"][0]) > 40
+
+
 def test_mistakes_in_statements(tmp_path):
     def statements(content):
         (tmp_path / "s.json").write_text(json.dumps(content))
@@ -181,7 +195,7 @@ def test_a_blind_model_falls_to_its_prior(monkeypatch):
             stub.rows = batch["index"]
             yield batch
     monkeypatch.setattr(nlvr2, "evaluation_batches", watching)
-    trained = TrainedModel(stub, tokenizer, {"max_tokens": 40})
+    trained = TrainedModel(stub, tokenizer, {"max_words": 40, "max_tokens": 40})
     numbers = nlvr2.evaluate(trained, data, EvalSettings()).numbers
     assert numbers["accuracy"] == 1.0 and numbers["consistency"] == 1.0
     assert numbers["blank_accuracy"] == 0.5 == numbers["chance"]["accuracy"]

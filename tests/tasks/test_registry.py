@@ -30,7 +30,7 @@ class Counter(TaskModel):
     def __init__(self, config):
         super().__init__(config)
         self.head = nn.Linear(config.vit_width, 3)
-        self.apply(init_weights)
+        init_weights(self, config.init_std)
 
     def forward(self, image, number):
         """image (B, 3, S, S), number (B,) -> cross-entropy."""

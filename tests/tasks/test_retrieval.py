@@ -12,7 +12,7 @@ from data.images import prepare_images
 from data.text import Tokenizer
 from reports.metrics import rank_statistics, ranks, recall, recall_chance
 from tasks import retrieval
-from tasks.retrieval import Gallery, encode, evaluate, rerank
+from tasks.retrieval import Gallery, chance_of_truth, encode, evaluate, rerank
 from tasks.task import EvalSettings, TrainedModel
 from world.datasets import World
 from world.language import all_captions
@@ -32,6 +32,11 @@ def test_chance_by_hand():
     # 5 captions of 5,000 belong to an image, 10 are drawn.
     assert recall_chance(1000, 5000, 5, "a")["a_r10"] == pytest.approx(
         1 - math.comb(4995, 10) / math.comb(5000, 10))
+
+
+def test_chance_that_a_text_is_true_of_a_random_picture_counts_its_own():
+    """At least 1 / N; here no text is true of another scene than its own."""
+    assert chance_of_truth(World("held-out", 5, 32)) == pytest.approx(1 / 5)
 
 
 def small_gallery() -> tuple[TrainedModel, World, Gallery]:

@@ -19,8 +19,10 @@ FINETUNE = SMALL[SMALL.index("--batch-size"):]  # it takes the sizes from the ch
 
 
 def test_uniform_frames():
-    assert frame_numbers(8, 8) == list(range(8)) and frame_numbers(8, 1) == [4]
-    assert frame_numbers(100, 4) == [12, 37, 62, 87] and frame_numbers(1, 8) == [0] * 8
+    """As the released code draws them: np.arange(0, total, total / count), rounded down."""
+    assert frame_numbers(8, 8) == list(range(8)) and frame_numbers(8, 1) == [0]
+    assert frame_numbers(80, 8) == [0, 10, 20, 30, 40, 50, 60, 70]
+    assert frame_numbers(10, 4) == [0, 2, 5, 7] and frame_numbers(1, 8) == [0] * 8
     assert frame_numbers(3, 6) == [0, 0, 1, 1, 2, 2]
 
 
@@ -38,7 +40,7 @@ def test_clips_in_every_form_are_the_same_frames(tmp_path):
                    lossless=True)
     frames[0].save(tmp_path / "gif.gif", save_all=True, append_images=frames[1:])
     expected = load_clip(tmp_path / "folder", 3, 8)
-    assert expected.shape == (3, 3, 8, 8) and expected[:, 0, 0, 0].tolist() == [0, 120, 240]
+    assert expected.shape == (3, 3, 8, 8) and expected[:, 0, 0, 0].tolist() == [0, 60, 180]
     for name in ("array", "array.npy", "other.npy", "moving.webp", "moving", "gif.gif"):
         clip = load_clip(tmp_path / name, 3, 8)
         assert (clip.int() - expected.int()).abs().max() <= (8 if "gif" in name else 0), name

@@ -159,8 +159,8 @@ def test_the_likeliest_answer_is_told():
             return torch.tensor([[2, 0, 1]] * count), torch.tensor([[5.0, 1.0, 3.0]] * count)
     stub = Stub()
     stub.parameter = torch.nn.Parameter(torch.zeros(1))  # says on which device the model is
-    trained = TrainedModel(stub, Tokenizer.train(["a b c"] * 3, 50), {"max_tokens": 35},
-                           ["a", "b", "c"])
+    trained = TrainedModel(stub, Tokenizer.train(["a b c"] * 3, 50),
+                           {"max_words": 50, "max_tokens": 35}, ["a", "b", "c"])
     found = vqa.answer_questions(trained, Questions("val", 3), EvalSettings())
     assert [record["answer"] for record in found] == ["a"] * 3
     assert [record["question_id"] for record in found] == [0, 1, 2]
@@ -245,14 +245,14 @@ def test_blip_and_official_questions_read_alike(tmp_path):
     tokenizer = Tokenizer.train(["is it what yes no dog"] * 3, 100)
     items = [{"image": torch.zeros(3, 8, 8, dtype=torch.uint8), "example": example, "index": i,
               "seed": "", "broken": []} for i, example in enumerate((one, genome))]
-    batch = vqa.question_collate(tokenizer, 35)(items)
+    batch = vqa.question_collate(tokenizer, 50, 35)(items)
     assert batch["weights"].tolist() == pytest.approx([0.9, 0.1, 0.2])
     assert batch["counts"].tolist() == [2, 1]
 
 
 def test_questions_keep_their_question_mark():
     assert clean_question('What is "this"? A dog.') == "what is this? a dog"
-    assert len(clean_question("word " * 80).split()) == 50
+    assert len(clean_question("word " * 80, 50).split()) == 50
 
 
 def test_mistakes_in_questions(tmp_path):

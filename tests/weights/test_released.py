@@ -14,8 +14,9 @@ from config import BLIPConfig
 from data.files import InputError
 from data.text import Tokenizer
 from training import checkpoints
+from training.settings import resolve
 from vit import resize_positions
-from weights.released import export, load_released
+from weights.released import Report, export, infer_config, load_released
 from weights.starting import start_from
 from weights.transformers_library import to_transformers
 
@@ -55,15 +56,36 @@ def test_released_pretraining_model_gives_the_released_outputs(tmp_path):
 
 def test_released_sizes_are_inferred_and_heads_are_asked_for(tmp_path):
     path = released(tmp_path)
-    with pytest.raises(InputError, match="width 48 is no multiple of 64.* give vit_heads"):
+    with pytest.raises(InputError, match="width 48 has cannot be told.* give vit_heads"):
         load_released(path)
-    with pytest.raises(InputError, match="text_heads=5 does not divide"):
+    with pytest.raises(InputError, match="text_heads 5 does not divide"):
         load_released(path, vit_heads=4, text_heads=5)
-    config = load_released(path, vit_heads=4)[0].config
+    model, report = load_released(path, vit_heads=4, text_heads=4)
+    config = model.config
     assert (config.text_heads, config.queue_size, config.vocab_size, config.enc_id) == (
-        1, 24, 486, 485)
-    larger = load_released(path, image_size=96, vit_heads=4)[0]
+        4, 24, 486, 485)
+    assert "no tokenizer given: [PAD] 0, [CLS] 101, [SEP] 102 as in BERT" in str(report)
+    larger = load_released(path, image_size=96, vit_heads=4, text_heads=4)[0]
     assert larger.vit.pos_embed.shape == (1, 37, 48)
+
+
+def test_a_released_large_model_brings_its_own_recipe():
+    """ViT-L is finetuned with drop path 0.1 and half of base's learning rate (BLIP sec. 5)."""
+    names = {"cls_token": (1, 1, 1024), "pos_embed": (1, 197, 1024),
+             "patch_embed.proj.weight": (1024, 3, 16, 16), "blocks.23.norm1.weight": (1024,)}
+    weights = {f"visual_encoder.{name}": torch.empty(shape, device="meta")
+               for name, shape in names.items()}
+    for name, shape in {"embeddings.word_embeddings.weight": (30524, 768),
+                        "embeddings.position_embeddings.weight": (512, 768),
+                        "encoder.layer.11.x": (1,),
+                        "encoder.layer.0.intermediate.dense.weight": (3072, 768)}.items():
+        weights[f"text_encoder.{name}"] = torch.empty(shape, device="meta")
+    config = infer_config(weights, "large.pth", None, None)
+    assert (config.drop_path, config.vit_heads, config.text_heads) == (0.1, 16, 12)
+    settings = Report(kind="retrieval", preset="large").settings()
+    start = {"model_config": asdict(config), "train_config": settings}
+    model, recipe = resolve({"task": "retrieval"}, start)
+    assert (recipe.preset, recipe.lr, model.drop_path) == ("large", 5e-6, 0.1)
 
 
 def test_what_is_missing_or_left_over_is_reported(tmp_path):
@@ -215,6 +237,9 @@ def test_released_weights_on_the_command_line(tmp_path, capsys):
     assert eval.main(["describe", *asked, "--out", str(tmp_path / "o")]) == 2
     assert "give --vocab with the vocab.txt" in capsys.readouterr().err
     asked += ["--vocab", str(tmp_path / "vocab.txt")]
+    assert eval.main(["describe", *asked]) == 2
+    assert "cannot be told from its weights; give vit_heads" in capsys.readouterr().err
+    asked += ["--vit-heads", "1", "--text-heads", "1"]
     assert eval.main(["describe", *asked, "--out", str(tmp_path / "o"), "--prompt", ""]) == 0
     assert picture in capsys.readouterr().out
     assert eval.main(["match", asked[0], "x", *asked[1:]]) == 2
