@@ -357,8 +357,9 @@ def markdown(experiment: Experiment, cells: dict[str, list[dict]], command: str,
     for cell in experiment.sets:
         lines += set_lines(cell, cells[cell])
     lines += ["", *verdict_table(experiment.claims, experiment.measures(), cells, order), "",
-              "(difference of the means in points; p: paired t-test over seeds, two-sided, not "
-              "corrected for the number of tests)", ""]
+              "Is the first better than the second? The difference of the means in points. yes, "
+              "no: paired t-test over seeds, two-sided, p below 0.05, not corrected for the number "
+              "of tests. tie: a larger one would be seen. a look: one seed, no verdict.", ""]
     return "\n".join(lines)
 
 

@@ -5,24 +5,56 @@ import statistics
 
 import numpy as np
 
+LEVEL = 0.05  # a smaller p-value is called more than chance
+
+
+def t_test(t: float, df: int) -> float:
+    """Two-sided p-value of Student's t with `df` degrees of freedom."""
+    # Student's density, integrated over the angle: t = sqrt(df) tan(angle)
+    angle = np.linspace(math.atan(abs(t) / math.sqrt(df)), math.pi / 2, 20001)
+    scale = math.exp(math.lgamma((df + 1) / 2) - math.lgamma(df / 2)) / math.sqrt(math.pi)
+    values = np.cos(angle) ** (df - 1)
+    return float(2 * scale * ((values[1:] + values[:-1]) / 2 * np.diff(angle)).sum())
+
 
 def paired_test(differences: list[float]) -> float:
     """Paired t-test: how probable so large a mean difference is if there were none.
 
     Two-sided. 1.0 for a single seed, which tells nothing.
     """
-    n = len(differences)
-    if n < 2:
+    if len(differences) < 2:
         return 1.0
     spread = statistics.stdev(differences)
     if spread == 0:
         return 0.0 if differences[0] else 1.0
-    t, df = abs(statistics.mean(differences)) / spread * math.sqrt(n), n - 1
-    # Student's density, integrated over the angle: t = sqrt(df) tan(angle)
-    angle = np.linspace(math.atan(t / math.sqrt(df)), math.pi / 2, 20001)
-    scale = math.exp(math.lgamma((df + 1) / 2) - math.lgamma(df / 2)) / math.sqrt(math.pi)
-    values = np.cos(angle) ** (df - 1)
-    return float(2 * scale * ((values[1:] + values[:-1]) / 2 * np.diff(angle)).sum())
+    t = statistics.mean(differences) / spread * math.sqrt(len(differences))
+    return t_test(t, len(differences) - 1)
+
+
+def smallest_visible(differences: list[float]) -> float | None:
+    """The smallest mean difference that the paired test would call more than chance.
+
+    With this spread and so many seeds; None for a single seed.
+    """
+    if len(differences) < 2:
+        return None
+    low, high = 0.0, 1000.0  # of t: halved until the p-value is LEVEL
+    for _ in range(60):
+        middle = (low + high) / 2
+        if t_test(middle, len(differences) - 1) > LEVEL:
+            low = middle
+        else:
+            high = middle
+    return high * statistics.stdev(differences) / math.sqrt(len(differences))
+
+
+def verdict(differences: list[float]) -> str:
+    """"yes", "no", "tie" or, for a single seed, "a look": is the first one better?"""
+    if len(differences) < 2:
+        return "a look"
+    if paired_test(differences) >= LEVEL:
+        return "tie"
+    return "yes" if statistics.mean(differences) > 0 else "no"
 
 
 def mean_and_spread(values: list[float]) -> str:

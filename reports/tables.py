@@ -3,7 +3,7 @@
 
 import statistics
 
-from reports.statistics import mean_and_spread, paired_test
+from reports.statistics import mean_and_spread, paired_test, smallest_visible, verdict
 
 Cells = dict[str, list[dict]]  # cell -> the numbers of each seed
 
@@ -15,10 +15,10 @@ def verdicts(claims: tuple[tuple[str, str], ...], measures: dict[str, str],
     for better, worse in claims:
         for measure in measures:
             differences = [a[measure] - b[measure] for a, b in zip(cells[better], cells[worse])]
-            difference = statistics.mean(differences)
             results.append({"better": better, "worse": worse, "measure": measure,
-                            "difference": difference, "p": paired_test(differences),
-                            "came_out": difference > 0})
+                            "difference": statistics.mean(differences),
+                            "p": paired_test(differences), "verdict": verdict(differences),
+                            "smallest_visible": smallest_visible(differences)})
     return results
 
 
@@ -59,8 +59,16 @@ def verdict_table(claims: tuple[tuple[str, str], ...], measures: dict[str, str],
     lines = [markdown_row([heading, *measures.values()]), "|---" * (len(measures) + 1) + "|"]
     for claim in claims:
         row = [f"{' > '.join(claim)}"]
-        for verdict in verdicts((claim,), measures, cells):
-            row.append(f"{'yes' if verdict['came_out'] else '**no**'}: "
-                       f"{100 * verdict['difference']:+.1f} (p {verdict['p']:.2f})")
+        row += [verdict_words(result) for result in verdicts((claim,), measures, cells)]
         lines.append(markdown_row(row))
     return lines
+
+
+def verdict_words(result: dict) -> str:
+    """"yes: +5.1 (p 0.01)", "tie: +0.3 (3.2 would be seen)": difference in points."""
+    difference = f"{result['verdict']}: {100 * result['difference']:+.1f}"
+    if result["verdict"] == "tie":
+        return f"{difference} ({100 * result['smallest_visible']:.1f} would be seen)"
+    if result["verdict"] == "a look":
+        return difference
+    return f"{difference} (p {result['p']:.2f})"

@@ -32,15 +32,18 @@ def test_verdicts_and_the_table():
                                    (("a", "b"),))
     cells = {"a": cell(0.5, 0.6, 0.7), "b": cell(0.4, 0.4, 0.4)}
     found = verdicts(experiment.claims, MEASURES, cells)
-    assert len(found) == 4 and all(v["came_out"] for v in found)
+    assert len(found) == len(MEASURES) and all(v["verdict"] == "tie" for v in found)
     assert found[0]["difference"] == pytest.approx(0.2)
     assert found[0]["p"] == pytest.approx(1 - 12 ** 0.5 / 14 ** 0.5)
     out = Path("somewhere")
     text = ablate.markdown(experiment, cells, "python ablate.py x", regime(out), [0, 1, 2])
-    assert f"| a |{' 60.0 ± 10.0 |' * 4} 2.0 | 60.7 | 78.4 | 127.8 |" in text
-    assert "| a > b | yes: +20.0 (p 0.07) |" in text
-    worse = verdicts(experiment.claims, MEASURES, {"a": cells["b"], "b": cells["a"]})
-    assert not any(v["came_out"] for v in worse)
+    assert f"| a |{' 60.0 ± 10.0 |' * len(MEASURES)} 2.0 | 60.7 | 78.4 | 127.8 |" in text
+    assert "| a > b | tie: +20.0 (24.8 would be seen) |" in text  # 4.303 x 10 / sqrt(3)
+    for a, b, expected in ((0.9, 0.4, "yes"), (0.1, 0.4, "no")):
+        clear = {"a": cell(a, a + 0.01, a), "b": cell(b, b, b)}
+        assert {v["verdict"] for v in verdicts(experiment.claims, MEASURES, clear)} == {expected}
+    single = {"a": cell(0.9), "b": cell(0.1)}
+    assert {v["verdict"] for v in verdicts(experiment.claims, MEASURES, single)} == {"a look"}
 
 
 def test_the_papers_numbers_follow_its_claims():

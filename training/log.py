@@ -22,6 +22,7 @@ class Log:
         """out: the run's folder; step: where it stands; every: steps between two lines."""
         self.every, self.sums, self.count, self.since = every, {}, 0, time.perf_counter()
         self.file = self.board = None
+        self.announced: set[str] = set()  # losses whose rate was told
         if distributed.rank():
             return
         path, kept = out / "log.jsonl", []
@@ -51,6 +52,10 @@ class Log:
                              "smaller --lr or --grad-clip 1, or --precision fp32")
         rate = self.count * batch_size / (time.perf_counter() - self.since)
         self.sums, self.count, self.since = {}, 0, time.perf_counter()
+        if self.file and set(means) != self.announced:  # other losses: another rate
+            self.announced, left = set(means), (bar.total - step) * batch_size / rate / 60
+            bar.write(f"step {step}: {rate:.0f} pairs a second with {' + '.join(means)}; at this "
+                      f"rate about {left:.1f} minutes to the end")
         bar.set_postfix(means | {"pairs/s": round(rate)})
         self.write({"step": step, **means, **{k: float(v) for k, v in values.items()},
                     "pairs_per_s": round(rate, 1)})
