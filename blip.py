@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from config import OBJECTIVES, BLIPConfig
-from decoding import Hypothesis, beam_search, nucleus_sample
-from losses import itc_loss, itm_loss, lm_loss, mine_hard_negatives, next_token_targets
+from decoding import Hypothesis, write
+from losses import draw_one, itc_loss, itm_loss, lm_loss, mine_hard_negatives, next_token_targets
 from med import MED, DecoderStep, ImageKV
 from training import distributed
 from vit import ViT
@@ -70,6 +70,7 @@ class BLIP(nn.Module):
         self.register_buffer("queue_ids", torch.full((c.queue_size,), -1))
         self.register_buffer("queue_ptr", torch.zeros((), dtype=torch.long))
         self.objectives = OBJECTIVES
+        self.draw_negative = draw_one  # of ITM; a test may take the likeliest instead
 
     def train(self, mode: bool = True) -> "BLIP":
         """Training or evaluation mode.
@@ -116,45 +117,33 @@ class BLIP(nn.Module):
     def match(self, kv: ImageKV, ids: Tensor, mask: Tensor) -> Tensor:
         """ITM logits: text i is compared with image i // n; class 1 = matched.
 
-        kv of B images (`model.med.project(tokens)`), ids and mask (n*B, L) -> (n*B, 2).
+        kv of B images (`model.project(tokens)`), ids and mask (n*B, L) -> (n*B, 2).
         NOTE(differs from salesforce/BLIP): [ENC] stands in front, as in training; the released
         class for ITM scores keeps [CLS] there (`med.encode_grounded(first_token=...)`).
         """
         enc_state = self.med.encode_grounded(ids, mask, kv, cls_only=True)[:, 0]
         return self.itm_head(enc_state)
 
+    def project(self, tokens: Tensor) -> ImageKV:
+        """Image tokens (B, N, D) -> keys and values for every text that looks at these images."""
+        return self.med.project(tokens)
+
     @torch.no_grad()
     def generate(self, image: Tensor | ImageKV, prompt: list[int] | None = None,
                  method: str = "beam", num_return: int = 1, **options) -> list[list[Hypothesis]]:
         """Captions: for each image `num_return` pairs (ids after the prompt, score), best first.
 
-        image (B, 3, S, S), or its keys and values from `med.project`; prompt: the ids of "a picture
-        of", say. method "beam" takes the options of `decoding.beam_search` (score: mean
-        log-probability), "nucleus" those of `decoding.nucleus_sample` (score: log-likelihood).
-        Raises ValueError where prompt and max_length do not fit.
+        image (B, 3, S, S), or its keys and values from `project`; prompt: ids, of "a picture of" for
+        one. Methods, options and errors are those of `decoding.write`.
         """
-        prompt = [self.config.dec_id] + (prompt or [])
-        max_length = options.setdefault("max_length", 20)
-        if len(prompt) >= max_length or max_length > self.config.max_positions:
-            raise ValueError(f"a prompt of {len(prompt)} tokens ([DEC] included) and max_length "
-                             f"{max_length} do not fit together in the model's "
+        kv = image if isinstance(image, ImageKV) else self.project(self.vit(image))
+        options.setdefault("max_length", 20)
+        if options["max_length"] > self.config.max_positions:
+            raise ValueError(f"max_length {options['max_length']} is more than the model's "
                              f"{self.config.max_positions} positions")
-        if method not in ("beam", "nucleus"):
-            raise ValueError(f"method is {method!r}; choose beam or nucleus")
-        kv = image if isinstance(image, ImageKV) else self.med.project(self.vit(image))
-        copies = 1 if method == "beam" else num_return  # rows that each image starts with
-        images = torch.arange(len(kv), device=kv.device).repeat_interleave(copies)
-        start = torch.tensor([prompt], device=kv.device).expand(len(images), -1)
-        step = DecoderStep(self.med, kv, images)
-        if method == "beam":
-            options.setdefault("beams", max(3, num_return))
-            captions = beam_search(step, start, self.config.sep_id, **options)
-        else:
-            samples = nucleus_sample(step, start, self.config.sep_id, **options)
-            captions = [sorted(samples[i:i + copies], key=lambda sample: -sample[1])
-                        for i in range(0, len(samples), copies)]
-        return [[(ids[len(prompt):], score) for ids, score in hypotheses[:num_return]]
-                for hypotheses in captions]
+        return write(lambda images: DecoderStep(self.med, kv, images), len(kv),
+                     [self.config.dec_id] + (prompt or []), self.config.sep_id, kv.device, method,
+                     num_return, **options)
 
     # ---- training --------------------------------------------------------------------------------
 
@@ -242,8 +231,10 @@ class BLIP(nn.Module):
         positives = row_ids[:, None] == column_ids  # (B, B), or (B, world * B)
         if sims is None or not self.config.hard_negatives:  # (None: ITC is off)
             sims = (torch.zeros(positives.shape, device=ids.device),) * 2
-        text_neg, text_valid = mine_hard_negatives(sims[0], positives, floor, sharp)
-        image_neg, image_valid = mine_hard_negatives(sims[1], positives, floor, sharp)
+        text_neg, text_valid = mine_hard_negatives(sims[0], positives, floor, sharp,
+                                                   self.draw_negative)
+        image_neg, image_valid = mine_hard_negatives(sims[1], positives, floor, sharp,
+                                                     self.draw_negative)
         if spread:  # an image trains by what any rank's text says of it
             kv_neg = self.med.project(distributed.all_gather_with_grad(image_tokens)[image_neg])
         else:

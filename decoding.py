@@ -129,13 +129,15 @@ class Beams:
 
 @torch.no_grad()
 def beam_search(step: Step, prompt: Tensor, eos: int, beams: int = 3, max_length: int = 20,
-                min_length: int = 5, repetition_penalty: float = 1.0) -> list[list[Hypothesis]]:
+                min_length: int = 5, repetition_penalty: float = 1.0,
+                length_penalty: float = 1.0) -> list[list[Hypothesis]]:
     """The likeliest sequences. The defaults are the paper's for COCO (BLIP sec. 5.2).
 
     prompt (B, P) -> for each image its hypotheses (token ids without [SEP], score), best first. The
-    score is the sum of log-probabilities divided by the length. Each step looks at the 2 x beams
-    best continuations; one that ends is kept as a hypothesis if it ranks among the first `beams`;
-    an image is done when it has `beams` hypotheses and no running beam can beat the worst of them.
+    score is the sum of the log-probabilities / length ** length_penalty. Each step looks at the
+    2 x beams best continuations; one that ends is kept as a hypothesis if it ranks among the first
+    `beams`; an image is done when it has `beams` hypotheses and no running beam can beat the worst
+    of them.
     """
     results = [Beams(beams) for _ in range(len(prompt))]
     images = list(range(len(prompt)))  # still being searched; each has as many running beams
@@ -159,14 +161,15 @@ def beam_search(step: Step, prompt: Tensor, eos: int, beams: int = 3, max_length
                 if token != eos:
                     alive.append((row, token, total))
                 elif rank < beams and total > float("-inf"):
-                    results[image].add(sequences[row].tolist(), total / length)
+                    results[image].add(sequences[row].tolist(), total / length ** length_penalty)
                 if len(alive) == beams:
                     break
-            if results[image].done(totals[0] / length):
+            if results[image].done(totals[0] / length ** length_penalty):
                 continue
             if length + 1 == max_length:  # what is still running ends here
                 for row, token, total in alive:
-                    results[image].add(sequences[row].tolist() + [token], total / max_length)
+                    results[image].add(sequences[row].tolist() + [token],
+                                       total / max_length ** length_penalty)
                 continue
             next_images.append(image)
             for row, token, total in alive:
@@ -180,3 +183,33 @@ def beam_search(step: Step, prompt: Tensor, eos: int, beams: int = 3, max_length
             sums = torch.tensor(next_sums, device=prompt.device).view(len(images), -1)
             sequences = torch.cat([sequences[rows], tokens], 1)
     return [result.hypotheses for result in results]
+
+
+def write(make_step: Callable[[Tensor], Step], count: int, prompt: list[int], eos: int,
+          device: torch.device, method: str = "beam", num_return: int = 1,
+          **options) -> list[list[Hypothesis]]:
+    """`num_return` texts about each of `count` images: (ids after the prompt, score), best first.
+
+    make_step(images (R,)) -> the step of R sequences, each about one of the images. method "beam"
+    takes the options of `beam_search` (score: mean log-probability), "nucleus" those of
+    `nucleus_sample` (score: log-likelihood). Raises ValueError for another method, and where prompt
+    and max_length do not fit.
+    """
+    if method not in ("beam", "nucleus"):
+        raise ValueError(f"method is {method!r}; choose beam or nucleus")
+    if len(prompt) >= options.get("max_length", 20):
+        raise ValueError(f"a prompt of {len(prompt)} tokens, the first one included, leaves no "
+                         f"room in max_length {options.get('max_length', 20)}")
+    copies = 1 if method == "beam" else num_return  # rows that each image starts with
+    images = torch.arange(count, device=device).repeat_interleave(copies)
+    start = torch.tensor([prompt], device=device).expand(len(images), -1)
+    step = make_step(images)
+    if method == "beam":
+        options.setdefault("beams", max(3, num_return))
+        texts = beam_search(step, start, eos, **options)
+    else:
+        samples = nucleus_sample(step, start, eos, **options)
+        texts = [sorted(samples[i:i + copies], key=lambda sample: -sample[1])
+                 for i in range(0, len(samples), copies)]
+    return [[(ids[len(prompt):], score) for ids, score in hypotheses[:num_return]]
+            for hypotheses in texts]

@@ -8,6 +8,8 @@ Letters: B batch, Q queue length, E joint width, C columns (B + Q), L text token
 Rows are queries.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -43,9 +45,14 @@ def itc_loss(image_feat: Tensor, text_feat: Tensor, image_keys: Tensor, text_key
     return (loss_i2t + loss_t2i) / 2
 
 
+def draw_one(weights: Tensor) -> Tensor:
+    """One column of each row, in proportion to its weight. weights (B, C) -> (B,)."""
+    return torch.multinomial(weights, 1).squeeze(1)
+
+
 @torch.no_grad()
-def mine_hard_negatives(sim: Tensor, positives: Tensor, floor: float,
-                        mask_positives: bool = False) -> tuple[Tensor, Tensor]:
+def mine_hard_negatives(sim: Tensor, positives: Tensor, floor: float, mask_positives: bool = False,
+                        draw: Callable[[Tensor], Tensor] = draw_one) -> tuple[Tensor, Tensor]:
     """For each row one column that is no positive: the more alike, the likelier.
 
     ALBEF sec. 3.2. sim (B, C), divided by the temperature, positives (B, C) -> index (B,), valid
@@ -65,8 +72,8 @@ def mine_hard_negatives(sim: Tensor, positives: Tensor, floor: float,
     uniform = (~positives).float()
     weights = torch.where(weights.sum(1, keepdim=True) > 0, weights, uniform)
     valid = weights.sum(1) > 0
-    weights[:, 0] = torch.where(valid, weights[:, 0], 1)  # multinomial needs something to draw
-    return torch.multinomial(weights, 1).squeeze(1), valid
+    weights[:, 0] = torch.where(valid, weights[:, 0], 1)  # there must be something to draw
+    return draw(weights), valid
 
 
 def itm_loss(logits: Tensor, matched: Tensor, valid: Tensor) -> Tensor:

@@ -313,7 +313,7 @@ def test_finetuning_mines_with_online_features_and_without_a_floor(monkeypatch):
     model(**batch, image_ids=image_ids)
     online = image_feat @ text_feat.T / model.temp
     shared = torch.tensor([[1, 0, 1], [0, 1, 0], [1, 0, 1]]).bool()
-    for (sim, positives, floor, _), expected, is_online, lowest in (
+    for (sim, positives, floor, *_), expected, is_online, lowest in (
             (seen[0], torch.eye(3).bool(), False, 1e-4), (seen[2], shared, True, 0.0),
             (seen[4], shared, False, 1e-4)):
         assert torch.allclose(sim, online, atol=1e-4) == is_online

@@ -1,0 +1,60 @@
+"""The settings of a BLIP-2 model. The defaults are the paper's: ViT-g/14, BERT-base, 32 queries.
+
+Every field is a flag of `train.py blip2-...`. Fields that have the same name in config.BLIPConfig
+have the same meaning: stage 1 takes the image encoder's from the BLIP that it starts from.
+"""
+
+from dataclasses import dataclass
+
+from config import SettingError, check_settings, setting
+
+
+@dataclass(frozen=True)
+class Blip2Config:
+    """Image encoder, Q-Former and, in stage 2, language model."""
+
+    vision: str = setting("eva", "image encoder: eva (ViT-g/14 of EVA-CLIP), clip (ViT-L/14), vit "
+                                 "(this project's)", choices=("eva", "clip", "vit"))
+    image_size: int = setting(224, "pixels, square (BLIP-2 sec. 3.4)", least=1)
+    patch_size: int = setting(14, "pixels", least=1)
+    vit_width: int = setting(1408, "ViT-g", least=1)
+    vit_depth: int = setting(39, "ViT-g has 40 blocks: the last one is not used (BLIP-2 sec. 3.4)",
+                             least=1)
+    vit_heads: int = setting(16, "ViT-g", least=1)
+    vit_ffn: int = setting(6144, "ViT-g", least=1)
+    drop_path: float = setting(0.0, "of the last block, where the image encoder is trained",
+                               least=0, most=0.99)
+    grad_checkpoint: bool = setting(False, "recompute the image encoder's activations, where it is "
+                                           "trained")
+    train_vision: bool = setting(False, "train the image encoder too (finetuning, BLIP-2 sec. 4.2)")
+    queries: int = setting(32, "learned queries (BLIP-2 sec. 3.1)", least=1)
+    width: int = setting(768, "of the Q-Former: BERT-base", least=1)
+    depth: int = setting(12, "BERT-base", least=1)
+    heads: int = setting(12, "BERT-base", least=1)
+    ffn: int = setting(3072, "BERT-base", least=1)
+    look_every: int = setting(2, "cross-attention in every so many layers, from the first", least=1)
+    max_positions: int = setting(512, "BERT-base", least=4)
+    dropout: float = setting(0.1, "in the Q-Former", least=0, most=0.99)
+    init_std: float = setting(0.02, "of the initial weights (BERT; released code); 0: by width, "
+                                    "for narrow models", least=0)
+    embed_dim: int = setting(256, "joint space of the contrastive loss", least=1)
+    temp: float = setting(0.07, "initial temperature, learned, not clamped", above=0)
+    label_smoothing: float = setting(0.1, "of ITC and ITG (released code)", least=0, most=0.99)
+    hard_negatives: bool = setting(True, "ITM's negatives by similarity; false: at random")
+    # The text stream's vocabulary, from the tokenizer. 0: there is no text stream.
+    vocab_size: int = setting(30523, "BERT uncased + [DEC]", flag=False)
+    pad_id: int = setting(0, "the tokenizer's", flag=False)
+    cls_id: int = setting(101, "the tokenizer's", flag=False)
+    sep_id: int = setting(102, "the tokenizer's", flag=False)
+    dec_id: int = setting(30522, "the tokenizer's", flag=False)
+
+    def __post_init__(self):
+        check_settings(self)
+        for width, heads in (("vit_width", "vit_heads"), ("width", "heads")):
+            if getattr(self, width) % getattr(self, heads):
+                raise SettingError(
+                    f"--{width.replace('_', '-')} {getattr(self, width)} is not a multiple of "
+                    f"--{heads.replace('_', '-')} {getattr(self, heads)}")
+        if self.image_size % self.patch_size:
+            raise SettingError(f"--image-size {self.image_size} is not a multiple of --patch-size "
+                               f"{self.patch_size}")
