@@ -83,7 +83,7 @@ class ExperimentCache:
         self.shared = {"seed": seed, "device": device}
 
     def make(self, kind: str, ingredients: list, make: Callable[[Path], str]) -> str:
-        """make(folder) -> the path of what it made there; done already, or gone on with."""
+        """make(folder) -> the path of what it made there; called only if that is not finished."""
         name = hashlib.sha256(repr([self.seed, ingredients]).encode()).hexdigest()[:10]
         folder = Path(self.regime.out) / f"{kind}-{self.seed}-{name}"
         folder.mkdir(parents=True, exist_ok=True)
@@ -359,7 +359,8 @@ def markdown(experiment: Experiment, cells: dict[str, list[dict]], command: str,
     lines += ["", *verdict_table(experiment.claims, experiment.measures(), cells, order), "",
               "Is the first better than the second? The difference of the means in points. yes, "
               "no: paired t-test over seeds, two-sided, p below 0.05, not corrected for the number "
-              "of tests. tie: a larger one would be seen. a look: one seed, no verdict.", ""]
+              "of tests. tie: p is 0.05 or more; in brackets the smallest difference that this "
+              "test could have detected. a look: one seed, no verdict.", ""]
     return "\n".join(lines)
 
 
@@ -382,7 +383,8 @@ def command_line() -> argparse.ArgumentParser:
     p.add_argument("--seeds", type=int, default=3, help="how many (default 3)")
     p.add_argument("--jobs", type=int, default=1, help="cells at a time (default 1); on a CPU one "
                    "for each core is fastest")
-    p.add_argument("--device", default="", help="cuda, mps or cpu (default: the best there is)")
+    p.add_argument("--device", default="", help="cuda, mps or cpu (default: cuda if there is one, "
+                   "else cpu)")
     p.add_argument("--out", default="runs/ablate", help="default runs/ablate")
     p.add_argument("--results", default="results", help="folder for the tables (default results)")
     p.add_argument("--pairs", type=int, default=WORLD_PAIRS, help="pairs that every pretraining "

@@ -24,7 +24,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, dropout:
     q (B, H, L, d), k and v (B, H, N, d), mask broadcastable to (B, H, L, N) -> (B, H, L, d).
     The map (B, H, L, N) is appended to the list `attn_maps` where one is given, still attached to
     the graph, so that its gradient can be asked for. That branch spells the softmax out; the other
-    one is the same arithmetic in one fused kernel, which never writes the map down.
+    one is the same arithmetic in one fused kernel, which does not materialise the map.
     """
     if attn_maps is None:
         return F.scaled_dot_product_attention(q, k, v, mask, dropout)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from config import OBJECTIVES, BLIPConfig
 from decoding import Hypothesis, write
 from losses import draw_one, itc_loss, itm_loss, lm_loss, mine_hard_negatives, next_token_targets
-from med import MED, DecoderStep, ImageKV
+from med import MED, MODES, ContextKV, DecoderStep
 from training import distributed
 from vit import ViT
 
@@ -48,7 +48,7 @@ class BLIP(nn.Module):
         super().__init__()
         c = self.config = config
         self.vit = make_vit(c)
-        self.med = make_med(c, ("text", "grounded", "decode"))
+        self.med = make_med(c, MODES)
         self.vision_proj = nn.Linear(c.vit_width, c.embed_dim)
         self.text_proj = nn.Linear(c.text_width, c.embed_dim)
         self.itm_head = nn.Linear(c.text_width, 2)  # class 1 = matched
@@ -59,9 +59,10 @@ class BLIP(nn.Module):
         self.med_m = make_med(c, ("text",))
         self.vision_proj_m = nn.Linear(c.vit_width, c.embed_dim)
         self.text_proj_m = nn.Linear(c.text_width, c.embed_dim)
-        self.twin_parameters = [(online.get_parameter(name), p_m.requires_grad_(False))
-                                for online, twin in self.twins()
-                                for name, p_m in twin.named_parameters()]
+        self.twin_parameters = []  # (online parameter, its twin)
+        for online, twin in self.twins():
+            for name, p_m in twin.requires_grad_(False).named_parameters():
+                self.twin_parameters.append((online.get_parameter(name), p_m))
         self.update_momentum(0.0)  # an exact copy
         # The queues start as random unit vectors: easy negatives until real ones replace them.
         self.register_buffer("image_queue", l2_normalize(torch.randn(c.queue_size, c.embed_dim)))
@@ -114,7 +115,7 @@ class BLIP(nn.Module):
         cls_state = self.med.encode_text(ids, mask, cls_only=True)[:, 0]
         return l2_normalize(self.text_proj(cls_state))
 
-    def match(self, kv: ImageKV, ids: Tensor, mask: Tensor) -> Tensor:
+    def match(self, kv: ContextKV, ids: Tensor, mask: Tensor) -> Tensor:
         """ITM logits: text i is compared with image i // n; class 1 = matched.
 
         kv of B images (`model.project(tokens)`), ids and mask (n*B, L) -> (n*B, 2).
@@ -124,19 +125,19 @@ class BLIP(nn.Module):
         enc_state = self.med.encode_grounded(ids, mask, kv, cls_only=True)[:, 0]
         return self.itm_head(enc_state)
 
-    def project(self, tokens: Tensor) -> ImageKV:
+    def project(self, tokens: Tensor) -> ContextKV:
         """Image tokens (B, N, D) -> keys and values for every text that looks at these images."""
         return self.med.project(tokens)
 
     @torch.no_grad()
-    def generate(self, image: Tensor | ImageKV, prompt: list[int] | None = None,
+    def generate(self, image: Tensor | ContextKV, prompt: list[int] | None = None,
                  method: str = "beam", num_return: int = 1, **options) -> list[list[Hypothesis]]:
         """Captions: for each image `num_return` pairs (ids after the prompt, score), best first.
 
-        image (B, 3, S, S), or its keys and values from `project`; prompt: ids, of "a picture of" for
-        one. Methods, options and errors are those of `decoding.write`.
+        image (B, 3, S, S), or its keys and values from `project`; prompt: ids, for
+        instance of "a picture of". Methods, options and errors are those of `decoding.write`.
         """
-        kv = image if isinstance(image, ImageKV) else self.project(self.vit(image))
+        kv = image if isinstance(image, ContextKV) else self.project(self.vit(image))
         options.setdefault("max_length", 20)
         if options["max_length"] > self.config.max_positions:
             raise ValueError(f"max_length {options['max_length']} is more than the model's "
@@ -168,8 +169,9 @@ class BLIP(nn.Module):
             losses["itc"], keys, sims = self._itc(image, image_feat, ids, mask, alpha, image_ids,
                                                   finetuning, all_negatives)
         if "itm" in self.objectives:
-            losses["itm"] = itm_loss(*self._itm_pairs(image_tokens, kv, ids, mask, sims, image_ids,
-                                                      finetuning, all_negatives))
+            logits, matched, valid = self._itm_pairs(image_tokens, kv, ids, mask, sims, image_ids,
+                                                     finetuning, all_negatives)
+            losses["itm"] = itm_loss(logits, matched, valid)
         if "lm" in self.objectives:
             states, _ = self.med.decode(ids[:, :-1], mask[:, :-1], kv)  # the last predicts nothing
             targets = next_token_targets(ids, mask, prompt_length)
@@ -179,7 +181,7 @@ class BLIP(nn.Module):
     def _itc(self, image, image_feat, ids, mask, alpha, image_ids, finetuning, all_negatives):
         """-> the loss, this batch's keys for the queue, similarities (i2t, t2i) for mining.
 
-        These are (B, B), or (B, world * B) with `all_negatives`.
+        These are (B, B), or (B, processes * B) with `all_negatives`.
         """
         text_feat = self.encode_text(ids, mask)
         with torch.no_grad():
@@ -221,38 +223,37 @@ class BLIP(nn.Module):
         Negatives come from this rank's batch, or with `all_negatives` from all ranks'.
         """
         B, floor = len(ids), 0.0 if finetuning else self.config.negative_floor
-        sharp = self.config.mask_positives
-        own = torch.arange(B, device=ids.device)
-        row_ids = own if image_ids is None else image_ids
-        column_ids, spread = row_ids, all_negatives and distributed.world_size() > 1
-        if spread:
+        own = torch.arange(B, device=ids.device)  # where this rank's texts stand in `ids`
+        row_ids = column_ids = own if image_ids is None else image_ids
+        from_all_ranks = all_negatives and distributed.world_size() > 1
+        if from_all_ranks:
             ids, mask = distributed.gather_texts(ids, mask)
             column_ids, own = distributed.all_gather(row_ids), own + distributed.rank() * B
-        positives = row_ids[:, None] == column_ids  # (B, B), or (B, world * B)
+        positives = row_ids[:, None] == column_ids  # (B, B), or (B, processes * B)
         if sims is None or not self.config.hard_negatives:  # (None: ITC is off)
             sims = (torch.zeros(positives.shape, device=ids.device),) * 2
-        text_neg, text_valid = mine_hard_negatives(sims[0], positives, floor, sharp,
-                                                   self.draw_negative)
-        image_neg, image_valid = mine_hard_negatives(sims[1], positives, floor, sharp,
-                                                     self.draw_negative)
-        if spread:  # an image trains by what any rank's text says of it
+        how = floor, self.config.mask_positives, self.draw_negative
+        text_neg, text_valid = mine_hard_negatives(sims[0], positives, *how)
+        image_neg, image_valid = mine_hard_negatives(sims[1], positives, *how)
+        if from_all_ranks:  # with gradient: other ranks' texts train this rank's images
             kv_neg = self.med.project(distributed.all_gather_with_grad(image_tokens)[image_neg])
         else:
             kv_neg = kv.select(image_neg)
         logits = torch.cat([self.match(kv, ids[own], mask[own]),
                             self.match(kv, ids[text_neg], mask[text_neg]),
                             self.match(kv_neg, ids[own], mask[own])])
-        yes, no = torch.ones_like(own), torch.zeros_like(own)
-        return logits, torch.cat([yes, no, no]), torch.cat([yes.bool(), text_valid, image_valid])
+        ones, zeros = torch.ones_like(own), torch.zeros_like(own)
+        matched = torch.cat([ones, zeros, zeros])
+        return logits, matched, torch.cat([ones.bool(), text_valid, image_valid])
 
-    # ---- the three lines after the optimizer step (MoCo, algorithm 1) ----------------------------
+    # ---- what changes the model after the optimizer's step (MoCo, algorithm 1) -------------------
 
     @torch.no_grad()
     def update_momentum(self, momentum: float | None = None) -> None:
         """twin = m * twin + (1 - m) * online, parameter by parameter (MoCo eq. 2; ALBEF sec. 3.5).
 
-        After a step, where the released code does it before the next step's features: the same, but
-        for the very first step from other weights; a run calls it once before that.
+        Called after the optimizer's step. The released code calls it before the next forward pass:
+        the same, but for the first step from other weights; Run.make_model calls it before that.
         """
         m = self.config.momentum if momentum is None else momentum
         for p, p_m in self.twin_parameters:

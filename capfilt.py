@@ -12,8 +12,8 @@ For each web image the captioner writes a synthetic text by nucleus sampling; th
 judges the web text and the synthetic one; what it calls unmatched is dropped. The bootstrapped set
 is the human pairs + the web texts that were kept + the synthetic texts that were kept.
 
-Into --out: bootstrapped.json (for `train.py --data`) and rejected.json, report.json (counts and
-rates), sheet.png (the paper's Fig. 4), shards/: the same command goes on where it stopped. Without
+Into --out: bootstrapped.json (for `train.py --data`), rejected.json, report.json (counts, rates),
+sheet.png (the paper's Fig. 4), shards/ (the same command goes on where it stopped). Without
 --captioner web texts are only filtered, without --filter nothing is dropped (Table 1).
 """
 
@@ -27,8 +27,8 @@ import torch
 from torch import Tensor
 
 import train
-from config import check_settings, setting
-from data.files import InputError, make_folder, write_json
+from config import CapFiltConfig
+from data.files import InputError, make_folder
 from data.images import prepare_images
 from data.shards import Shard, merge, pending, write
 from data.sources import PairIndex, open_index, with_shares
@@ -37,7 +37,7 @@ from reports.sheets import draw_judged_texts
 from tasks.captioning import Decoding, write_captions
 from tasks.registry import TASKS
 from tasks.task import TrainedModel
-from tools.judge import judge_in_world, print_comparison, print_report, print_truth
+from tools.judge import compare_in_world, print_report, print_truth
 from training import distributed
 from training.checkpoints import open_model
 from training.distributed import print0
@@ -47,30 +47,9 @@ from training.settings import add_flags, given_for, training_flags
 from world.web import WORLD_PAIRS, WorldSets, stand_in, truth_of_set
 
 
-@dataclass(frozen=True)
-class CapFiltConfig:
-    """What the bootstrapped set depends on, beside the models and how they generate."""
-
-    captions: int = setting(1, "synthetic captions that each captioner writes for an image (paper: "
-                               "1)", least=1)
-    keep: str = setting("all", "of an image's accepted synthetic captions: all, best (by ITM) or "
-                               "sample", choices=("all", "best", "sample"))
-    agree: str = setting("mean", "of several filters, what must reach the threshold: their mean, "
-                                 "or all", choices=("mean", "all"))
-    threshold: float = setting(0.5, "ITM probability that makes a text a match (paper: the head's "
-                                    "decision)", least=0, most=1)
-    shard_size: int = setting(1000, "web texts in a shard, which is what an interruption costs at "
-                                    "most", least=1)
-    batch_size: int = setting(32, "images at a time", least=1)
-    bf16: bool = setting(False, "bfloat16 autocast", flag=False)
-
-    def __post_init__(self):
-        check_settings(self)
-
-
 @dataclass
 class Captioner:
-    """A finetuned model that writes, and how. (A filter is a finetuned model alone.)"""
+    """A finetuned model that writes, and how. A filter needs no such settings: a TrainedModel."""
 
     trained: TrainedModel
     decoding: Decoding
@@ -91,9 +70,7 @@ def bootstrap(web: PairIndex, human: PairIndex | None, captioners: list[Captione
         "captioners": [[c.trained.digest(), asdict(c.decoding)] for c in captioners]}
     for shard in pending(web, out, made_of, config.shard_size, seed):
         write(shard, caption_and_filter(shard, captioners, filters, config, workers))
-    report = [merge(web, human, out, config.shard_size)] if distributed.rank() == 0 else []
-    report, = distributed.gather(report)
-    return report
+    return distributed.from_rank_0(lambda: merge(web, human, out, config.shard_size))
 
 
 @torch.no_grad()
@@ -123,7 +100,8 @@ def add_synthetic_texts(texts: list[list[dict]], captioner: Captioner, images: d
                         number: int, seed: int, count: int) -> None:
     """The captioner writes `count` captions for each image (Cap).
 
-    NOTE: a synthetic text that equals the web text is dropped; the paper does not say.
+    NOTE: one that is empty or equals a text that the image has already is dropped; the paper does
+    not say.
     """
     trained, decoding = captioner.trained, replace(captioner.decoding, seed=seed + number)
     written = write_captions(trained.model, trained.tokenizer, images[trained.image_size],
@@ -157,16 +135,16 @@ def itm_scores(trained: TrainedModel, images: Tensor, texts: list[list[str]]) ->
     padded = [of_image + of_image[-1:] * (most - len(of_image)) for of_image in texts]
     flat = [clean_caption(text, trained.max_words) for of_image in padded for text in of_image]
     ids, mask = trained.tokenizer.encode(flat, trained.max_tokens)
-    kv = trained.model.med.project(trained.model.vit(images))
+    kv = trained.model.project(trained.model.vit(images))
     logits = trained.model.match(kv, ids.to(trained.device), mask.to(trained.device)).float()
     rows = logits.softmax(-1)[:, 1].view(-1, most).tolist()
     return [row[:len(of_image)] for row, of_image in zip(rows, texts)]
 
 
 def decide(texts: list[dict], config: CapFiltConfig, rng: random.Random) -> None:
-    """Set "kept" of one image's texts: those that convince the filters.
+    """Set "kept" of one image's texts: whether the score reaches the threshold.
 
-    Of the synthetic ones among them those that `config.keep` asks for.
+    Of the synthetic texts that do, only those that `config.keep` chooses stay.
     """
     def value(text: dict) -> float:
         itm = text.get("itm", [1.0])
@@ -214,19 +192,15 @@ def run(o: argparse.Namespace) -> None:
         if world and distributed.rank() == 0:
             print_truth(truth_of_set(folder, world.web(o.seed)))
         bootstrapped, root = str(folder / "bootstrapped.json"), report["image_root"]
-        if o.pretrain is not None:
+        if o.pretrain is None:
+            print0(f"to pretrain on it: python train.py --data {bootstrapped} --image-root {root}")
+        else:
             print0("== pretrain a new model on the bootstrapped set")
             model = pretrain(folder / "model", [bootstrapped], root)
             models["bootstrapped" if o.rounds == 1 else f"round {number}"] = model
-        else:
-            print0(f"to pretrain on it: python train.py --data {bootstrapped} --image-root {root}")
     if world:
         print0("== compare, on held-out scenes with clean texts")
-        numbers = {name: judge_in_world(path, device, world.held_out)
-                   for name, path in models.items()}
-        print_comparison(numbers)
-        if distributed.rank() == 0:
-            write_json(out / "comparison.json", numbers)
+        compare_in_world(models, device, world.held_out, out)
 
 
 def check(o: argparse.Namespace) -> None:
@@ -238,10 +212,10 @@ def check(o: argparse.Namespace) -> None:
                          "`train.py retrieval`), or --init and --finetune to make them")
     if o.rounds > 1 and None in (o.finetune, o.pretrain):
         raise InputError("--rounds needs --finetune and --pretrain: each round starts from the "
-                         "model that was pretrained on the set of the one before")
+                         "model that was pretrained in the one before")
     if o.finetune is not None and not o.init and o.pretrain is None:
-        raise InputError("--finetune starts from a pretrained model: give --init, or --pretrain "
-                         "to make it from --web and --human")
+        raise InputError("--finetune needs a pretrained model: give --init, or --pretrain to make "
+                         "one from --web and --human")
 
 
 def bootstrap_from(o: argparse.Namespace, folder: Path, device: torch.device) -> dict:

@@ -1,14 +1,15 @@
 """The settings of a model and of a training, with the paper's values, and the schedules.
 
-Every field of BLIPConfig and TrainConfig is a flag of train.py, with its text as help. A setting is
-the field's default, then the task's (tasks/), then the preset's, then what the command line gives
-(training/settings.py).
+Every field of BLIPConfig and TrainConfig is a flag of train.py, with its text as help. Later ones
+override earlier ones: the field's default (the paper's pretraining of ViT-B), the task's settings
+(its record in tasks/), the preset's, what the command line gives (training/settings.py).
 """
 
 import math
 from dataclasses import dataclass, field, fields
 
 OBJECTIVES = ("itc", "itm", "lm")  # of BLIP.forward; each has a weight in TrainConfig
+SHARE = ("all_but_sa", "all", "all_but_ca", "none")  # Table 3; the first one is the paper's choice
 
 
 class SettingError(ValueError):
@@ -66,7 +67,7 @@ class BLIPConfig:
     dropout: float = setting(0.1, "in MED; the ViT has none", least=0, most=0.99)
     share: str = setting("all_but_sa", "what encoder and decoder share: all_but_sa, all, "
                          "all_but_ca or none (Table 3)",
-                         choices=("all_but_sa", "all", "all_but_ca", "none"))
+                         choices=SHARE)
     embed_dim: int = setting(256, "joint space of the contrastive loss", least=1)
     queue_size: int = setting(57600, "momentum features as further negatives (released code; "
                                      "ALBEF sec. 3.5: 65,536)", least=0)
@@ -210,6 +211,27 @@ class TrainConfig:
     def objective_weights(self) -> dict[str, float]:
         """Objective -> weight of its loss; the paper's are 1."""
         return {name: getattr(self, f"{name}_weight") for name in OBJECTIVES}
+
+
+@dataclass(frozen=True)
+class CapFiltConfig:
+    """What CapFilt's set depends on, beside the models and how they generate (BLIP sec. 3.3)."""
+
+    captions: int = setting(1, "synthetic captions that each captioner writes for an image (paper: "
+                               "1)", least=1)
+    keep: str = setting("all", "of an image's accepted synthetic captions: all, best (by ITM) or "
+                               "sample", choices=("all", "best", "sample"))
+    agree: str = setting("mean", "of several filters, what must reach the threshold: their mean, "
+                                 "or all", choices=("mean", "all"))
+    threshold: float = setting(0.5, "ITM probability that makes a text a match (paper: the head's "
+                                    "decision)", least=0, most=1)
+    shard_size: int = setting(1000, "web texts in a shard, which is what an interruption costs at "
+                                    "most", least=1)
+    batch_size: int = setting(32, "images at a time", least=1)
+    bf16: bool = setting(False, "bfloat16 autocast", flag=False)
+
+    def __post_init__(self):
+        check_settings(self)
 
 
 # ---- schedules: functions of the step alone, so that a run can start anywhere --------------------

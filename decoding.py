@@ -188,12 +188,11 @@ def beam_search(step: Step, prompt: Tensor, eos: int, beams: int = 3, max_length
 def write(make_step: Callable[[Tensor], Step], count: int, prompt: list[int], eos: int,
           device: torch.device, method: str = "beam", num_return: int = 1,
           **options) -> list[list[Hypothesis]]:
-    """`num_return` texts about each of `count` images: (ids after the prompt, score), best first.
+    """`num_return` texts about each of `count` images: (ids after the prompt, score).
 
     make_step(images (R,)) -> the step of R sequences, each about one of the images. method "beam"
-    takes the options of `beam_search` (score: mean log-probability), "nucleus" those of
-    `nucleus_sample` (score: log-likelihood). Raises ValueError for another method, and where prompt
-    and max_length do not fit.
+    takes the options of `beam_search`, "nucleus" those of `nucleus_sample`, which say what a score
+    is. Raises ValueError for another method, and where prompt and max_length do not fit.
     """
     if method not in ("beam", "nucleus"):
         raise ValueError(f"method is {method!r}; choose beam or nucleus")

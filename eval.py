@@ -114,11 +114,11 @@ def eval_settings(o: argparse.Namespace, benchmark: Benchmark,
     training, answers = None, ()
     if getattr(o, "constant_from", ""):
         training = ImageDataset(read_pairs(o.constant_from, "/"), "", 0)
-    elif benchmark.model is vqa.VQA and not o.data:  # the world's prior
+    elif benchmark.model is vqa.VQA and not o.data:  # a question-only baseline
         training = TASKS["vqa"].open_data(Source("", "", "train", 5000, trained.image_size))
     if getattr(o, "answers", ""):
         answers = vqa.read_answers(o.answers)
-    # On files, the model on grey images would cost as much again.
+    # No baseline on grey images for files: it doubles the time.
     return EvalSettings(top_k=top_k, rerank_score=getattr(o, "rerank_score", ""),
                         decoding=benchmark.defaults | given_for(Decoding, vars(o)),
                         generate=getattr(o, "generate", False), answers=tuple(answers),

@@ -53,22 +53,22 @@ def draw_one(weights: Tensor) -> Tensor:
 @torch.no_grad()
 def mine_hard_negatives(sim: Tensor, positives: Tensor, floor: float, mask_positives: bool = False,
                         draw: Callable[[Tensor], Tensor] = draw_one) -> tuple[Tensor, Tensor]:
-    """For each row one column that is no positive: the more alike, the likelier.
+    """Draw for each row one column that is no positive, with probability by similarity.
 
     ALBEF sec. 3.2. sim (B, C), divided by the temperature, positives (B, C) -> index (B,), valid
     (B,).
 
         weight = softmax(sim) + floor, 0 where positive
 
-    The sharper the model gets, the more of the softmax lies on the positive, until the floor
-    outweighs the rest and all negatives are about as likely. mask_positives takes the softmax over
-    the negatives alone: the hardest stay the likeliest. The floor keeps a row from being all zero.
-    A row that has nothing but positives gets valid = False (its index is 0 and means nothing),
-    where the released code crashes.
+    As training goes on, nearly all of the softmax lies on the positive: then the floor outweighs
+    the rest, and all negatives are about as likely. mask_positives takes the softmax over the
+    negatives alone: the hardest stay the likeliest. A row that has nothing but positives gets valid
+    = False (its index is 0 and means nothing), where the released code crashes.
     """
+    # -1e4 and not -inf: a row of positives alone would become nan.
     sim = sim.float().masked_fill(positives, -1e4) if mask_positives else sim.float()
     weights = (sim.softmax(1) + floor).masked_fill(positives, 0)
-    # Without a floor (retrieval finetuning) all of a row's mass may underflow onto its positives.
+    # Without a floor a row's softmax may underflow to 0 everywhere but at its positives.
     uniform = (~positives).float()
     weights = torch.where(weights.sum(1, keepdim=True) > 0, weights, uniform)
     valid = weights.sum(1) > 0

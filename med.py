@@ -20,7 +20,7 @@ attn_bi and attn_causal (with their output projection and LayerNorm) are two, an
 cross_attn and ffn are one. Because cross_attn is one object, an image's keys and values serve
 encoder and decoder alike, so `project` computes them once per image.
 
-Post-LN, as in BERT: LayerNorm(x + Dropout(Sublayer(x))). Read bottom-up: sublayers, MEDLayer, MED.
+Post-LN, as in BERT: LayerNorm(x + Dropout(Sublayer(x))). Read on: sublayers, MEDLayer, MED.
 Letters: B batch, L text tokens, N context tokens, D width, V vocabulary. Masks: True = attend.
 """
 
@@ -33,13 +33,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attention import CrossAttention, KeysValues, SelfAttention
+from config import SHARE
 
-SHARE = ("all_but_sa", "all", "all_but_ca", "none")  # Table 3; the first one is the paper's choice
 MODES = ("text", "grounded", "decode")
 NORM_EPS = 1e-12  # BERT's
 
 
-class Residual(nn.Module):
+class AddNorm(nn.Module):
     """LayerNorm(x + Dropout(update)): the post-LN wrapping of every sublayer of BERT."""
 
     def __init__(self, width: int, dropout: float):
@@ -58,7 +58,7 @@ class SelfAttentionLayer(nn.Module):
     def __init__(self, width: int, heads: int, dropout: float):
         super().__init__()
         self.attn = SelfAttention(width, heads, dropout)
-        self.add = Residual(width, dropout)
+        self.add = AddNorm(width, dropout)
 
     def forward(self, x: Tensor, mask: Tensor | None,
                 past: KeysValues | None = None) -> tuple[Tensor, KeysValues]:
@@ -76,7 +76,7 @@ class CrossAttentionLayer(nn.Module):
     def __init__(self, attn: nn.Module, width: int, dropout: float):
         super().__init__()
         self.attn = attn
-        self.add = Residual(width, dropout)
+        self.add = AddNorm(width, dropout)
 
     def forward(self, x: Tensor, kv: KeysValues, mask: Tensor | None,
                 attn_maps: list[Tensor] | None = None) -> Tensor:
@@ -91,7 +91,7 @@ class FeedForward(nn.Module):
         super().__init__()
         self.fc1 = nn.Linear(width, hidden)
         self.fc2 = nn.Linear(hidden, width)
-        self.add = Residual(width, dropout)
+        self.add = AddNorm(width, dropout)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, L, D) -> (B, L, D)."""
@@ -136,7 +136,7 @@ class LMHead(nn.Module):
 
 
 @dataclass
-class ImageKV:
+class ContextKV:
     """Keys and values of B images (or other contexts), one pair (B, H, N, d) for each layer.
 
     enc is read by encode_grounded, dec by decode: the same list unless a sharing ablation has two
@@ -156,13 +156,13 @@ class ImageKV:
         """Where it lies."""
         return (self.enc or self.dec)[0][0].device
 
-    def select(self, rows: Tensor) -> "ImageKV":
+    def select(self, rows: Tensor) -> "ContextKV":
         """rows (R,) -> the keys and values of images rows[0], rows[1] ..., repeats allowed."""
         def pick(layers):
-            return layers and [(k[rows], v[rows]) for k, v in layers]
+            return None if layers is None else [(k[rows], v[rows]) for k, v in layers]
         enc = pick(self.enc)
         dec = enc if self.dec is self.enc else pick(self.dec)
-        return ImageKV(enc, dec, None if self.mask is None else self.mask[rows])
+        return ContextKV(enc, dec, None if self.mask is None else self.mask[rows])
 
 
 class MEDLayer(nn.Module):
@@ -190,8 +190,9 @@ class MEDLayer(nn.Module):
         self.attn_causal = self.cross_attn_dec = self.ffn_dec = None
         if decodes:
             # Table 3: the decoder's part either is the encoder's (the same object) or is its own.
-            own = {"all": "", "all_but_sa": "sa", "all_but_ca": "ca", "none": "sa ca ffn"}[share]
-            own_sa, own_ca, own_ffn = "sa" in own, "ca" in own, "ffn" in own
+            own_sa = share in ("all_but_sa", "none")
+            own_ca = share in ("all_but_ca", "none")
+            own_ffn = share == "none"
             self.attn_causal = self.attn_bi if encodes and not own_sa else self_attention()
             self.cross_attn_dec = (self.cross_attn if self.cross_attn and not own_ca
                                    else cross_attention())
@@ -236,11 +237,12 @@ class MED(nn.Module):
             raise ValueError(f"share is {share!r}; choose one of {', '.join(SHARE)}")
         self.enc_id, self.dec_id = enc_id, dec_id
         self.embeddings = Embeddings(vocab_size, width, max_positions, dropout)
-        if cross_attention is None:
-            def cross_attention(layer):
-                return CrossAttention(width, context_width, heads, dropout)
+        def make_attn(layer):
+            if cross_attention is not None:
+                return cross_attention(layer)
+            return CrossAttention(width, context_width, heads, dropout)
         self.layers = nn.ModuleList(
-            MEDLayer(width, heads, hidden, dropout, share, modes, partial(cross_attention, layer))
+            MEDLayer(width, heads, hidden, dropout, share, modes, partial(make_attn, layer))
             for layer in range(depth))
         if "decode" in modes:
             separate = share == "none" and len(modes) > 1
@@ -248,7 +250,7 @@ class MED(nn.Module):
                                    if separate else self.embeddings)
             self.lm_head = LMHead(vocab_size, width)
 
-    def project(self, context: Tensor, context_mask: Tensor | None = None) -> ImageKV:
+    def project(self, context: Tensor, context_mask: Tensor | None = None) -> ContextKV:
         """The context's keys and values for every layer, computed once for all texts.
 
         context (B, N, context width), context_mask (B, N) or None.
@@ -261,7 +263,7 @@ class MED(nn.Module):
         elif self.layers[0].cross_attn_dec is not None:
             dec = [layer.cross_attn_dec.attn.project(context) for layer in self.layers]
         mask = None if context_mask is None else context_mask[:, None, None].bool()
-        return ImageKV(enc, dec, mask)
+        return ContextKV(enc, dec, mask)
 
     def encode_text(self, ids: Tensor, mask: Tensor, cls_only: bool = False) -> Tensor:
         """The unimodal encoder, which sees no image.
@@ -275,7 +277,7 @@ class MED(nn.Module):
             x = layer.text(x, mask, cls_only and layer is self.layers[-1])
         return x
 
-    def encode_grounded(self, ids: Tensor, mask: Tensor, kv: ImageKV,
+    def encode_grounded(self, ids: Tensor, mask: Tensor, kv: ContextKV,
                         first_token: int | None = None, attn_maps: list[Tensor] | None = None,
                         cls_only: bool = False) -> Tensor:
         """The image-grounded encoder: text i looks at image i // n.
@@ -292,7 +294,7 @@ class MED(nn.Module):
                                cls_only and layer is self.layers[-1])
         return x
 
-    def decode(self, ids: Tensor, mask: Tensor | None, kv: ImageKV,
+    def decode(self, ids: Tensor, mask: Tensor | None, kv: ContextKV,
                past: list[KeysValues] | None = None) -> tuple[Tensor, list[KeysValues]]:
         """The image-grounded decoder: states that predict the next token, and the cache.
 
@@ -332,7 +334,7 @@ class DecoderStep:
     rows (always so in beam search) each image's keys and values are held once, else once a row.
     """
 
-    def __init__(self, med: MED, kv: ImageKV, images: Tensor):
+    def __init__(self, med: MED, kv: ContextKV, images: Tensor):
         """kv of B images; images (R,): which of them each row of the first call looks at."""
         self.med, self.all_kv, self.images, self.past = med, kv, images, None
         self.kv, self.kv_images = kv, torch.arange(len(kv), device=images.device)
@@ -341,7 +343,8 @@ class DecoderStep:
         """tokens (R, t), rows (R,) of the previous call -> logits (R, V) for the next token."""
         self.images = self.images[rows]
         distinct, counts = self.images.unique_consecutive(return_counts=True)
-        needed = distinct if (counts == counts[0]).all() else self.images
+        equal = (counts == counts[0]).all()  # as many rows for each image
+        needed = distinct if equal else self.images
         if not torch.equal(needed, self.kv_images):
             self.kv, self.kv_images = self.all_kv.select(needed), needed
         if self.past is not None:

@@ -55,7 +55,7 @@ def train(run: Run) -> bool:
         model.vit.compile()
     model.train()
     saved = time.perf_counter()
-    start = saved - run.seconds
+    began = saved - run.seconds
     with signals_noted() as signals, tqdm(run.batches(), "training", run.steps, initial=run.step,
                                           disable=distributed.rank() > 0, unit="step") as bar:
         for micro_batches in bar:
@@ -77,14 +77,14 @@ def train(run: Run) -> bool:
                 torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
             run.optimizer.step()
             run.optimizer.zero_grad(set_to_none=True)
-            # MoCo's three lines (BLIP sec. 3.2); models without twins, queue or temperature do
-            # nothing here.
+            # What changes after the optimizer's step (BLIP sec. 3.2; MoCo, algorithm 1). A model
+            # without twins, queue or temperature does nothing here.
             model.update_momentum()
             model.enqueue(keys)
             model.clamp_temperature()
 
             run.step += 1
-            run.seconds = time.perf_counter() - start
+            run.seconds = time.perf_counter() - began
             values = {"lr": lr, "alpha": alpha, "minutes": round(run.seconds / 60, 3)}
             if hasattr(model, "temp"):
                 values["temp"] = model.temp.detach()
@@ -248,14 +248,18 @@ def new_config(given: dict) -> tuple[BLIPConfig, TrainConfig, object]:
                                         kinds=kinds, heads=heads)
         start_settings = {"model_config": asdict(source.model.config),
                           "train_config": source.settings}
-    return *resolve(given, start_settings), source
+    model_config, config = resolve(given, start_settings)
+    return model_config, config, source
 
 
 def prepare_folder(out: Path, resume: bool) -> None:
     """Make the run's folder. An earlier run in it is moved aside, not overwritten."""
     try:
         if not resume and (out / "checkpoint.pt").exists():
-            aside = next(p for n in range(1, 10000) if not (p := Path(f"{out}.old{n}")).exists())
+            number = 1
+            while Path(f"{out}.old{number}").exists():
+                number += 1
+            aside = Path(f"{out}.old{number}")
             out.rename(aside)
             print(f"{out} holds an earlier run: moved to {aside} (--resume would have continued "
                   "it)")

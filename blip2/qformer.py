@@ -94,7 +94,7 @@ class QFormerLayer(nn.Module):
 
 
 class QFormer(nn.Module):
-    """BERT with queries, and cross-attention in every `look_every`-th layer, from the first one.
+    """BERT with queries, and cross-attention in every `look_every`-th layer.
 
     context_width: of the image tokens. vocab_size 0: no text stream, as stage 2 needs none.
     dec_id: of [DEC].

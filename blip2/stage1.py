@@ -19,7 +19,7 @@ LayerKV = list[tuple[Tensor, Tensor] | None]  # of the images: (B, H, N, d) for 
 
 
 class FrozenVision(nn.Module):
-    """What both stages have in common: an image encoder, frozen unless asked for, and its norm."""
+    """What both stages have in common: an image encoder, usually frozen, and its norm."""
 
     def __init__(self, config: Blip2Config):
         super().__init__()

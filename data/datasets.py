@@ -127,11 +127,12 @@ SIDES = re.compile(r"\b(left|right)\b", re.I)
 class ImageDataset(Dataset):
     """Examples with their pictures: items {image, example, index, seed, broken}.
 
-    image (3, S, S) uint8; example: one of the above; seed: what is random about the item, equal
-    for equal (seed, epoch, index); broken: names of the pictures that could not be read.
+    image (3, S, S) uint8; example: one of the above; seed: a text that seeds the item's random
+    choices, equal for equal (seed, epoch, index); broken: names of the pictures that could not be
+    read.
 
     Training (`augment=True`): augmented anew in each epoch; an image that cannot be read is
-    replaced by the next one that can, so that batches keep their size. Evaluation: an unreadable
+    replaced by the next of 99 that can, so that batches keep their size. Evaluation: an unreadable
     image has `image` None.
     """
 

@@ -86,7 +86,7 @@ def shard_bounds(web: PairIndex, size: int) -> list[tuple[int, int]]:
     for start in range(0, len(web), size):
         while 0 < start < len(web) and web[start].image == web[start - 1].image:
             start += 1
-        if start < len(web) and start not in starts[-1:]:
+        if start < len(web) and (not starts or start != starts[-1]):
             starts.append(start)
     return list(zip(starts, starts[1:] + [len(web)]))
 
@@ -125,7 +125,7 @@ def pending(web: PairIndex, out: Path, settings: dict, shard_size: int,
     distributed.barrier()
     shards = [(shard_path(out, number), start, end)
               for number, (start, end) in enumerate(shard_bounds(web, shard_size))]
-    own = distributed.share(shards)
+    own = distributed.own_part(shards)
     total = sum(end - start for _, start, end in own)
     done = sum(end - start for path, start, end in own if path.exists())
     with distributed.progress(about="CapFilt", total=total, initial=done, unit="text") as bar:

@@ -41,7 +41,8 @@ def tar_records(path: str | Path, skipped: Counter) -> Iterator[tuple[str, dict]
             for member in archive:
                 key, extension = os.path.splitext(member.name)
                 if not member.isfile() or key.startswith("/") or ".." in Path(key).parts:
-                    skipped["unsafe or no file"] += not member.isdir()
+                    if not member.isdir():
+                        skipped["unsafe or no file"] += 1
                 elif extension.lower() in picture_types:
                     images[key] = (member.offset_data, member.size)
                 elif extension in (".txt", ".json") and member.size < 1 << 20:
@@ -117,7 +118,8 @@ class PairIndex(Sequence):
                 for where, record in tqdm(records, f"indexing {source}", unit="row", leave=False,
                                           delay=1):
                     pair = make_pair(where, record, root)
-                    skipped["no caption"] += not pair.captions
+                    if not pair.captions:
+                        skipped["no caption"] += 1
                     for text in pair.captions:
                         row = json.dumps([pair.image, text, pair.image_id]).encode()
                         rows.write(row)

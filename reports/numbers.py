@@ -5,13 +5,18 @@ from pathlib import Path
 from data.files import write_json
 
 
+def trivial_levels(numbers: dict) -> tuple[dict, dict]:
+    """What chance gives, or a constant caption, for each measure; and the latter alone."""
+    constant = {k: v for k, v in numbers.get("constant", {}).items() if k != "caption"}
+    return numbers.get("chance", {}) | constant, constant
+
+
 def print_numbers(numbers: dict) -> None:
     """One line for each measure, with chance, or what the constant caption scores, beside it.
 
     A measure NAME_by holds one value for each kind.
     """
-    constant = {k: v for k, v in numbers.get("constant", {}).items() if k != "caption"}
-    trivial = numbers.get("chance", {}) | constant
+    trivial, constant = trivial_levels(numbers)
     for name, value in numbers.items():
         level = trivial.get(name.removesuffix("_rerank"))
         if isinstance(value, float):
@@ -31,15 +36,15 @@ def print_highlights(highlights: tuple, numbers: dict) -> bool:
     highlights: for each line one or several (name of a number, what it says, the paper's
     counterpart); the first one whose number is there is printed, with chance beside it.
     """
-    constant = {k: v for k, v in numbers.get("constant", {}).items() if k != "caption"}
-    trivial = numbers.get("chance", {}) | constant
+    trivial, _ = trivial_levels(numbers)
     printed = False
     for choices in highlights:
         for name, words, paper in choices:
             if name in numbers:
                 level = trivial.get(name.removesuffix("_rerank"))
                 beside = "" if level is None else f" (chance {100 * level:.1f})"
-                print(f"{100 * numbers[name]:7.1f}  {words}{beside}{paper and '; ' + paper}")
+                beside += f"; {paper}" if paper else ""
+                print(f"{100 * numbers[name]:7.1f}  {words}{beside}")
                 printed = True
                 break
     return printed

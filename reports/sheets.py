@@ -48,7 +48,7 @@ def in_rows(cells: list[Cell], columns: int) -> list[Row]:
     return [cells[i:i + columns] for i in range(0, len(cells), columns)]
 
 
-def examples(values: list[float], count: int) -> dict[str, list[int]]:
+def pick_examples(values: list[float], count: int) -> dict[str, list[int]]:
     """Which items a sheet shows: at most `count` indices each under "best", "worst", "random".
 
     The random ones are the same every time.

@@ -18,7 +18,7 @@ def t_test(t: float, df: int) -> float:
 
 
 def paired_test(differences: list[float]) -> float:
-    """Paired t-test: how probable so large a mean difference is if there were none.
+    """p-value of the paired t-test: how probable so large a mean difference is by chance.
 
     Two-sided. 1.0 for a single seed, which tells nothing.
     """

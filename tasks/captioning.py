@@ -19,9 +19,9 @@ from config import TrainConfig, check_settings, setting
 from data.datasets import caption_collate, some_examples
 from data.files import InputError, read_json
 from data.text import Tokenizer
-from med import ImageKV
+from med import ContextKV
 from reports.metrics import caption_scores, mean, tokenise
-from reports.sheets import BLACK, GREEN, GREY, RED, Cell, Sections, examples
+from reports.sheets import BLACK, GREEN, GREY, RED, Cell, Sections, pick_examples
 from tasks.task import (
     FINETUNE,
     TINY,
@@ -29,7 +29,7 @@ from tasks.task import (
     Evaluation,
     Task,
     TrainedModel,
-    collate_captions,
+    collate_pairs,
     evaluation_batches,
     open_pairs,
     subsets_of,
@@ -91,7 +91,7 @@ class Decoding:
 
 
 @torch.no_grad()
-def write_captions(model: BLIP, tokenizer: Tokenizer, images: Tensor | ImageKV,
+def write_captions(model: BLIP, tokenizer: Tokenizer, images: Tensor | ContextKV,
                    decoding: Decoding, count: int = 1) -> list[list[tuple[str, float]]]:
     """For each image `count` pairs (caption without the prompt, score), best first.
 
@@ -127,9 +127,10 @@ def evaluate(trained: TrainedModel, dataset: Dataset, settings: EvalSettings) ->
     """bleu1-4, rouge_l, cider; in the world also caption_true.
 
     caption_true: every fact is right, and none left out. "constant" holds what one and the same
-    caption for every image would score: the commonest of `settings.training`, or else of the
-    references. Of a data set with subsets (NoCaps) also the measures of each subset by itself: its
-    own images make the document frequencies. Without references (a test set) there are no numbers.
+    caption for every image would score: the commonest of the world, of `settings.training`, or else
+    of the references. Of a data set with subsets (NoCaps) also the measures of each subset by
+    itself: its own images make the document frequencies. Without references (a test set) there are
+    no numbers.
     """
     decoding = Decoding.choose(settings.decoding, trained.settings)
     records, broken = caption_all(trained, dataset, decoding)
@@ -139,7 +140,7 @@ def evaluate(trained: TrainedModel, dataset: Dataset, settings: EvalSettings) ->
         record["references"] = world.references(index) if world else captions
     counts = {"images": len(records), "broken": len(broken)}
     if not any(record["references"] for record in records):
-        shown = [records[i] for i in examples([0.0] * len(records), 8)["random"]]
+        shown = [records[i] for i in pick_examples([0.0] * len(records), 8)["random"]]
         return Evaluation(counts, [("captions, random", [caption_cells(dataset, shown)])],
                           result_files(dataset, records))
     for record in records if world else []:
@@ -163,7 +164,7 @@ def evaluate(trained: TrainedModel, dataset: Dataset, settings: EvalSettings) ->
     sections = overview(dataset, records) if world else []
     sections += [(f"captions, {title} (by CIDEr; grey: a reference)",
                   [caption_cells(dataset, [records[i] for i in chosen])])
-                 for title, chosen in examples(each, 8).items()]
+                 for title, chosen in pick_examples(each, 8).items()]
     return Evaluation(numbers, sections, result_files(dataset, records))
 
 
@@ -185,8 +186,9 @@ def score_constant(records: list[dict], world: World | None, training: Dataset |
     numbers, _ = caption_scores([constant] * len(records),
                                 [record["references"] for record in records])
     if world:
-        numbers["caption_true"] = mean(is_true(constant, world.scene(record["index"]))
-                                       for record in records)
+        scenes = [world.scene(record["index"]) for record in records]
+        numbers["caption_true"] = mean(is_true(constant, scene) and is_complete(constant, scene)
+                                       for scene in scenes)
     return numbers | {"caption": constant}
 
 
@@ -314,7 +316,7 @@ def inputs(config: TrainConfig, tokenizer: Tokenizer, alpha: float) -> dict:
 # The best epoch is the one with the highest CIDEr.
 # NOTE(differs from salesforce/BLIP): there, the sum of BLEU-4 and CIDEr.
 TASK = Task(
-    "caption", "describe images", BLIP, open_pairs, collate_captions, evaluate,
+    "caption", "describe images", BLIP, open_pairs, collate_pairs, evaluate,
     lambda numbers: numbers["cider"], inputs, needs=("lm",), holds_splits=True,
     settings=dict(FINETUNE, out="runs/caption", lr=1e-5, epochs=5, max_tokens=40, itc_weight=0.0,
                   itm_weight=0.0, prompt="a picture of"),

@@ -236,7 +236,7 @@ def sentence_of(record: dict) -> str:
 TASK = Task(
     "nlvr2", "judge statements about two images", NLVR2, open_data, collate, evaluate,
     lambda numbers: numbers["accuracy"],
-    # Tokens are as many as BERT has positions: the released code cuts words alone.
+    # 512 is BERT's limit: the released code limits the words alone.
     settings=dict(FINETUNE, out="runs/nlvr2", lr=3e-5, epochs=15, max_words=40, max_tokens=512),
     tiny=dict(TINY, epochs=1, scenes=64000, lr=3e-4, max_tokens=64),
     tiny_own=dict(min_steps=2000),

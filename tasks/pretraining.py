@@ -19,7 +19,7 @@ from tasks.task import (
     Evaluation,
     Task,
     TrainedModel,
-    collate_captions,
+    collate_pairs,
     evaluation_batches,
     open_pairs,
 )
@@ -47,7 +47,7 @@ def swap_preference(trained: TrainedModel, world: World) -> dict[str, float]:
                                   for attribute in ATTRIBUTES]
             texts += [describe(version, world.rng(index, "swap")) for version in versions]
         ids, mask = tokenizer.encode(texts, trained.max_tokens)
-        kv = model.med.project(model.vit(batch["image"]))
+        kv = model.project(model.vit(batch["image"]))
         logits = model.match(kv, ids.to(kv.device), mask.to(kv.device)).float().cpu()
         margin = (logits[:, 1] - logits[:, 0]).view(-1, len(versions))
         wins += (margin[:, :1] > margin[:, 1:]).tolist()
@@ -79,9 +79,10 @@ def inputs(config: TrainConfig, tokenizer: Tokenizer, alpha: float) -> dict:
 FOUND_IMAGE = "paper, among 5,000 of COCO, finetuned and re-ranked: 64.3"
 FOUND_TEXT = "paper: 81.9"
 TASK = Task(
-    "pretrain", "all three objectives on image-text pairs", BLIP, open_pairs, collate_captions,
+    "pretrain", "all three objectives on image-text pairs", BLIP, open_pairs, collate_pairs,
     evaluate, inputs=inputs, holds_splits=True, reranks=True,
     large=dict(lr=2e-4, batch_size=2400),  # BLIP sec. 4.1
+    # 1,200 steps, of which alpha ramps up over 0.085 x 1,200 = 100.
     tiny=dict(TINY, epochs=1, scenes=38400, lr=1.2e-3, alpha_epochs=0.085, lm_only_steps=200,
               vocab_pieces=4000),
     tiny_own=dict(min_steps=1600, crop_min=0.5),

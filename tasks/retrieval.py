@@ -24,7 +24,7 @@ from data.files import InputError
 from data.images import prepare_images
 from data.text import Tokenizer, clean_caption
 from reports.metrics import mean, rank_statistics, ranks, recall, recall_chance
-from reports.sheets import BLACK, GREEN, GREY, RED, Cell, Row, Sections, examples
+from reports.sheets import BLACK, GREEN, GREY, RED, Cell, Row, Sections, pick_examples
 from tasks.task import (
     BATCH,
     FINETUNE,
@@ -119,7 +119,7 @@ def crop_padding(ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
 def rerank(model: BLIP, gallery: Gallery, top_k: int, device: torch.device,
            score: str = "released", images: int = IMAGES,
            texts: int = TEXTS) -> tuple[Tensor, Tensor]:
-    """What ITC and ITM say together of the top k of each row (`both_scores`).
+    """What ITC and ITM say together of the top k of each row (`combined_score`).
 
     -> t2i scores (T, I), i2t scores (I, T). What is not among the top k of a row comes behind them,
     in ITC's order. Grouped by image: each is encoded
@@ -135,12 +135,12 @@ def rerank(model: BLIP, gallery: Gallery, top_k: int, device: torch.device,
     counts = needed.sum(0)  # texts that look at each image
     # Images with about as many texts side by side, so that little is padded.
     order = counts.argsort(descending=True, stable=True)
-    blocks, scored = distributed.share(order.split(images)), []
+    blocks, scored = distributed.own_part(order.split(images)), []
     total = sum(int(counts[block].sum()) for block in blocks)
     with distributed.progress(about="re-ranking", unit="pair", total=total) as bar:
         for block in blocks:
             tokens, _ = model.encode_image(prepare_images(gallery.images(block.tolist()), device))
-            kv = model.med.project(tokens)
+            kv = model.project(tokens)
             for part in texts_of(needed, block).split(max(1, texts // len(block)), dim=1):
                 chosen = part.flatten()
                 ids, mask = crop_padding(gallery.ids[chosen], gallery.mask[chosen])
@@ -150,12 +150,12 @@ def rerank(model: BLIP, gallery: Gallery, top_k: int, device: torch.device,
     both = torch.zeros_like(sim)
     for part, block, logits in distributed.gather(scored):
         rows, columns = part, block[:, None].expand_as(part)
-        both[rows, columns] = both_scores(sim[rows, columns], logits, model.temp.item(), score)
+        both[rows, columns] = combined_score(sim[rows, columns], logits, model.temp.item(), score)
     rest = sim + both[needed].min() - 3  # behind every candidate: similarities differ by 2 at most
     return torch.where(for_text, both, rest), torch.where(for_image, both, rest).T
 
 
-def both_scores(cosine: Tensor, logits: Tensor, temp: float, score: str) -> Tensor:
+def combined_score(cosine: Tensor, logits: Tensor, temp: float, score: str) -> Tensor:
     """What ITC and ITM say together of pairs: cosine (...), ITM logits (..., 2) -> (...).
 
     "released": cosine + matched logit (released code; BLIP sec. 5.1). A cosine's range is small
@@ -262,14 +262,14 @@ def sections(gallery: Gallery, t2i: Tensor, i2t: Tensor,
     positives = gallery.positives()
     own = t2i.masked_fill(~positives, float("-inf")).amax(1)
     best_other = t2i.masked_fill(positives, float("-inf")).amax(1)
-    margins = examples((own - best_other).tolist(), 4)
+    margins = pick_examples((own - best_other).tolist(), 4)
     result = [("images found for a text: the text, then the best five (green: right)",
                [search(t) for t in (margins["random"][0], margins["worst"][0])])]
     for title, chosen in margins.items():
         result.append((f"images found for a text, {title} (score below; green: right)",
                        [search(t) for t in chosen]))
     cells = []
-    for i in examples([0.0] * len(i2t), 8)["random"]:
+    for i in pick_examples([0.0] * len(i2t), 8)["random"]:
         best_texts = i2t[i].topk(min(3, i2t.shape[1])).indices.tolist()
         lines = [(gallery.texts[t], GREEN if is_right(t, i) else RED) for t in best_texts]
         cells.append(Cell(gallery.images([i])[0], lines))

@@ -181,7 +181,7 @@ class Task:
     open_data: Callable[[Source], Dataset]
     collate: Callable[[Tokenizer, TrainConfig], Collate]
     evaluate: Callable[[TrainedModel, Dataset, EvalSettings], Evaluation]
-    score: Callable[[dict], float] | None = None  # numbers -> by what the best epoch is chosen
+    score: Callable[[dict], float] | None = None  # numbers -> what selects the best epoch
     # (config, tokenizer, alpha) -> arguments of the model's forward beside the batch's tensors
     inputs: Callable[[TrainConfig, Tokenizer, float], dict] = lambda config, tokenizer, alpha: {}
     needs: tuple[str, ...] = ()  # objectives that its start must have been trained with
@@ -227,7 +227,7 @@ def open_pairs(source: Source) -> Dataset:
                         source.flip, source.seed)
 
 
-def collate_captions(tokenizer: Tokenizer, config: TrainConfig) -> Collate:
+def collate_pairs(tokenizer: Tokenizer, config: TrainConfig) -> Collate:
     """Batches of pairs, each caption behind the prompt."""
     return caption_collate(tokenizer, config.max_words, config.max_tokens, config.prompt)
 
@@ -239,7 +239,7 @@ def shared_batches(count: int, batch_size: int = BATCH) -> list[list[int]]:
 
     The batches are the same whatever the number of ranks, and so are the numbers.
     """
-    return distributed.share([rows.tolist() for rows in torch.arange(count).split(batch_size)])
+    return distributed.own_part([rows.tolist() for rows in torch.arange(count).split(batch_size)])
 
 
 def evaluation_batches(dataset: Dataset, collate: Collate, device: torch.device, about: str,

@@ -18,7 +18,7 @@ from data.datasets import Collate, DialogExample, DialogRound
 from data.files import InputError, read_json
 from data.images import prepare_images
 from data.text import Tokenizer, clean_caption, clean_question
-from med import ImageKV
+from med import ContextKV
 from reports.metrics import dialog_scores, mean, ndcg
 from reports.sheets import BLACK, GREEN, GREY, RED, Cell, Sections, in_rows
 from tasks.task import (
@@ -61,7 +61,7 @@ class VisDial(TaskModel):
         """The head comes from ITM's."""
         return name.replace("head.", "itm_head.") if name.startswith("head.") else name
 
-    def encode_context(self, image: Tensor, caption_ids: Tensor, caption_mask: Tensor) -> ImageKV:
+    def encode_context(self, image: Tensor, caption_ids: Tensor, caption_mask: Tensor) -> ContextKV:
         """Keys and values of images and captions, projected once for all rounds and candidates.
 
         image (B, 3, S, S), captions ids and mask (B, Lc); a caption's padding is masked.
@@ -71,7 +71,7 @@ class VisDial(TaskModel):
         mask = torch.cat([caption_mask.new_ones(tokens.shape[:2]), caption_mask], 1)
         return self.med.project(torch.cat([tokens, states], 1), mask)
 
-    def logits(self, kv: ImageKV, ids: Tensor, mask: Tensor) -> Tensor:
+    def logits(self, kv: ContextKV, ids: Tensor, mask: Tensor) -> Tensor:
         """Text i belongs to dialog i // n; class 1 = the answer.
 
         kv of B dialogs, ids and mask (n*B, L) of question, candidate, history -> (n*B, 2).
@@ -198,7 +198,7 @@ def rank_candidates(trained: TrainedModel, dataset: Dataset, grey: bool = False)
     """
     model, tokenizer, device = trained.model.eval(), trained.tokenizer, trained.device
     records = []
-    own = distributed.share(list(range(len(dataset))))
+    own = distributed.own_part(list(range(len(dataset))))
     for index in distributed.progress(own, "dialogs", unit="dialog"):
         item = dataset[index]
         if item["image"] is None:

@@ -20,7 +20,7 @@ from data.files import InputError, is_list, read_json, stream_list
 from data.text import Tokenizer, clean_question
 from decoding import Hypothesis, beam_search
 from losses import next_token_targets
-from med import DecoderStep, ImageKV
+from med import ContextKV, DecoderStep
 from reports.metrics import mean, vqa_accuracy
 from reports.sheets import BLACK, GREEN, GREY, RED, Cell, Sections, in_rows
 from tasks.task import (
@@ -61,7 +61,7 @@ class VQA(TaskModel):
         return name.replace("question.", "med.", 1).replace("answer.", "med.", 1)
 
     def encode_question(self, image: Tensor, ids: Tensor, mask: Tensor,
-                        attend_padding: bool = False) -> ImageKV:
+                        attend_padding: bool = False) -> ContextKV:
         """Keys and values of the questions' states, projected once for all answers.
 
         image (B, 3, S, S), or frames (B, F, 3, S, S); questions ids and mask (B, L).
@@ -73,7 +73,7 @@ class VQA(TaskModel):
         states = self.question.encode_grounded(ids, mask, self.question.project(tokens))
         return self.answer.project(states, None if attend_padding else mask)
 
-    def answer_nll(self, kv: ImageKV, ids: Tensor, mask: Tensor,
+    def answer_nll(self, kv: ContextKV, ids: Tensor, mask: Tensor,
                    label_smoothing: float = 0.0) -> Tensor:
         """Negative log-likelihood of answers, summed over their tokens.
 
@@ -99,7 +99,7 @@ class VQA(TaskModel):
         return {"vqa": (weights * nll).sum() / len(ids)}, {}
 
     @torch.no_grad()
-    def rank(self, kv: ImageKV, ids: Tensor, mask: Tensor, top_k: int = 128,
+    def rank(self, kv: ContextKV, ids: Tensor, mask: Tensor, top_k: int = 128,
              label_smoothing: float = 0.0) -> tuple[Tensor, Tensor]:
         """The answers whose first token is likeliest, and their negative log-likelihoods.
 
@@ -117,7 +117,7 @@ class VQA(TaskModel):
         return candidates, nll.view(candidates.shape)
 
     @torch.no_grad()
-    def generate(self, kv: ImageKV, beams: int = 3, max_length: int = 10,
+    def generate(self, kv: ContextKV, beams: int = 3, max_length: int = 10,
                  min_length: int = 1) -> list[Hypothesis]:
         """The likeliest answer to each of B questions: (token ids, mean log-probability).
 

@@ -121,7 +121,7 @@ def test_scores_are_those_of_one_text_with_one_image(files, whole):
         image = prepare_images(load_image(files / record["image"], 32)[None], "cpu")
         ids, mask = trained.tokenizer.encode([clean_caption(record["caption"])], 30)
         with torch.no_grad():
-            logits = model.match(model.med.project(model.vit(image)), ids, mask)
+            logits = model.match(model.project(model.vit(image)), ids, mask)
         assert record["itm"] == pytest.approx([logits.softmax(-1)[0, 1].item()], abs=2e-4)
         assert record["kept"] == (record["itm"][0] >= THRESHOLD)
 

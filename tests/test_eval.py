@@ -221,7 +221,7 @@ def test_search_orders_by_both_heads_and_keeps_features(tmp_path, pretrained, mo
         image = prepare_images(demo.open_picture(hit["image"], 32)[None], "cpu")
         tokens, feat = model.encode_image(image)
         text = trained.tokenizer.encode(["a red circle"], 30)
-        logits = model.match(model.med.project(tokens), *text)
+        logits = model.match(model.project(tokens), *text)
         cosine = (model.encode_text(*text) @ feat.T)[0, 0]
         scores.append((cosine / model.temp + logits[0, 1] - logits[0, 0]).item())
     assert scores == sorted(scores, reverse=True) and len(set(scores)) > 1

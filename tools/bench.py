@@ -83,7 +83,7 @@ def generation_seconds(size: str = "base", batch: int = 4, device: str = "cpu",
         "beam 3": lambda: model.generate(image, beams=3, **length),
         "nucleus": lambda: model.generate(image, method="nucleus", top_p=0.9, **length),
         "vit, one image": lambda: model.vit(image[:1]),
-        "match 16 texts": lambda: model.match(model.med.project(model.vit(image[:1])), ids,
+        "match 16 texts": lambda: model.match(model.project(model.vit(image[:1])), ids,
                                               torch.ones_like(ids)),
     }
     seconds = dict.fromkeys(jobs, float("inf"))

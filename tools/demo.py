@@ -11,6 +11,7 @@ looks.
 """
 
 import hashlib
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -26,7 +27,7 @@ from data.images import load_image, prepare_images
 from data.text import clean_caption, clean_question
 from reports.sheets import BLACK, GREY, Cell, draw_sheet, in_rows
 from tasks.captioning import Decoding, write_captions
-from tasks.retrieval import both_scores
+from tasks.retrieval import combined_score
 from tasks.task import BATCH, TrainedModel
 from training import checkpoints
 
@@ -90,7 +91,7 @@ def describe(trained: TrainedModel, paths: list[Path], decoding: Decoding, capti
     nucleus = replace(decoding, method="nucleus")
     records = []
     for readable, images in picture_batches(paths, trained.image_size, "describing"):
-        kv = model.med.project(model.vit(prepare_images(images, trained.device)))
+        kv = model.project(model.vit(prepare_images(images, trained.device)))
         best = write_captions(model, tokenizer, kv, beam, captions)
         sampled = [[]] * len(readable)
         if samples:
@@ -119,7 +120,7 @@ def ask(trained: TrainedModel, picture: str | Path, question: str,
         raise InputError(f"the question has {length} tokens, more than the {max_tokens} that the "
                          "model reads; shorten it")
     image = open_picture(picture, trained.image_size)[None]
-    ids, mask = encode_text(trained, question, max_tokens)
+    ids, mask = tokenize(trained, question, max_tokens)
     kv = model.encode_question(prepare_images(image, trained.device), ids, mask)
     answers = [] if generate else trained.answers
     if not answers:
@@ -130,8 +131,8 @@ def ask(trained: TrainedModel, picture: str | Path, question: str,
     return answers[int(candidates[0, nll[0].argmin()])]
 
 
-def encode_text(trained: TrainedModel, text: str, max_tokens: int = 0) -> tuple[Tensor, Tensor]:
-    """ids and mask (1, L) on the model's device.
+def tokenize(trained: TrainedModel, text: str, max_tokens: int = 0) -> tuple[Tensor, Tensor]:
+    """A text's ids and mask (1, L) on the model's device.
 
     max_tokens 0: as many as the model has positions.
     """
@@ -176,19 +177,19 @@ def search(trained: TrainedModel, text: str, paths: list[Path], checkpoint: Path
            top_k: int = 10) -> list[dict]:
     """The `top_k` pictures that fit best by ITC, in the order of ITC and ITM together.
 
-    tasks.retrieval.both_scores, as the checkpoint was trained. All of them where there are fewer.
-    As [{image, itc, itm, score}]; writes folder/search.png.
+    How they are put together (retrieval.combined_score) is the checkpoint's setting. All pictures
+    where there are fewer. As [{image, itc, itm, score}]; writes folder/search.png.
     """
     paths, feats = encode_pictures(trained, paths, checkpoint, folder)
     model = trained.model
-    ids, mask = encode_text(trained, clean_caption(text))
+    ids, mask = tokenize(trained, clean_caption(text))
     sim = feats @ model.encode_text(ids, mask).cpu()[0]
     hits = []  # (picture, record)
     for i in sim.topk(min(top_k, len(paths))).indices.tolist():
         image = open_picture(paths[i], trained.image_size)
-        kv = model.med.project(model.vit(prepare_images(image[None], trained.device)))
+        kv = model.project(model.vit(prepare_images(image[None], trained.device)))
         logits = model.match(kv, ids, mask)[0].float()
-        score = both_scores(sim[i], logits.cpu(), model.temp.item(),
+        score = combined_score(sim[i], logits.cpu(), model.temp.item(),
                             trained.settings["rerank_score"]).item()
         record = {"image": str(paths[i]), "itc": round(sim[i].item(), 4),
                   "itm": round(logits.softmax(-1)[1].item(), 4), "score": round(score, 4)}
@@ -208,8 +209,8 @@ def match(trained: TrainedModel, image: Tensor, text: str) -> tuple[float, float
     """image (3, S, S) uint8 -> ITC similarity in [-1, 1], ITM probability in [0, 1]."""
     model = trained.model
     tokens, image_feat = model.encode_image(prepare_images(image[None], trained.device))
-    ids, mask = encode_text(trained, clean_caption(text))
-    logits = model.match(model.med.project(tokens), ids, mask)
+    ids, mask = tokenize(trained, clean_caption(text))
+    logits = model.match(model.project(tokens), ids, mask)
     return ((image_feat @ model.encode_text(ids, mask).T).item(),
             logits.float().softmax(-1)[0, 1].item())
 
@@ -227,16 +228,16 @@ def attention(trained: TrainedModel, image: Tensor, text: str,
     """
     model, tokenizer = trained.model, trained.tokenizer
     depth, words = model.config.text_depth, clean_caption(text).split()
-    layer = layer or min(-(-2 * depth // 3), depth - 1)
+    layer = layer or min(math.ceil(2 * depth / 3), depth - 1)
     if not 1 <= layer < depth:
         raise InputError(f"--layer {layer} cannot be shown; of the model's {depth} layers 1 to "
                          f"{depth - 1} can (in the last one, ITM reads no word)")
     if not words:
         raise InputError(f"the text {text!r} has no words")
-    ids, mask = encode_text(trained, " ".join(words))
+    ids, mask = tokenize(trained, " ".join(words))
     attn_maps = []
     with torch.no_grad():
-        kv = model.med.project(model.vit(prepare_images(image[None], trained.device)))
+        kv = model.project(model.vit(prepare_images(image[None], trained.device)))
     with torch.enable_grad():
         states = model.med.encode_grounded(ids, mask, kv, attn_maps=attn_maps)
         logits = model.itm_head(states[:, 0])

@@ -4,8 +4,10 @@ from pathlib import Path
 
 import torch
 
+from data.files import write_json
 from tasks.registry import TASKS
 from tasks.task import EvalSettings, Source
+from training import distributed
 from training.checkpoints import open_model
 from training.distributed import print0
 
@@ -26,8 +28,12 @@ def judge_in_world(checkpoint: str, device: torch.device, size: int) -> dict[str
     return task.evaluate(trained, held_out, EvalSettings()).numbers
 
 
-def print_comparison(numbers: dict[str, dict[str, float]]) -> None:
-    """The MEASURES of several models side by side: name -> its numbers."""
+def compare_in_world(checkpoints: dict[str, str], device: torch.device, size: int,
+                     out: Path) -> None:
+    """The MEASURES of several models (name -> checkpoint) side by side, and comparison.json."""
+    numbers = {name: judge_in_world(path, device, size) for name, path in checkpoints.items()}
+    if distributed.rank() == 0:
+        write_json(out / "comparison.json", numbers)
     print0(f"{'%':30}" + "".join(f"{name:>14}" for name in numbers))
     for measure, about in MEASURES.items():
         print0(f"{about:30}" + "".join(f"{100 * of_model[measure]:14.1f}"

@@ -154,8 +154,9 @@ def open_model(path: str | Path, needs: Iterable[str] = (), vocab: str = "",
 def initialise(model: nn.Module, source: nn.Module) -> list[str]:
     """Copy the weights of `source`, positions resized -> names of what starts afresh.
 
-    The queues come along unless their length differs; then they start anew. A task's model takes
-    from a pretrained one what it has a place for (TaskModel.pretrained_name).
+    The queues come along unless their length differs; then they start anew. Of a
+    pretrained model a task's takes every parameter whose name (TaskModel.pretrained_name) and shape
+    match.
     """
     theirs, alike, fresh = source.state_dict(), type(model) is type(source), []
     for name, ours in model.state_dict().items():  # aliases the parameters

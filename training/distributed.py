@@ -7,6 +7,7 @@ Without a process group each collective returns its input.
 import contextlib
 import inspect
 import os
+from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
@@ -105,8 +106,8 @@ def gather_texts(ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     return all_gather(F.pad(ids, padding)), all_gather(F.pad(mask, padding))
 
 
-def share(items: list) -> list:
-    """This rank's part of independent work: every world-size-th item, from its number on."""
+def own_part(items: list) -> list:
+    """This rank's part of independent work: with 4 processes, rank 1 takes items 1, 5, 9 ..."""
     return items[rank()::world_size()]
 
 
@@ -117,6 +118,12 @@ def gather(items: list) -> list:
     parts = [None] * world_size()
     dist.all_gather_object(parts, items)
     return [item for part in parts for item in part]
+
+
+def from_rank_0(work: Callable[[], object]) -> object:
+    """What `work` returns on rank 0, on all ranks. The others wait for it and do nothing."""
+    result, = gather([work()] if rank() == 0 else [])
+    return result
 
 
 def any_rank(flag: bool) -> bool:

@@ -65,5 +65,6 @@ class Log:
         if not self.file:
             return
         self.file.write(json.dumps(line) + "\n")
-        for name, value in line.items() if self.board else ():
-            self.board.add_scalar(name, value, line["step"])
+        if self.board:
+            for name, value in line.items():
+                self.board.add_scalar(name, value, line["step"])

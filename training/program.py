@@ -26,8 +26,8 @@ def signals_noted() -> Iterator[list]:
 def exit_status(program: Callable[[], int | None], interrupted: str = "interrupted") -> int:
     """Run a program's main part -> its exit status.
 
-    That is what the part returns, 2 after a user's mistake, which is one sentence, and 130 after an
-    interrupt.
+    What the part returns, or 0; 2 after a user's mistake, of which one sentence is printed; 130
+    after an interrupt.
     """
     try:
         status = program() or 0

@@ -1,4 +1,4 @@
-"""Which parameters the objectives reach: found by trying, so that nobody has to keep a list."""
+"""Which parameters the objectives reach, found by a backward pass: nobody has to keep a list."""
 
 import torch
 from torch import nn

@@ -1,9 +1,9 @@
 """What a training run consists of, and how all of it gets into a checkpoint and out of it.
 
-Data in its order, model, optimizer, counters. What a run does depends on (seed, epoch, step), and
-not on the clock, the loader's workers or, but for dropout and mining, the number of processes: each
-global batch is cut into world x accumulate chunks, number micro * world + rank for each micro-batch
-of each rank.
+Data in its order, model, optimizer, counters. What a run does depends on (seed, epoch, step), not
+on the clock or the loader's workers and, but for dropout and mining, not on the number of
+processes: with 2 processes and 2 micro-batches a batch is cut into 4 parts; rank 0 takes parts 0
+and 2, rank 1 takes parts 1 and 3.
 """
 
 import math
@@ -118,7 +118,7 @@ class Run:
                  given: dict | None = None):
         """state: a checkpoint to continue; source: a model to start from. Raises InputError.
 
-        given: settings that are not fitted to the size of the data (training/plan.py).
+        given: what the user set: training/plan.py does not change it.
         """
         self.device, self.out, self.task = device, Path(config.out), TASKS[config.task]
         self.datasets = open_datasets(self.task, config, model_config.image_size)
@@ -161,7 +161,7 @@ class Run:
             fresh = checkpoints.initialise(model, source.model)
             if fresh:
                 distributed.print0(f"not in --init, starts afresh: {shorten(fresh)}")
-            # The released code does this before the features of a step, also of the first one.
+            # Once before the first step, as the released code does (BLIP.update_momentum).
             model.clamp_temperature()
             model.update_momentum()
         elif not state and (c.init_vit or c.init_text):

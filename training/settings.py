@@ -13,7 +13,7 @@ from tasks.registry import TASKS, preset_settings
 # not fit its weights.
 FREE_IN_FINETUNING = {"image_size", "drop_path", "grad_checkpoint", "dropout", "queue_size",
                       "momentum", "temp_min", "temp_max", "label_smoothing", "hard_negatives",
-                      "negative_floor", "mask_positives"}
+                      "negative_floor", "mask_positives", "merge_from"}
 # What may differ from the checkpoint when a run is resumed: nothing that the result depends on.
 FREE_ON_RESUME = {"out", "device", "workers", "log_every", "save_every", "save_minutes", "keep",
                   "accumulate", "compile"}
@@ -104,9 +104,8 @@ def resolve(given: dict, start: dict | None = None) -> tuple[BLIPConfig, TrainCo
         raise SettingError(f"{task!r} is no task; choose one of {', '.join(TASKS)}")
     of_start = start.get("train_config", {}).get("preset", "base" if start else TrainConfig.preset)
     preset = given.get("preset", of_start)
-    recipe = TrainConfig(**(preset_settings(task, preset, bool(given.get("data"))) | {
-        "preset": preset}
-                            | given_for(TrainConfig, given)))
+    settings = preset_settings(task, preset, bool(given.get("data"))) | {"preset": preset}
+    recipe = TrainConfig(**(settings | given_for(TrainConfig, given)))
     own = given_for(BLIPConfig, given)
     if not start:
         if task != "pretrain":

@@ -25,11 +25,12 @@ FRAMES = 8  # of a clip
 
 
 class World(Dataset):
-    """`size` image-text pairs of one split, a function of (seed, split, index) alone.
+    """`size` image-text pairs of one split.
 
-    The caption of a train scene is worded anew every epoch. The scenes of "val" and "held-out" are
-    all different. No augmentation: a crop or flip would make "a small circle at the left" false.
-    image_id is equal for images of one scene.
+    The picture is a function of (seed, split, index), the caption also of the epoch: it is worded
+    anew every epoch. The scenes of "val" and of "held-out" differ from each other. No augmentation:
+    a crop or flip would make "a small circle at the left" false. image_id is equal for images of
+    one scene.
     """
 
     def __init__(self, split: str, size: int, image_size: int = 64, seed: int = 0,

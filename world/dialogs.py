@@ -41,7 +41,10 @@ def draw_candidates(answer: str, kind: str,
     for name, values in VALUES.items():
         wrong = [value for value in values if value not in same_meaning]
         spoken = [form.format(value) for value in wrong for form in FORMS]
-        (plausible if name == kind else other).extend(spoken)
+        if name == kind:
+            plausible += spoken
+        else:
+            other += spoken
     plausible = rng.sample(plausible, min(PLAUSIBLE, len(plausible)))
     right = rng.choice(FORMS).format(answer)
     candidates = [right, *plausible, *rng.sample(other, CANDIDATES - 1 - len(plausible))]

@@ -1,11 +1,11 @@
-"""What is said of a scene, and the judge who checks any sentence against it.
+"""What is said of a scene, and the checker that compares any sentence with it.
 
     describe(scene, rng)          a caption that states every fact
     is_true(text, scene)          does every fact that the text states hold?
     web_text(scene, 0.5, rng)     what the web would write: another image's text, a wrong word, junk
 
 No two attributes share a word. Every caption that the world speaks states all facts of its scene,
-so vagueness earns nothing.
+so that a vague caption is never better.
 """
 
 import random
@@ -124,8 +124,8 @@ def wrong_facts(text: str, scene: Scene) -> list[str]:
                    for difference in differences(thing, actual.facts())]
                   for chosen in permutations(scene.things, together)]
     wrong += min(candidates, key=len)
-    wrong += [f"things: {len(things)}, are: {len(scene.things)}"] * (
-        len(things) != len(scene.things))
+    if len(things) != len(scene.things):
+        wrong.append(f"things: {len(things)}, are: {len(scene.things)}")
     return wrong
 
 
@@ -165,6 +165,9 @@ def web_text(scene: Scene, noise: float, rng: random.Random) -> tuple[str, str]:
 
 
 def all_captions(count: int = 2000) -> list[str]:
-    """Captions that contain every word of the world, junk included, to train a tokenizer on."""
+    """Captions that contain every word of the world's captions, junk included.
+
+    (The words of questions, statements and dialogs: world.datasets.all_texts.)
+    """
     rng = random.Random("words")
     return [describe(random_scene(rng), rng) for _ in range(count)] + list(JUNK)

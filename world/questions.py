@@ -132,7 +132,7 @@ def ask_count(scene: Scene, thing: Thing, rng: random.Random) -> Question:
 
 
 def ask_yes_no(scene: Scene, thing: Thing, rng: random.Random) -> Question:
-    """Whether there is such a thing: half of the answers are yes, a no is a near miss."""
+    """Whether there is such a thing: about half of the answers are yes, a no is a near miss."""
     facts = thing.facts()
     attributes = rng.choice((("colour", "shape"), ("size", "shape"), ("colour", "row", "column")))
     stated = {attribute: facts[attribute] for attribute in attributes}
@@ -183,9 +183,10 @@ def draw_pair(is_true: Callable[[Scene, Scene], bool], label: bool, split: str,
     """
     while True:
         left, right = random_scene(rng, split), random_scene(rng, split)
-        if rng.random() < 0.25:
+        near_miss = rng.choices(("background", "looks", ""), (0.25, 0.25, 0.5))[0]
+        if near_miss == "background":
             right = replace(right, background=left.background)
-        elif rng.random() < 0.33:
+        elif near_miss == "looks":
             first, *rest = right.things
             looks = rng.choice(left.things)
             right = replace(right, things=(replace(looks, place=first.place), *rest))

@@ -74,7 +74,10 @@ def random_scene(rng: random.Random, split: str | None = None) -> Scene:
 
 
 def scene_hash(scene: Scene) -> int:
-    """A hash of what the scene shows: images of one scene have the same number."""
+    """A hash of what the scene shows: images of one scene have the same number.
+
+    It decides the splits: a renamed class or field would make other splits of the same scenes.
+    """
     return zlib.crc32(repr(scene).encode())
 
 
@@ -88,7 +91,7 @@ def swap(scene: Scene, attribute: str, rng: random.Random) -> Scene:
     """The scene with one attribute (of ATTRIBUTES) of it or of one of its things changed.
 
     A thing moves only to a free quarter, so a description of the result is always false of the
-    original. The things keep their order: the swapped one is spoken of in its old turn.
+    original. The things keep their order in the caption.
     """
     if attribute == "background":
         return replace(scene, background=choose_other(BACKGROUNDS, [scene.background], rng))

@@ -15,8 +15,8 @@ from training import distributed
 from world.datasets import World
 from world.language import all_captions, is_true
 
-# Every set is seen for as many steps, and the recipe is that of `python train.py` with a longer
-# start on LM alone, which noisy texts disturb less than they do ITC and ITM.
+# The recipe of `python train.py`; every set is seen for the same number of steps. More steps of LM
+# alone at the start: noisy texts hurt LM less than they hurt ITC and ITM.
 WORLD_RECIPE = {"augment": False, "workers": 0, "min_steps": 0}
 WORLD_PRETRAIN, WORLD_PAIRS = WORLD_RECIPE | {"lm_only_steps": 800}, 44800
 WORLD_FINETUNE = WORLD_RECIPE | {"epochs": 16}
@@ -86,13 +86,13 @@ def truth_of_set(folder: Path, web: World) -> dict[str, float]:
                 verdicts[record["source"]].append((kept, is_true(record["caption"], scene)))
     shares = {}
     for source, rows in verdicts.items():
-        shares[f"{source}_true"] = share(true for _, true in rows)
-        shares[f"{source}_kept_true"] = share(true for kept, true in rows if kept)
-        shares[f"{source}_true_kept"] = share(kept for kept, true in rows if true)
+        shares[f"{source}_true"] = fraction(true for _, true in rows)
+        shares[f"{source}_kept_true"] = fraction(true for kept, true in rows if kept)
+        shares[f"{source}_true_kept"] = fraction(kept for kept, true in rows if true)
     return shares
 
 
-def share(flags) -> float:
-    """Of the flags that are up; 0 for none."""
+def fraction(flags) -> float:
+    """How many of the flags are true, as a fraction; 0 for none."""
     flags = list(flags)
     return sum(flags) / max(len(flags), 1)

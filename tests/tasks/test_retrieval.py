@@ -60,7 +60,7 @@ def test_rerank_equals_every_pair_by_itself():
         tokens, feat = model.encode_image(prepare_images(gallery.images([i]), "cpu"))
         for t in range(6):
             ids, mask = gallery.ids[t:t + 1], gallery.mask[t:t + 1]
-            matched = model.match(model.med.project(tokens), ids, mask)[0, 1]
+            matched = model.match(model.project(tokens), ids, mask)[0, 1]
             expected = (matched + (model.encode_text(ids, mask) @ feat.T)[0, 0]).item()
             assert t2i[t, i].item() == pytest.approx(expected, abs=1e-4)
             assert i2t[i, t].item() == pytest.approx(expected, abs=1e-4)
