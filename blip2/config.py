@@ -18,8 +18,8 @@ class Blip2Config:
     image_size: int = setting(224, "pixels, square (BLIP-2 sec. 3.4)", least=1)
     patch_size: int = setting(14, "pixels", least=1)
     vit_width: int = setting(1408, "ViT-g", least=1)
-    vit_depth: int = setting(39, "ViT-g has 40 blocks: the last one is not used (BLIP-2 sec. 3.4)",
-                             least=1)
+    vit_depth: int = setting(39, "ViT-g has 40 blocks: the last one is not used (BLIP-2 sec. 3.4); "
+                                 "0: no image encoder, tokens are given", least=0)
     vit_heads: int = setting(16, "ViT-g", least=1)
     vit_ffn: int = setting(6144, "ViT-g", least=1)
     drop_path: float = setting(0.0, "of the last block, where the image encoder is trained",

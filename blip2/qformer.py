@@ -76,14 +76,17 @@ class QFormerLayer(nn.Module):
         self.ffn_text = FeedForward(width, hidden, dropout) if text else None
 
     def forward(self, x: Tensor, queries: int, mask: Tensor | None, kv: KeysValues | None,
-                past: KeysValues | None = None,
-                attn_maps: list[Tensor] | None = None) -> tuple[Tensor, KeysValues]:
+                past: KeysValues | None = None, attn_maps: list[Tensor] | None = None,
+                queries_only: bool = False) -> tuple[Tensor, KeysValues]:
         """x (n*B, queries + L, D), queries first -> the same, keys and values so far.
 
         kv: of B images, for this layer; None where it does not look or there are no queries.
+        queries_only: the text's states are not needed, -> (n*B, queries, D).
         """
         x, present = self.attn(x, mask, past)
         query, text = x[:, :queries], x[:, queries:]
+        if queries_only:
+            text = text[:, :0]
         if queries:
             if self.cross_attn is not None:
                 query = self.cross_attn(query, kv, None, attn_maps)
@@ -136,12 +139,13 @@ class QFormer(nn.Module):
 
     def run(self, x: Tensor, queries: int, mask: Tensor | None,
             kv: list[KeysValues | None] | None = None, past: Cache | None = None,
-            attn_maps: list[Tensor] | None = None) -> tuple[Tensor, Cache]:
+            attn_maps: list[Tensor] | None = None,
+            queries_only: bool = False) -> tuple[Tensor, Cache]:
         """All layers: states, and the cache of their keys and values."""
         cache = []
         for i, layer in enumerate(self.layers):
             x, present = layer(x, queries, mask, kv[i] if kv else None, past[i] if past else None,
-                               attn_maps)
+                               attn_maps, queries_only and layer is self.layers[-1])
             cache.append(present)
         return x, cache
 
@@ -157,15 +161,17 @@ class QFormer(nn.Module):
         return self.run(self.embed_text(ids), 0, mask[:, None, None].bool())[0]
 
     def encode_both(self, ids: Tensor, mask: Tensor, kv: list[KeysValues | None],
-                    attn_maps: list[Tensor] | None = None) -> Tensor:
+                    attn_maps: list[Tensor] | None = None, queries_only: bool = False) -> Tensor:
         """Queries and text see each other; text i belongs to image i // n.
 
-        ids ([CLS] in front), mask (n*B, L), kv of B images -> (n*B, Q + L, D), queries first.
+        ids ([CLS] in front), mask (n*B, L), kv of B images -> (n*B, Q + L, D), queries first; or
+        (n*B, Q, D) with queries_only, which saves the texts' part of the last layer.
         """
         queries = self.embed_queries(len(ids))
         x = torch.cat([queries, self.embed_text(ids)], 1)
         allowed = attention_mask("itm", mask, queries.shape[1])
-        return self.run(x, queries.shape[1], allowed, kv, attn_maps=attn_maps)[0]
+        return self.run(x, queries.shape[1], allowed, kv, attn_maps=attn_maps,
+                        queries_only=queries_only)[0]
 
     def decode(self, ids: Tensor, mask: Tensor | None, cache: Cache) -> tuple[Tensor, Cache]:
         """A text behind queries, whose keys and values are in `cache`: states, longer cache.

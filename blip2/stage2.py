@@ -1,0 +1,175 @@
+"""BLIP-2, stage 2: a frozen language model reads what the queries extracted (sec. 3.2, Fig. 3).
+
+    image -> image encoder (frozen) -> Q queries -> one linear layer -> Q soft tokens
+    decoder:          [soft tokens ; text]  every text token is predicted from what is before it
+    encoder-decoder:  [soft tokens ; prefix] -> encoder -> decoder -> suffix
+
+The soft tokens are the model's picture of the image: as wide as a word's embedding, and no word.
+Trained are the Q-Former's query side, ln_vision and the linear layer, by the language model's loss
+alone. What is frozen has no gradient, no optimizer state, and stays in evaluation mode.
+NOTE(differs from salesforce/LAVIS): there the frozen language model's dropout is on in training.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from blip import init_weights
+from blip2.config import Blip2Config
+from blip2.language import LanguageConfig, make_language
+from blip2.stage1 import FrozenVision, make_qformer
+from config import setting
+from decoding import Hypothesis, write
+from losses import lm_loss
+
+
+@dataclass(frozen=True)
+class Stage2Config(Blip2Config):
+    """A BLIP-2 with a language model."""
+
+    question_to_queries: bool = setting(False, "the Q-Former reads the question too (VQA "
+                                               "finetuning, BLIP-2 sec. 4.3)")
+    # LanguageConfig's fields, of a language model of this project; else a name or folder of
+    # the transformers library under "name".
+    language: dict = field(default_factory=dict, metadata={"flag": False})
+
+
+class PrefixStep:
+    """A decoder behind a prefix of embeddings as `step(tokens, rows) -> logits`.
+
+    The first call's tokens are a placeholder: the prefix is fed in their place, once an image.
+    """
+
+    def __init__(self, language: nn.Module, embeds: Tensor, mask: Tensor, images: Tensor):
+        """embeds (B, P, D), mask (B, P); images (R,): which prefix each row continues."""
+        self.language, self.embeds, self.mask, self.images = language, embeds, mask, images
+        self.past = None
+
+    def __call__(self, tokens: Tensor, rows: Tensor) -> Tensor:
+        """tokens (R, 1), rows (R,) of the previous call -> logits (R, V) for the next token."""
+        if self.past is None:
+            states, past = self.language(self.embeds, self.mask)
+            self.past = self.language.select(past, self.images)
+            self.mask = self.mask[self.images]
+            return self.language.logits(states[:, -1])[self.images]
+        self.past = self.language.select(self.past, rows)
+        self.mask = torch.cat([self.mask[rows], self.mask.new_ones(len(rows), 1)], 1)
+        states, self.past = self.language(self.language.embed(tokens), self.mask, self.past)
+        return self.language.logits(states[:, -1])
+
+
+class ContextStep:
+    """An encoder-decoder's decoder as `step(tokens, rows) -> logits`; the input is encoded once."""
+
+    def __init__(self, language: nn.Module, embeds: Tensor, mask: Tensor, images: Tensor):
+        """embeds (B, P, D), mask (B, P): the input; images (R,): which one each row reads."""
+        self.language, self.past, self.images = language, None, images
+        self.states, self.mask = language.encode(embeds, mask), mask
+        self.context = self.context_of = None  # the decoder's context, and which images it is of
+
+    def __call__(self, tokens: Tensor, rows: Tensor) -> Tensor:
+        """tokens (R, 1), rows (R,) of the previous call -> logits (R, V) for the next token."""
+        self.images = self.images[rows]  # rows of an image are neighbours
+        distinct, counts = self.images.unique_consecutive(return_counts=True)
+        equal = (counts == counts[0]).all()  # as many rows for each image: they share its context
+        images = distinct if equal else self.images
+        if self.context_of is None or not torch.equal(images, self.context_of):
+            self.context = self.language.project(self.states[images], self.mask[images])
+            self.context_of = images
+        if self.past is not None:
+            self.past = self.language.select(self.past, rows)
+        states, self.past = self.language.decode(tokens, self.context, self.past)
+        return self.language.logits(states[:, -1])
+
+
+class Stage2(FrozenVision):
+    """Image encoder (frozen), ln_vision, Q-Former, a linear layer, language model (frozen)."""
+
+    def __init__(self, config: Stage2Config, language: nn.Module | None = None):
+        """language: None makes the one that config.language describes, with new weights."""
+        super().__init__(config)
+        self.qformer = make_qformer(config, text=config.question_to_queries)
+        if language is None:
+            language = make_language(LanguageConfig(**config.language))
+        self.proj = nn.Linear(config.width, language.width)
+        init_weights(self, config.init_std)
+        nn.init.normal_(self.qformer.queries, std=config.init_std or 1.0)
+        self.language = language.requires_grad_(False)
+
+    def train(self, mode: bool = True) -> "Stage2":
+        """Training mode, but for what is frozen."""
+        super().train(mode)
+        self.language.eval()
+        return self
+
+    @property
+    def is_decoder(self) -> bool:
+        """Whether the language model is a decoder; else it is an encoder-decoder."""
+        return self.language.config.kind == "decoder"
+
+    def soft_tokens(self, image: Tensor, question_ids: Tensor | None = None,
+                    question_mask: Tensor | None = None) -> Tensor:
+        """What the language model gets to see: (B, Q, language width).
+
+        image (B, 3, S, S), or tokens (B, N, vit width) of the image encoder. With question_ids,
+        question_mask (B, L) the queries see the question beside the image.
+        """
+        kv = self.qformer.project(self.encode_tokens(image))
+        if question_ids is None:
+            states, _ = self.qformer.encode_queries(kv)
+        else:
+            states = self.qformer.encode_both(question_ids, question_mask, kv, queries_only=True)
+        return self.proj(states)
+
+    def with_soft(self, soft: Tensor, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Soft tokens in front of a text: embeddings (B, Q + L, D), mask (B, Q + L)."""
+        embeds = torch.cat([soft, self.language.embed(ids).to(soft.dtype)], 1)
+        return embeds, torch.cat([mask.new_ones(soft.shape[:2]), mask], 1)
+
+    def logits(self, soft: Tensor, ids: Tensor, mask: Tensor, targets: Tensor) -> Tensor:
+        """Next-token logits that belong to the targets.
+
+        soft (B, Q, D). Decoder: ids, mask, targets (B, L) of one text, -> (B, L, V): the first row
+        comes from the last soft token. Encoder-decoder: ids, mask (B, L) are read, targets (B, T)
+        written -> (B, T, V).
+        """
+        embeds, mask = self.with_soft(soft, ids, mask)
+        if self.is_decoder:
+            states, _ = self.language(embeds, mask)
+            return self.language.logits(states[:, soft.shape[1] - 1:-1])
+        context = self.language.project(self.language.encode(embeds, mask), mask)
+        pad = self.language.config.pad_id
+        written = torch.cat([torch.full_like(targets[:, :1], pad), targets[:, :-1]], 1)
+        states, _ = self.language.decode(written.masked_fill(written < 0, pad), context)
+        return self.language.logits(states)
+
+    def forward(self, image: Tensor, ids: Tensor, mask: Tensor, targets: Tensor,
+                question_ids: Tensor | None = None,
+                question_mask: Tensor | None = None) -> tuple[dict[str, Tensor], dict]:
+        """{"lm": the language model's loss}: mean over the targets, in nats, not smoothed.
+
+        ids, mask, targets as in `logits`; targets are -100 where there is no loss.
+        """
+        soft = self.soft_tokens(image, question_ids, question_mask)
+        return {"lm": lm_loss(self.logits(soft, ids, mask, targets), targets, 0.0)}, {}
+
+    @torch.no_grad()
+    def generate(self, image: Tensor, ids: Tensor, mask: Tensor, method: str = "beam",
+                 num_return: int = 1, question_ids: Tensor | None = None,
+                 question_mask: Tensor | None = None,
+                 **options) -> list[list[Hypothesis]]:
+        """Texts behind a prompt: for each image `num_return` pairs (ids, score), best first.
+
+        ids, mask (B, L): the prompts, padded in front for a decoder. Options are those of
+        decoding.write; lengths count one token more than what is written, and a score is the sum
+        of log-probabilities / n ** length_penalty, n tokens with the closing one (Hypotheses that
+        reach max_length: n + 1, as the released code's library has it).
+        """
+        soft = self.soft_tokens(image, question_ids, question_mask)
+        embeds, mask = self.with_soft(soft, ids, mask)
+        step = PrefixStep if self.is_decoder else ContextStep
+        c = self.language.config
+        start = c.bos_id if self.is_decoder else c.pad_id
+        return write(lambda images: step(self.language, embeds, mask, images), len(soft), [start],
+                     c.eos_id, soft.device, method, num_return, **options)
