@@ -1,7 +1,11 @@
 """BLIP-2 against tensors of the released code (LAVIS) and of the transformers library."""
 
+import socket
+
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 from conftest import reference
 
 from blip2 import weights
@@ -12,6 +16,7 @@ from blip2.qformer import attention_mask
 from blip2.stage1 import QFormerStep, Stage1
 from blip2.stage2 import Stage2Config
 from losses import next_token_targets
+from training import distributed
 
 
 def sizes(config: dict, **more) -> dict:
@@ -19,8 +24,8 @@ def sizes(config: dict, **more) -> dict:
     return dict(vision="vit", vit_depth=0, vit_width=config["vision"], vit_heads=1,
                 image_size=14, patch_size=14, vit_ffn=4, queries=config["queries"],
                 width=config["hidden"], depth=config["layers"], heads=config["heads"],
-                ffn=config["ffn"], look_every=config["freq"], max_positions=config["positions"],
-                **more)
+                ffn=config["ffn"], max_positions=config["positions"],
+                look_every=config.get("freq", config.get("cross_attention_frequency")), **more)
 
 
 def stage1(name: str) -> tuple[Stage1, dict]:
@@ -277,3 +282,78 @@ def test_image_encoders(kind):
                              vit_ffn=c["mlp_eva"] if kind == "eva" else 4 * c["width"])
         model = weights.load_vision(file["model"][kind], config)
         close(model(file["inputs"][f"image_{size}"]), file["outputs"][f"{kind}_{size}"])
+
+
+@torch.no_grad()
+def test_the_transformers_librarys_weights():
+    file = reference("blip2/h_transformers.pt")
+    c, inputs, out = file["config"], file["inputs"], file["outputs"]
+    config = Blip2Config(**{**sizes(c), "vision": "eva", "vit_depth": c["vision_layers"],
+                            "vit_heads": c["vision_heads"], "vit_ffn": c["vision_ffn"],
+                            "image_size": c["image_size"], "patch_size": c["patch_size"]},
+                         embed_dim=c["embed"], vocab_size=c["vocab_size"], dec_id=49)
+    model, report = weights.load_stage1(file["model"], config)
+    assert not report.left_over  # and missing is what the library does not have: ITG, temperature
+    assert all("lm_head" in name or name == "temp" for name in report.missing)
+    ids, mask = inputs["input_ids"], inputs["attention_mask"]
+    kv = model.project(inputs["encoder_hidden_states"])
+    close(model.qformer.encode_queries(kv)[0], out["qformer_queries"])
+    both = model.qformer.encode_both(ids, mask, kv)
+    real = torch.cat([torch.ones(3, config.queries), mask], 1).bool()
+    close(both[real], out["qformer_queries_and_text"][real])
+    close(model.qformer.encode_text(ids, mask), out["qformer_text"])
+    tokens, image_feat = model.encode_image(inputs["pixel_values"])
+    text_feat = model.encode_text(ids, mask)
+    close(tokens, out["vision_last_hidden"])
+    close(image_feat, out["itc_image_embeds"])
+    close(query_similarity(image_feat, text_feat), out["itc_logits_per_image"])
+    close(model.match(model.project(tokens), ids, mask), out["itm_logits_per_image"])
+
+
+def test_names_out_to_the_transformers_library_and_in_again():
+    model, _ = stage1("a_stage1.pt")
+    state = weights.to_transformers(model)
+    names = {theirs: ours for ours, theirs in reference("blip2/h_transformers.pt")[
+        "key_map_from_released"]}
+    unknown = [name for name in state if name not in names and name != "query_tokens"]
+    assert all(name.startswith("vision_model.") for name in unknown) and "query_tokens" in state
+    again, report = weights.load_stage1(state, model.config)
+    assert all("lm_head" in name or name.startswith(("vit.", "temp")) for name in report.missing)
+    for name, value in again.state_dict().items():
+        if name not in report.missing and not name.startswith("vit."):
+            assert torch.equal(value, model.state_dict()[name]), name
+
+
+# ---- two processes ----
+
+def one_of_two(rank: int, port: int, out: str) -> None:
+    dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    model, file = stage1("d_two_ranks.pt")
+    case = file["ranks"][rank]
+    losses, _ = model(case["vision_output"], case["input_ids"], case["attention_mask"])
+    sum(losses.values()).backward()
+    gradients = {}
+    for name, p in model.named_parameters():
+        if p.grad is not None:
+            dist.all_reduce(p.grad)
+            gradients[name] = p.grad / 2
+    torch.save({"losses": {name: loss.detach() for name, loss in losses.items()},
+                "gradients": gradients}, f"{out}/{rank}.pt")
+    distributed.finish()
+
+
+def test_two_processes(tmp_path):
+    """Columns and negatives of both; image tokens are gathered with gradient, columns without."""
+    model, file = stage1("d_two_ranks.pt")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    mp.spawn(one_of_two, (port, str(tmp_path)), 2)
+    found = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+    for rank, case in enumerate(file["ranks"]):
+        for name, loss in found[rank]["losses"].items():
+            close(loss, case[f"loss_{name}"], 1e-5)
+    for name, p in model.named_parameters():
+        p.grad = found[0]["gradients"].get(name)
+    compare_gradients(model, dict(weights.qformer_names(model.config, True)),
+                      file["grads_mean_over_ranks"], 20)
