@@ -49,15 +49,16 @@ TEXT_EMBEDDINGS = (("embeddings.word_embeddings.", "Qformer.bert.embeddings.word
 
 def from_transformers(name: str, language: str) -> str:
     """A key of the transformers library -> LAVIS'. language: opt or t5, "" for stage 1."""
+    for part in ("model", "proj"):  # the language model's own names are the same in both
+        theirs = {"model": "language_model.", "proj": "language_projection."}[part]
+        if name.startswith(theirs):
+            return name.replace(theirs, f"{language}_{part}.", 1)
     for theirs, released in RENAMED:
-        if ".self_attn." in theirs and not name.startswith("vision_model."):
-            continue  # OPT's
         name = name.replace(theirs, released)
     for theirs, released in TEXT_EMBEDDINGS:
         if name.startswith(theirs):
             name = name.replace(theirs, released)
-    return name.replace("language_projection.", f"{language}_proj.").replace(
-        "language_model.", f"{language}_model.")
+    return name
 
 
 def open_weights(weights: Weights, language: str = "") -> dict[str, Tensor]:
