@@ -17,14 +17,17 @@ class SettingError(ValueError):
 
 
 def setting(default, about: str = "", least: float | None = None, above: float | None = None,
-            most: float | None = None, choices: tuple[str, ...] = (), flag: bool = True):
+            most: float | None = None, choices: tuple[str, ...] = (), flag: bool = True,
+            in_weights: bool = False):
     """A field of a configuration: its default, its help and what it may be.
 
     least, above and most bound a number, `choices` lists the texts that are allowed; flag False
-    keeps it off the command line.
+    keeps it off the command line; in_weights: a model's weights decide it, so a finetuning cannot
+    change it.
     """
     return field(default=default, metadata={"about": about, "least": least, "above": above,
-                                            "most": most, "choices": choices, "flag": flag})
+                                            "most": most, "choices": choices, "flag": flag,
+                                            "in_weights": in_weights})
 
 
 def check_settings(config) -> None:
@@ -52,27 +55,27 @@ class BLIPConfig:
     """Architecture and objectives. The defaults are the paper's ViT-B/16 + BERT-base."""
 
     image_size: int = setting(224, "pixels, square (BLIP sec. 4.1)", least=1)
-    patch_size: int = setting(16, "pixels", least=1)
-    vit_width: int = setting(768, "ViT-B", least=1)
-    vit_depth: int = setting(12, "ViT-B", least=1)
-    vit_heads: int = setting(12, "ViT-B", least=1)
+    patch_size: int = setting(16, "pixels", least=1, in_weights=True)
+    vit_width: int = setting(768, "ViT-B", least=1, in_weights=True)
+    vit_depth: int = setting(12, "ViT-B", least=1, in_weights=True)
+    vit_heads: int = setting(12, "ViT-B", least=1, in_weights=True)
     drop_path: float = setting(0.0, "of the last ViT block; 0 for B, 0.1 for L", least=0, most=0.99)
     grad_checkpoint: bool = setting(False, "recompute ViT activations in the backward pass: less "
                                            "memory, more time")
-    text_width: int = setting(768, "BERT-base", least=1)
-    text_depth: int = setting(12, "BERT-base", least=1)
-    text_heads: int = setting(12, "BERT-base", least=1)
-    text_ffn: int = setting(3072, "BERT-base", least=1)
-    max_positions: int = setting(512, "BERT-base", least=4)
+    text_width: int = setting(768, "BERT-base", least=1, in_weights=True)
+    text_depth: int = setting(12, "BERT-base", least=1, in_weights=True)
+    text_heads: int = setting(12, "BERT-base", least=1, in_weights=True)
+    text_ffn: int = setting(3072, "BERT-base", least=1, in_weights=True)
+    max_positions: int = setting(512, "BERT-base", least=4, in_weights=True)
     dropout: float = setting(0.1, "in MED; the ViT has none", least=0, most=0.99)
     share: str = setting("all_but_sa", "what encoder and decoder share: all_but_sa, all, "
                          "all_but_ca or none (Table 3)",
-                         choices=SHARE)
-    embed_dim: int = setting(256, "joint space of the contrastive loss", least=1)
+                         choices=SHARE, in_weights=True)
+    embed_dim: int = setting(256, "joint space of the contrastive loss", least=1, in_weights=True)
     queue_size: int = setting(57600, "momentum features as further negatives (released code; "
                                      "ALBEF sec. 3.5: 65,536)", least=0)
     momentum: float = setting(0.995, "of the momentum twins (ALBEF sec. 3.5)", least=0, most=1)
-    temp: float = setting(0.07, "initial temperature, learned", above=0)
+    temp: float = setting(0.07, "initial temperature, learned", above=0, in_weights=True)
     temp_min: float = setting(0.001, "released code", above=0)
     temp_max: float = setting(0.5, "released code", above=0)
     label_smoothing: float = setting(0.1, "of the LM loss (BLIP sec. 3.2)", least=0, most=0.99)
@@ -88,12 +91,12 @@ class BLIPConfig:
     # NOTE(differs from salesforce/BLIP): false there, true in the tiny preset.
     mask_positives: bool = setting(False, "ITM's negatives: take the softmax over negatives alone, "
                                           "so that the hardest stay the likeliest")
-    vocab_size: int = setting(30524, "BERT uncased + [DEC] + [ENC]", flag=False)
-    pad_id: int = setting(0, "the tokenizer's", flag=False)
-    cls_id: int = setting(101, "the tokenizer's", flag=False)
-    sep_id: int = setting(102, "the tokenizer's", flag=False)
-    dec_id: int = setting(30522, "the tokenizer's", flag=False)
-    enc_id: int = setting(30523, "the tokenizer's", flag=False)
+    vocab_size: int = setting(30524, "BERT uncased + [DEC] + [ENC]", flag=False, in_weights=True)
+    pad_id: int = setting(0, "the tokenizer's", flag=False, in_weights=True)
+    cls_id: int = setting(101, "the tokenizer's", flag=False, in_weights=True)
+    sep_id: int = setting(102, "the tokenizer's", flag=False, in_weights=True)
+    dec_id: int = setting(30522, "the tokenizer's", flag=False, in_weights=True)
+    enc_id: int = setting(30523, "the tokenizer's", flag=False, in_weights=True)
 
     def __post_init__(self):
         check_settings(self)

@@ -26,7 +26,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from config import BLIPConfig, TrainConfig, alpha_at, learning_rate, objectives_at
+from config import TrainConfig, alpha_at, learning_rate, objectives_at
 from data.files import InputError
 from reports.numbers import print_highlights, print_numbers, write_numbers
 from reports.sheets import draw_sheet
@@ -222,7 +222,7 @@ def start(given: dict, resume: bool = False) -> Run:
     return run
 
 
-def resumed_config(given: dict, state: dict, out: Path) -> tuple[BLIPConfig, TrainConfig]:
+def resumed_config(given: dict, state: dict, out: Path) -> tuple[object, TrainConfig]:
     """The settings of a checkpoint, with what may change. Raises InputError for the rest."""
     if "optimizer" not in state:
         raise InputError(f"{out}/checkpoint.pt holds a model but no run to continue")
@@ -233,16 +233,16 @@ def resumed_config(given: dict, state: dict, out: Path) -> tuple[BLIPConfig, Tra
         raise InputError(f"{', '.join(changed)} cannot change when a run is resumed; leave it out, "
                          "or start a new run")
     free = {name: given[name] for name in given.keys() & FREE_ON_RESUME}
-    return (BLIPConfig(**state["model_config"]),
+    return (TASKS[state["train_config"]["task"]].config(**state["model_config"]),
             TrainConfig(**(state["train_config"] | free | {"out": str(out)})))
 
 
-def new_config(given: dict) -> tuple[BLIPConfig, TrainConfig, object]:
+def new_config(given: dict) -> tuple[object, TrainConfig, object]:
     """The settings of a new run, and the model that it starts from or None. Raises InputError."""
     source = start_settings = None
     task = TASKS[given.get("task", "pretrain")]
     if given.get("init"):
-        kinds = tuple({TASKS["pretrain"].model, task.model})
+        kinds = tuple({TASKS[name].model for name in (*task.starts_from, task.name)})
         heads = {name: given[name] for name in ("vit_heads", "text_heads") if name in given}
         source = checkpoints.open_model(given["init"], task.needs, given.get("vocab", ""),
                                         kinds=kinds, heads=heads)

@@ -60,7 +60,7 @@ class PrefixStep:
 
 
 class ContextStep:
-    """An encoder-decoder's decoder as `step(tokens, rows) -> logits`; the input is encoded once."""
+    """An encoder-decoder as `step(tokens, rows) -> logits`; the input is encoded once."""
 
     def __init__(self, language: nn.Module, embeds: Tensor, mask: Tensor, images: Tensor):
         """embeds (B, P, D), mask (B, P): the input; images (R,): which one each row reads."""

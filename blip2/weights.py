@@ -174,7 +174,7 @@ def load(model: nn.Module, weights: dict[str, Tensor], names: Names, path: str,
 
 
 def load_stage1(weights: Weights, config: Blip2Config) -> tuple[Stage1, Report]:
-    """A stage-1 model (blip2_qformer) of these sizes, in eval mode; what was missing, left over."""
+    """A stage-1 model (blip2_qformer) of these sizes, in eval mode; missing, left over."""
     values = with_qkv_bias(open_weights(weights))
     model = Stage1(config)
     names = qformer_names(config, text=True) + [("temp", ["temp"])]

@@ -1,33 +1,36 @@
-"""All tasks and benchmarks. A new task is one file beside this one, and its name in NAMES."""
+"""All tasks and benchmarks. A new task is one file, and its name in MODULES."""
 
 from importlib import import_module
 
 from torch import nn
 
-from config import BLIPConfig
 from tasks.task import Benchmark, Task
 
-NAMES = ("pretraining", "retrieval", "captioning", "vqa", "nlvr2", "visdial", "video")
+MODULES = ("tasks.pretraining", "tasks.retrieval", "tasks.captioning", "tasks.vqa", "tasks.nlvr2",
+           "tasks.visdial", "tasks.video")
 
 TASKS: dict[str, Task] = {}  # what `train.py NAME` trains
 BENCHMARKS: dict[str, Benchmark] = {}  # what `eval.py NAME` measures
 
 
 def register(module_name: str) -> None:
-    """Take up a file's TASK (video has none: it is measured without training) and BENCHMARKS."""
-    module = import_module(f"tasks.{module_name}")
+    """Take up a file's TASK or TASKS (video has none: it is not trained) and BENCHMARKS."""
+    module = import_module(module_name)
+    tasks = getattr(module, "TASKS", ())
     if hasattr(module, "TASK"):
-        TASKS[module.TASK.name] = module.TASK
+        tasks = (module.TASK,)
+    for task in tasks:
+        TASKS[task.name] = task
     for benchmark in getattr(module, "BENCHMARKS", ()):
         BENCHMARKS[benchmark.name] = benchmark
 
 
-for module_name in NAMES:
+for module_name in MODULES:
     register(module_name)
 
 
-def make_model(task: str, config: BLIPConfig) -> nn.Module:
-    """The model of a task, with new weights."""
+def make_model(task: str, config) -> nn.Module:
+    """The model of a task, with new weights; config: a TASKS[task].config."""
     return TASKS[task].model(config)
 
 

@@ -9,11 +9,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from blip import make_vit
-from config import BLIPConfig, TrainConfig
+from config import SIZES, BLIPConfig, TrainConfig
 from data.datasets import Collate, ImageDataset, caption_collate
 from data.images import batch_to
 from data.pairs import merge_captions, read_pairs
@@ -21,39 +21,20 @@ from data.sources import open_mixture
 from data.text import Tokenizer
 from reports.sheets import Sections
 from training import distributed
+from training.trainable import Trainable
 from world.datasets import World
 
 BATCH = 64  # images that an evaluation encodes at a time
 GREY_LEVEL = 128  # of the images that a blind model sees
 
 
-class TaskModel(nn.Module):
-    """What the training loop asks of every model; here one objective, no twins, no queue."""
+class TaskModel(Trainable):
+    """A model of one of the paper's tasks: a ViT and what reads its tokens."""
 
     def __init__(self, config: BLIPConfig):
         super().__init__()
         self.config = config
         self.vit = make_vit(config)
-
-    def twins(self) -> list:
-        """(online module, momentum twin) pairs: none."""
-        return []
-
-    def set_objectives(self, objectives: tuple[str, ...]) -> None:
-        """There is one."""
-
-    def update_momentum(self) -> None:
-        """There are no twins."""
-
-    def enqueue(self, keys: dict[str, Tensor]) -> None:
-        """There is no queue."""
-
-    def clamp_temperature(self) -> None:
-        """There is no temperature."""
-
-    def pretrained_name(self, name: str) -> str:
-        """Parameter -> the one of a pretrained BLIP that it starts from."""
-        return name
 
 
 @dataclass
@@ -177,13 +158,20 @@ class Task:
 
     name: str  # the first word of the command
     about: str
-    model: type[nn.Module]
+    model: type[nn.Module]  # made from its configuration
     open_data: Callable[[Source], Dataset]
     collate: Callable[[Tokenizer, TrainConfig], Collate]
     evaluate: Callable[[TrainedModel, Dataset, EvalSettings], Evaluation]
     score: Callable[[dict], float] | None = None  # numbers -> what selects the best epoch
     # (config, tokenizer, alpha) -> arguments of the model's forward beside the batch's tensors
     inputs: Callable[[TrainConfig, Tokenizer, float], dict] = lambda config, tokenizer, alpha: {}
+    config: type = BLIPConfig  # of the model
+    sizes: dict[str, dict] = field(default_factory=lambda: SIZES)  # preset -> fields of `config`
+    # the tasks whose model it may start from with --init, beside its own; () none
+    starts_from: tuple[str, ...] = ("pretrain",)
+    start_is_needed: bool = True  # without --init there is nothing to train
+    # the start's model configuration -> fields of `config`, where that is another class
+    from_start: Callable[[dict], dict] = lambda model_config: model_config
     needs: tuple[str, ...] = ()  # objectives that its start must have been trained with
     holds_splits: bool = False  # a file may hold training and validation (Karpathy's)
     reranks: bool = False  # it is judged by re-ranking --eval-top-k candidates
@@ -196,7 +184,9 @@ class Task:
     tiny_own: dict = field(default_factory=dict)  # and with --preset tiny on own data
     # what the end of a run shows: reports.numbers.print_highlights
     highlights: tuple[tuple[tuple[str, str, str], ...], ...] = ()
-    model_settings: dict = field(default_factory=dict)  # of BLIPConfig, with base and large
+    model_settings: dict = field(default_factory=dict)  # of `config`, with base and large
+    # (model, its configuration) of a new run, after --init: what else its weights start from
+    initialise: Callable[[nn.Module, object], None] = lambda model, config: None
 
     def benchmark(self, name: str, about: str, **changes) -> Benchmark:
         """A command of eval.py that evaluates as this task does."""

@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from blip import BLIP
-from config import BLIPConfig, TrainConfig
+from config import TrainConfig
 from data.files import InputError, read_tensors, whole_file
 from data.text import Tokenizer
 from tasks.registry import TASKS, make_model, preset_settings
@@ -96,7 +96,7 @@ def with_new_names(state: dict) -> dict:
     settings = preset_settings(task, preset) | known_fields(TrainConfig, settings)
     settings = asdict(TrainConfig(**settings))
     return state | {"model": model, "train_config": settings,
-                    "model_config": known_fields(BLIPConfig, state["model_config"])}
+                    "model_config": known_fields(TASKS[task].config, state["model_config"])}
 
 
 def known_fields(config_class: type, values: dict) -> dict:
@@ -125,8 +125,8 @@ def open_model(path: str | Path, needs: Iterable[str] = (), vocab: str = "",
     if is_ours(state):
         state = with_new_names(state)
         settings, tokenizer = state["train_config"], Tokenizer(state["tokenizer"])
-        config = BLIPConfig(**state["model_config"])
-        model = make_model(settings.get("task", "pretrain"), config)
+        task = settings.get("task", "pretrain")
+        model = make_model(task, TASKS[task].config(**state["model_config"]))
         model.load_state_dict(state["model"])
         answers = state.get("answers", [])
     elif vocab:

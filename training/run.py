@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from config import BLIPConfig, TrainConfig
+from config import TrainConfig
 from data.datasets import ImageDataset, some_examples
 from data.files import InputError, is_list
 from data.images import batch_to
@@ -113,7 +113,7 @@ def trainable_names(model: nn.Module) -> set[str]:
 class Run:
     """A training run: its data, model, optimizer and counters."""
 
-    def __init__(self, model_config: BLIPConfig, config: TrainConfig, device: torch.device,
+    def __init__(self, model_config, config: TrainConfig, device: torch.device,
                  state: dict | None = None, source: TrainedModel | None = None,
                  given: dict | None = None):
         """state: a checkpoint to continue; source: a model to start from. Raises InputError.
@@ -147,7 +147,7 @@ class Run:
             self.restore(state)
         self.set_generators(state)
 
-    def make_model(self, model_config: BLIPConfig, state: dict | None,
+    def make_model(self, model_config, state: dict | None,
                    source: TrainedModel | None) -> nn.Module:
         """The model with its starting weights, on the device. Raises InputError."""
         c = self.config
@@ -164,7 +164,9 @@ class Run:
             # Once before the first step, as the released code does (BLIP.update_momentum).
             model.clamp_temperature()
             model.update_momentum()
-        elif not state and (c.init_vit or c.init_text):
+        if not state:
+            self.task.initialise(model, model.config)
+        if not state and (c.init_vit or c.init_text):
             if c.init_text and not c.vocab:
                 raise InputError("--init-text needs --vocab with the vocab.txt of those weights")
             distributed.print0(start_from(model, c.init_vit, c.init_text))

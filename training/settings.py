@@ -3,20 +3,18 @@
 
 import argparse
 import shlex
-import textwrap
 from dataclasses import MISSING, fields
 
-from config import SIZES, BLIPConfig, SettingError, TrainConfig
+from config import SettingError, TrainConfig
 from tasks.registry import TASKS, preset_settings
 
-# Finetuning takes the model from the checkpoint and changes only this much of it; the rest would
-# not fit its weights.
-FREE_IN_FINETUNING = {"image_size", "drop_path", "grad_checkpoint", "dropout", "queue_size",
-                      "momentum", "temp_min", "temp_max", "label_smoothing", "hard_negatives",
-                      "negative_floor", "mask_positives", "merge_from"}
 # What may differ from the checkpoint when a run is resumed: nothing that the result depends on.
 FREE_ON_RESUME = {"out", "device", "workers", "log_every", "save_every", "save_minutes", "keep",
                   "accumulate", "compile"}
+
+
+EPILOG = ("`python train.py TASK --help` shows the settings of a task; on your own data "
+          "(--data) epochs are added until there are --min-steps")
 
 
 def boolean(text: str) -> bool:
@@ -31,19 +29,20 @@ def flag_name(field_name: str) -> str:
     return "--" + field_name.replace("_", "-")
 
 
-def add_flags(parser, config_class: type, other_defaults: dict,
-              other_name: str = "default") -> None:
+def add_flags(parser, config_class: type, defaults: dict, base: dict | None = None,
+              skip: tuple[str, ...] = ()) -> None:
     """A flag for each field of a dataclass, without a default: only what is given is there.
 
-    other_defaults: what a field is instead of its default, shown in the help under `other_name`.
+    defaults: what a field is when nothing is given, where that is not the field's default. base:
+    the same with `--preset base`, shown beside it.
     """
     for f in fields(config_class):
-        if not f.metadata.get("flag", True) or f.default is MISSING:
+        if not f.metadata.get("flag", True) or f.default is MISSING or f.name in skip:
             continue
-        shown = f"default {f.default!r}"
-        if other_defaults.get(f.name, f.default) != f.default:
-            other = f"{other_name} {other_defaults[f.name]!r}"
-            shown = other if other_name == "default" else f"{shown}, {other}"
+        default = defaults.get(f.name, f.default)
+        shown = f"default {default!r}"
+        if base is not None and base.get(f.name, f.default) != default:
+            shown += f"; with --preset base {base.get(f.name, f.default)!r}"
         about = f"{f.metadata.get('about', '')} ({shown})".strip()
         parser.add_argument(flag_name(f.name), type=boolean if f.type is bool else f.type,
                             default=argparse.SUPPRESS, help=about.replace("%", "%%"))
@@ -56,21 +55,26 @@ def given_for(config_class: type, given: dict) -> dict:
 
 def parse(arguments: list[str], description: str) -> tuple[dict, bool]:
     """What was given, by field name, and whether to resume. `description` heads the help."""
+    named = bool(arguments) and not arguments[0].startswith("-")
+    name = arguments[0] if named else "pretrain"
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False,
                                      usage=f"%(prog)s [{' | '.join(TASKS)}] [flags]",
-                                     epilog=recipes(),
+                                     epilog=EPILOG,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    given = {}
-    if arguments and not arguments[0].startswith("-"):  # argparse takes a wrong flag's value for it
-        given, arguments = {"task": arguments[0]}, arguments[1:]
-        if given["task"] not in TASKS:
-            parser.error(f"{given['task']!r} is no task; choose one of {', '.join(TASKS)}")
+    if name not in TASKS:  # argparse would take a wrong flag's value for a task
+        parser.error(f"{name!r} is no task; choose one of {', '.join(TASKS)}")
+    task = TASKS[name]
     parser.add_argument("--resume", action="store_true",
                         help="continue from checkpoint.pt in --out")
-    add_flags(parser.add_argument_group("training"), TrainConfig, TASKS["pretrain"].tiny, "tiny")
-    add_flags(parser.add_argument_group("model"), BLIPConfig, SIZES["tiny"], "tiny")
-    given |= vars(parser.parse_args(arguments))
-    return given, given.pop("resume")
+    add_flags(parser.add_argument_group(f"training ({task.name}: {task.about})"), TrainConfig,
+              preset_settings(name, "tiny"), preset_settings(name, "base"))
+    model = task.sizes["tiny"]
+    group = parser.add_argument_group(
+        "model", "with --init its sizes come from there" if task.starts_from else None)
+    add_flags(group, task.config, model, task.sizes["base"] | task.model_settings)
+    given = vars(parser.parse_args(arguments[1:] if named else arguments))
+    resume = given.pop("resume")
+    return ({"task": name} if named else {}) | given, resume
 
 
 def training_flags(text: str) -> dict:
@@ -79,44 +83,36 @@ def training_flags(text: str) -> dict:
     return given
 
 
-def recipes() -> str:
-    """What tasks and presets change, for the help."""
-    lines = ["what tasks and presets set, unless a flag does:"]
-    for task in TASKS.values():
-        for name, changes in ((task.name, task.settings), (f"{task.name} tiny", task.tiny),
-                              (f"{task.name} tiny, on own data", task.tiny_own),
-                              (f"{task.name} large", task.large)):
-            text = ", ".join(f"{field} {value!r}" for field, value in changes.items())
-            if text:
-                lines += textwrap.wrap(f"{name}: {text}", 96, initial_indent="  ",
-                                       subsequent_indent="      ")
-    return "\n".join(lines)
-
-
-def resolve(given: dict, start: dict | None = None) -> tuple[BLIPConfig, TrainConfig]:
+def resolve(given: dict, start: dict | None = None) -> tuple[object, TrainConfig]:
     """Model and training configuration of what was given, by field name.
 
     start: the {model_config, train_config} of the checkpoint that a finetuning starts from. Raises
     SettingError for what is unknown or out of range.
     """
-    task, start = given.get("task", "pretrain"), start or {}
-    if task not in TASKS:
-        raise SettingError(f"{task!r} is no task; choose one of {', '.join(TASKS)}")
+    name, start = given.get("task", "pretrain"), start or {}
+    if name not in TASKS:
+        raise SettingError(f"{name!r} is no task; choose one of {', '.join(TASKS)}")
+    task = TASKS[name]
     of_start = start.get("train_config", {}).get("preset", "base" if start else TrainConfig.preset)
     preset = given.get("preset", of_start)
-    settings = preset_settings(task, preset, bool(given.get("data"))) | {"preset": preset}
+    settings = preset_settings(name, preset, bool(given.get("data"))) | {"preset": preset}
     recipe = TrainConfig(**(settings | given_for(TrainConfig, given)))
-    own = given_for(BLIPConfig, given)
+    own = given_for(task.config, given)
     if not start:
-        if task != "pretrain":
-            raise SettingError(f"finetuning ({task}) starts from a pretrained model: give --init "
-                               "CHECKPOINT (python train.py writes runs/pretrain/checkpoint.pt)")
-        return BLIPConfig(**{**SIZES[preset], **own}), recipe
-    model = start["model_config"]
-    for name, value in own.items():
-        if name not in FREE_IN_FINETUNING and value != model[name]:
-            raise SettingError(f"{flag_name(name)} is {model[name]} in the weights of --init and "
-                               f"cannot be {value}; leave it out")
-    if task != "pretrain" and preset != "tiny":
-        model = {**model, **TASKS[task].model_settings}
-    return BLIPConfig(**{**model, **own}), recipe
+        if task.start_is_needed:
+            makers = " or ".join(f"`python train.py {other}`" for other in task.starts_from)
+            raise SettingError(f"{name} starts from another model: give --init CHECKPOINT, which "
+                               f"{makers.replace(' pretrain', '')} writes")
+        return task.config(**(task.sizes[preset] | own)), recipe
+    start_task = TASKS[start["train_config"].get("task", "pretrain")]
+    if start_task.config is not task.config:
+        model = task.sizes[preset] | task.from_start(start["model_config"])
+        return task.config(**(model | own)), recipe
+    model = dict(start["model_config"])
+    for f in fields(task.config):
+        if f.metadata.get("in_weights") and own.get(f.name, model[f.name]) != model[f.name]:
+            raise SettingError(f"{flag_name(f.name)} is {model[f.name]} in the weights of --init "
+                               f"and cannot be {own[f.name]}; leave it out")
+    if task.start_is_needed and preset != "tiny":
+        model |= task.model_settings
+    return task.config(**(model | own)), recipe

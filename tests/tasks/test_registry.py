@@ -70,7 +70,7 @@ BENCHMARKS = (TASK.benchmark("counting", "accuracy of counting"),)
 def test_a_new_task_is_one_file_and_one_line(tmp_path, pretrained, monkeypatch, capsys):
     (tmp_path / "counting.py").write_text(COUNTING)
     monkeypatch.setattr(tasks, "__path__", [*tasks.__path__, str(tmp_path)])
-    registry.register("counting")  # what the line in NAMES does
+    registry.register("tasks.counting")  # what the line in MODULES does
     try:
         out = tmp_path / "run"
         assert train.main(["counting", "--init", str(pretrained), "--batch-size", "8",
