@@ -116,8 +116,8 @@ SIZES = {
     "large": dict(vit_width=1024, vit_depth=24, vit_heads=16, drop_path=0.1),
     "tiny": dict(image_size=64, vit_width=128, vit_depth=4, vit_heads=4, text_width=128,
                  text_depth=2, text_heads=4, text_ffn=512, max_positions=64, dropout=0.0,
-                 embed_dim=64, queue_size=1024, momentum=0.99, init_std=0.0, mask_positives=True,
-                 negative_floor=0.0),
+                 embed_dim=64, queue_size=1024, momentum=0.99, init_std=0.0, label_smoothing=0.0,
+                 mask_positives=True, negative_floor=0.0),
 }
 
 

@@ -82,8 +82,8 @@ TASK = Task(
     "pretrain", "all three objectives on image-text pairs", BLIP, open_pairs, collate_pairs,
     evaluate, inputs=inputs, start_is_needed=False, holds_splits=True, reranks=True,
     large=dict(lr=2e-4, batch_size=2400),  # BLIP sec. 4.1
-    # 1,200 steps, of which alpha ramps up over 0.085 x 1,200 = 100.
-    tiny=dict(TINY, epochs=1, scenes=38400, lr=1.2e-3, alpha_epochs=0.085, lm_only_steps=200,
+    # 1,300 steps, of which alpha ramps up over 0.077 x 1,300 = 100.
+    tiny=dict(TINY, epochs=1, scenes=41600, lr=1.2e-3, alpha_epochs=0.077, lm_only_steps=350,
               vocab_pieces=4000),
     tiny_own=dict(min_steps=1600, crop_min=0.5),
     highlights=(

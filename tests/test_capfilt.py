@@ -371,7 +371,7 @@ def test_mistakes_are_one_sentence(files, whole, tmp_path, capsys):
     assert "holds shards made with another threshold" in error(
         ("--out", whole), ("--threshold", 0.7))
     assert "--rounds needs --finetune and --pretrain" in error(("--rounds", 2))
-    assert "--finetune starts from a pretrained model" in error(("--finetune", None))
+    assert "--finetune needs a pretrained model" in error(("--finetune", None))
 
 
 # ---- the loop ----

@@ -43,8 +43,8 @@ def test_a_wrong_flag_is_an_error(flags, message, capsys):
     (["--preset", "huge"], "choose one of base, large, tiny"),
     (["--vit-heads", "7"], "not a multiple of --vit-heads"),
     (["--itc-weight", "0", "--itm-weight", "0", "--lm-weight", "0"], "above 0"),
-    (["caption"], "caption starts from another model: give --init CHECKPOINT, which `python train.py"
-                  "` writes")])
+    (["caption"], "caption starts from another model: give --init CHECKPOINT, which "
+                  "`python train.py` writes")])
 def test_a_setting_that_cannot_be_is_one_sentence(flags, message, capsys):
     assert train.main(flags) == 2
     error = capsys.readouterr().err
