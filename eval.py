@@ -14,6 +14,9 @@
     python eval.py search TEXT --images DIR ...          a sheet of the best matches in a folder
     python eval.py match PICTURE TEXT ...                ITC similarity and ITM probability
     python eval.py attend PICTURE TEXT ...               where cross-attention looks, word by word
+    python eval.py blip2-caption|blip2-vqa|blip2-retrieval --checkpoint C    the same of BLIP-2
+    python eval.py chat PICTURE QUESTION... ...          questions, one after the other (BLIP-2)
+    python eval.py queries PICTURE ...                   where each query looks (BLIP-2)
 
 Without --data a benchmark runs on held-out scenes of the built-in world, where every statement can
 be checked. With it: a BLIP, Karpathy or COCO json; for vqa BLIP's lists, or VQAv2's
@@ -31,6 +34,9 @@ from pathlib import Path
 import torch
 
 from blip import BLIP
+from blip2 import demo as blip2_demo
+from blip2.stage1 import FrozenVision
+from blip2.stage2 import Stage2
 from data.datasets import ImageDataset
 from data.files import InputError, make_folder, write_json
 from data.pairs import read_pairs
@@ -178,6 +184,24 @@ def attend(o: argparse.Namespace) -> None:
     print(f"ITM probability {itm:.4f}; wrote {path}")
 
 
+def chat(o: argparse.Namespace) -> None:
+    """Several questions about a picture, each in the light of those before (BLIP-2)."""
+    trained = open_checkpoint(o, (), Stage2)
+    image = demo.open_picture(o.picture, trained.image_size)
+    for question, answer in blip2_demo.chat(trained, image, o.question):
+        print(f"question: {question}\nanswer:   {answer}")
+
+
+def queries(o: argparse.Namespace) -> None:
+    """Where each of BLIP-2's queries looks."""
+    trained = open_checkpoint(o, (), FrozenVision)
+    image = demo.open_picture(o.picture, trained.image_size)
+    names, heat = blip2_demo.query_attention(trained, image)
+    path = make_folder(o.out) / "queries.png"
+    demo.draw_attention(path, image, names, heat, "where each query looks")
+    print(f"wrote {path}")
+
+
 # ---- command line --------------------------------------------------------------------------------
 
 def command_line() -> argparse.ArgumentParser:
@@ -230,6 +254,11 @@ def command_line() -> argparse.ArgumentParser:
     p.add_argument("text")
     p.add_argument("--layer", type=int, default=0,
                    help="cross-attention layer, 1 is the first (default: two thirds of the depth)")
+    p = add("chat", "BLIP-2: questions about a picture, one after the other", chat)
+    p.add_argument("picture")
+    p.add_argument("question", nargs="+", help="in quotes, one or several")
+    p = add("queries", "BLIP-2: where each query looks", queries)
+    p.add_argument("picture")
     return parser
 
 

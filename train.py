@@ -39,7 +39,7 @@ from training.precision import autocast, use_bf16
 from training.program import exit_status, signals_noted
 from training.reach import freeze_unreached, require_reached
 from training.run import Run
-from training.settings import FREE_ON_RESUME, flag_name, parse, resolve
+from training.settings import FREE_ON_RESUME, flag_name, flags_of, parse, resolve
 
 # ---- the loop ------------------------------------------------------------------------------------
 
@@ -277,7 +277,7 @@ def describe(run: Run) -> None:
                      if name in run.trainable)
     precision = "bf16" if use_bf16(c.precision, run.device) else "fp32"
     share = c.batch_size // (processes * c.accumulate)
-    print0(f"model    {asdict(run.model.config)}\ntraining {asdict(c)}")
+    print0(f"model    {flags_of(run.model.config)}\ntraining {flags_of(c)}")
     print0(f"{parameters / 1e6:.2f}M parameters without twins, on {run.device} ({precision}), "
            f"writing to {c.out}")
     print0(f"batch {c.batch_size} = {processes} processes x {c.accumulate} micro-batches x {share} "

@@ -20,11 +20,12 @@ from config import OBJECTIVES
 from decoding import Hypothesis, write
 from losses import draw_one, itm_loss, lm_loss, mine_hard_negatives, next_token_targets
 from training import distributed
+from training.trainable import Trainable
 
 LayerKV = list[tuple[Tensor, Tensor] | None]  # of the images: (B, H, N, d) for layers that look
 
 
-class FrozenVision(nn.Module):
+class FrozenVision(Trainable):
     """What both stages have in common: an image encoder, usually frozen, and its norm."""
 
     def __init__(self, config: Blip2Config):
@@ -95,6 +96,14 @@ class Stage1(FrozenVision):
         initialise(self, c)
         self.objectives = OBJECTIVES
         self.draw_negative = draw_one  # of ITM; a test may take the likeliest instead
+
+    def set_objectives(self, objectives: tuple[str, ...]) -> None:
+        """The losses that `forward` computes, of config.OBJECTIVES; "lm" is ITG."""
+        self.objectives = objectives
+
+    def pretrained_name(self, name: str) -> str:
+        """Of a BLIP only the ViT is taken."""
+        return name if name.startswith("vit.") else ""
 
     # ---- the parts that a user calls -------------------------------------------------------------
 

@@ -19,8 +19,9 @@ from blip import init_weights
 from blip2.config import Blip2Config
 from blip2.language import LanguageConfig, make_language
 from blip2.stage1 import FrozenVision, make_qformer
+from blip2.writing import write_behind
 from config import setting
-from decoding import Hypothesis, write
+from decoding import Hypothesis
 from losses import lm_loss
 
 
@@ -30,57 +31,13 @@ class Stage2Config(Blip2Config):
 
     question_to_queries: bool = setting(False, "the Q-Former reads the question too (VQA "
                                                "finetuning, BLIP-2 sec. 4.3)")
+    language_model: str = setting("", "a checkpoint of `train.py language-model` (.pt), or a name "
+                                      "or folder of the transformers library")
+    text_from: str = setting("", "the blip2-stage1 checkpoint whose text stream reads the question "
+                                 "(blip2-vqa)")
     # LanguageConfig's fields, of a language model of this project; else a name or folder of
     # the transformers library under "name".
     language: dict = field(default_factory=dict, metadata={"flag": False})
-
-
-class PrefixStep:
-    """A decoder behind a prefix of embeddings as `step(tokens, rows) -> logits`.
-
-    The first call's tokens are a placeholder: the prefix is fed in their place, once an image.
-    """
-
-    def __init__(self, language: nn.Module, embeds: Tensor, mask: Tensor, images: Tensor):
-        """embeds (B, P, D), mask (B, P); images (R,): which prefix each row continues."""
-        self.language, self.embeds, self.mask, self.images = language, embeds, mask, images
-        self.past = None
-
-    def __call__(self, tokens: Tensor, rows: Tensor) -> Tensor:
-        """tokens (R, 1), rows (R,) of the previous call -> logits (R, V) for the next token."""
-        if self.past is None:
-            states, past = self.language(self.embeds, self.mask)
-            self.past = self.language.select(past, self.images)
-            self.mask = self.mask[self.images]
-            return self.language.logits(states[:, -1])[self.images]
-        self.past = self.language.select(self.past, rows)
-        self.mask = torch.cat([self.mask[rows], self.mask.new_ones(len(rows), 1)], 1)
-        states, self.past = self.language(self.language.embed(tokens), self.mask, self.past)
-        return self.language.logits(states[:, -1])
-
-
-class ContextStep:
-    """An encoder-decoder as `step(tokens, rows) -> logits`; the input is encoded once."""
-
-    def __init__(self, language: nn.Module, embeds: Tensor, mask: Tensor, images: Tensor):
-        """embeds (B, P, D), mask (B, P): the input; images (R,): which one each row reads."""
-        self.language, self.past, self.images = language, None, images
-        self.states, self.mask = language.encode(embeds, mask), mask
-        self.context = self.context_of = None  # the decoder's context, and which images it is of
-
-    def __call__(self, tokens: Tensor, rows: Tensor) -> Tensor:
-        """tokens (R, 1), rows (R,) of the previous call -> logits (R, V) for the next token."""
-        self.images = self.images[rows]  # rows of an image are neighbours
-        distinct, counts = self.images.unique_consecutive(return_counts=True)
-        equal = (counts == counts[0]).all()  # as many rows for each image: they share its context
-        images = distinct if equal else self.images
-        if self.context_of is None or not torch.equal(images, self.context_of):
-            self.context = self.language.project(self.states[images], self.mask[images])
-            self.context_of = images
-        if self.past is not None:
-            self.past = self.language.select(self.past, rows)
-        states, self.past = self.language.decode(tokens, self.context, self.past)
-        return self.language.logits(states[:, -1])
 
 
 class Stage2(FrozenVision):
@@ -90,7 +47,10 @@ class Stage2(FrozenVision):
         """language: None makes the one that config.language describes, with new weights."""
         super().__init__(config)
         self.qformer = make_qformer(config, text=config.question_to_queries)
-        if language is None:
+        if language is None and "name" in config.language:
+            from blip2.transformers_language import LibraryModel  # optional
+            language = LibraryModel(config.language)
+        elif language is None:
             language = make_language(LanguageConfig(**config.language))
         self.proj = nn.Linear(config.width, language.width)
         init_weights(self, config.init_std)
@@ -102,6 +62,10 @@ class Stage2(FrozenVision):
         super().train(mode)
         self.language.eval()
         return self
+
+    def pretrained_name(self, name: str) -> str:
+        """Of stage 1 all but its heads and its text stream, of a BLIP the ViT."""
+        return "" if name.startswith(("proj.", "language.")) else name
 
     @property
     def is_decoder(self) -> bool:
@@ -168,8 +132,4 @@ class Stage2(FrozenVision):
         """
         soft = self.soft_tokens(image, question_ids, question_mask)
         embeds, mask = self.with_soft(soft, ids, mask)
-        step = PrefixStep if self.is_decoder else ContextStep
-        c = self.language.config
-        start = c.bos_id if self.is_decoder else c.pad_id
-        return write(lambda images: step(self.language, embeds, mask, images), len(soft), [start],
-                     c.eos_id, soft.device, method, num_return, **options)
+        return write_behind(self.language, embeds, mask, method, num_return, **options)

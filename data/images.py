@@ -29,7 +29,9 @@ def batch_to(batch: dict, device: torch.device) -> dict:
     """A batch of a data loader with its tensors on the device and its images normalised."""
     moved = {name: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
              for name, value in batch.items() if name != "image"}
-    return moved | {"image": prepare_images(batch["image"], device)}
+    if "image" in batch:
+        moved["image"] = prepare_images(batch["image"], device)
+    return moved
 
 
 def random_crop(width: int, height: int, scale: tuple[float, float],

@@ -60,7 +60,7 @@ class Tokenizer:
         learner = HFTokenizer(models.WordPiece(unk_token=UNK))
         learner.normalizer = normalizers.BertNormalizer(lowercase=True)
         learner.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-        texts = [learner.normalizer.normalize_str(clean_caption(text)) for text in texts]
+        texts = [learner.normalizer.normalize_str(text) for text in texts]
         # The trainer numbers inner letters in the order of a hash table, and breaks ties by number:
         # naming them first makes the vocabulary the same in every run.
         letters = sorted(set("".join(texts)) - {" "})

@@ -6,7 +6,9 @@
     read_scored    predictions and references from anywhere
 """
 
+import functools
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -49,6 +51,7 @@ class Decoding:
     min_length: int = setting(5, "tokens; default: the checkpoint's", least=1)
     max_length: int = setting(20, "tokens; default: the checkpoint's", least=2)
     repetition_penalty: float = setting(1.0, "1 is none; NoCaps 1.1", above=0)
+    length_penalty: float = setting(1.0, "of beam search: a score is divided by length to this")
     top_p: float = setting(0.9, "of nucleus sampling", above=0, most=1)
     temperature: float = setting(1.0, "of nucleus sampling", above=0)
     top_k: int = setting(0, "of nucleus sampling; 0 keeps all", least=0)
@@ -73,7 +76,7 @@ class Decoding:
         shared = dict(method=self.method, min_length=self.min_length, max_length=self.max_length,
                       repetition_penalty=self.repetition_penalty)
         if self.method == "beam":
-            return shared | dict(beams=self.beams)
+            return shared | dict(beams=self.beams, length_penalty=self.length_penalty)
         return shared | dict(top_p=self.top_p, temperature=self.temperature, top_k=self.top_k,
                              generator=torch.Generator(device).manual_seed(self.seed))
 
@@ -103,16 +106,22 @@ def write_captions(model: BLIP, tokenizer: Tokenizer, images: Tensor | ContextKV
 
 
 @torch.no_grad()
-def caption_all(trained: TrainedModel, dataset: Dataset,
-                decoding: Decoding) -> tuple[list[dict], list[str]]:
-    """A record {index, caption, example} for each readable image, and the names of the others."""
+def caption_all(trained: TrainedModel, dataset: Dataset, decoding: Decoding,
+                write: Callable | None = None) -> tuple[list[dict], list[str]]:
+    """A record {index, caption, example} for each readable image, and the names of the others.
+
+    write(images, decoding): another model's way to write captions, as `write_captions` returns
+    them.
+    """
     model, tokenizer = trained.model.eval(), trained.tokenizer
-    decoding.prompt_ids(model, tokenizer)  # says what is wrong before anything is read
+    if write is None:
+        decoding.prompt_ids(model, tokenizer)  # says what is wrong before anything is read
+        write = functools.partial(write_captions, model, tokenizer)
     records, broken = [], []
     for batch in evaluation_batches(dataset, caption_collate(tokenizer, trained.max_words,
                                                              trained.max_tokens),
                                     trained.device, "captions", broken):
-        captions = write_captions(model, tokenizer, batch["image"], decoding)
+        captions = write(batch["image"], decoding)
         for index, example, hypotheses in zip(batch["index"], batch["examples"], captions):
             records.append({"index": index, "caption": hypotheses[0][0], "example": example})
     records, broken = distributed.gather(records), distributed.gather(broken)
@@ -123,7 +132,8 @@ def caption_all(trained: TrainedModel, dataset: Dataset,
 
 # ---- evaluation ----------------------------------------------------------------------------------
 
-def evaluate(trained: TrainedModel, dataset: Dataset, settings: EvalSettings) -> Evaluation:
+def evaluate(trained: TrainedModel, dataset: Dataset, settings: EvalSettings,
+             write: Callable | None = None) -> Evaluation:
     """bleu1-4, rouge_l, cider; in the world also caption_true.
 
     caption_true: every fact is right, and none left out. "constant" holds what one and the same
@@ -133,7 +143,7 @@ def evaluate(trained: TrainedModel, dataset: Dataset, settings: EvalSettings) ->
     no numbers.
     """
     decoding = Decoding.choose(settings.decoding, trained.settings)
-    records, broken = caption_all(trained, dataset, decoding)
+    records, broken = caption_all(trained, dataset, decoding, write)
     world = dataset if isinstance(dataset, World) else None
     for record in records:
         index, captions = record["index"], record.pop("example").captions

@@ -166,7 +166,7 @@ def open_data(source: Source) -> Dataset:
     return source.images(read_statements(source.data), StatementDataset)
 
 
-def collate(tokenizer: Tokenizer, config: TrainConfig) -> Collate:
+def collate(tokenizer: Tokenizer, config: TrainConfig, model_config: BLIPConfig) -> Collate:
     """Batches for NLVR2.forward."""
     return statement_collate(tokenizer, config.max_words, config.max_tokens)
 

@@ -47,8 +47,8 @@ def swap_preference(trained: TrainedModel, world: World) -> dict[str, float]:
                                   for attribute in ATTRIBUTES]
             texts += [describe(version, world.rng(index, "swap")) for version in versions]
         ids, mask = tokenizer.encode(texts, trained.max_tokens)
-        kv = model.project(model.vit(batch["image"]))
-        logits = model.match(kv, ids.to(kv.device), mask.to(kv.device)).float().cpu()
+        kv = model.project(model.encode_image(batch["image"])[0])
+        logits = model.match(kv, ids.to(trained.device), mask.to(trained.device)).float().cpu()
         margin = (logits[:, 1] - logits[:, 0]).view(-1, len(versions))
         wins += (margin[:, :1] > margin[:, 1:]).tolist()
     wins = distributed.gather(wins)

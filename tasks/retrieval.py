@@ -10,6 +10,7 @@ and 384 px need 6 GB of host memory (similarities, matched logits and two result
 the weights) and less than 4 GB on the device (keys and values of 16 images, 512 texts).
 """
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -18,7 +19,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from blip import BLIP
-from config import TrainConfig
+from config import BLIPConfig, TrainConfig
 from data.datasets import Collate, caption_collate
 from data.files import InputError
 from data.images import prepare_images
@@ -58,7 +59,7 @@ class Gallery:
     image_of: Tensor  # (T,)
     ids: Tensor  # (T, L)
     mask: Tensor  # (T, L)
-    image_feat: Tensor  # (I, E)
+    image_feat: Tensor  # (I, E), of BLIP-2 (I, Q, E)
     text_feat: Tensor  # (T, E)
     broken: list[str]
 
@@ -71,8 +72,11 @@ class Gallery:
         return self.image_of[:, None] == torch.arange(len(self.index))
 
     def sim(self) -> Tensor:
-        """(T, I): ITC similarity."""
-        return self.text_feat @ self.image_feat.T
+        """(T, I): ITC similarity; where an image has several features (BLIP-2), of the best."""
+        if self.image_feat.ndim == 2:
+            return self.text_feat @ self.image_feat.T
+        of_each = (self.text_feat @ feat.T for feat in self.image_feat.unbind(1))
+        return functools.reduce(torch.maximum, of_each)
 
 
 @torch.no_grad()
@@ -282,7 +286,7 @@ def score(numbers: dict) -> float:
     return mean(numbers[f"{way}_r{k}{suffix}"] for way in ("t2i", "i2t") for k in (1, 5, 10))
 
 
-def collate(tokenizer: Tokenizer, config: TrainConfig) -> Collate:
+def collate(tokenizer: Tokenizer, config: TrainConfig, model_config: BLIPConfig) -> Collate:
     """Batches of pairs that tell which texts share an image."""
     return caption_collate(tokenizer, config.max_words, config.max_tokens, image_ids=True)
 

@@ -5,7 +5,7 @@ A new task is one file beside this one, with a `TASK` or `BENCHMARKS`, and its n
 
 import hashlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -160,7 +160,7 @@ class Task:
     about: str
     model: type[nn.Module]  # made from its configuration
     open_data: Callable[[Source], Dataset]
-    collate: Callable[[Tokenizer, TrainConfig], Collate]
+    collate: Callable[[Tokenizer, TrainConfig, object], Collate]  # object: a `config`
     evaluate: Callable[[TrainedModel, Dataset, EvalSettings], Evaluation]
     score: Callable[[dict], float] | None = None  # numbers -> what selects the best epoch
     # (config, tokenizer, alpha) -> arguments of the model's forward beside the batch's tensors
@@ -172,6 +172,9 @@ class Task:
     start_is_needed: bool = True  # without --init there is nothing to train
     # the start's model configuration -> fields of `config`, where that is another class
     from_start: Callable[[dict], dict] = lambda model_config: model_config
+    # of a new run: the model's configuration with what the tokenizer (and other files) decide
+    complete: Callable[[object, Tokenizer], object] = (
+        lambda config, tokenizer: replace(config, **tokenizer.config()))
     needs: tuple[str, ...] = ()  # objectives that its start must have been trained with
     holds_splits: bool = False  # a file may hold training and validation (Karpathy's)
     reranks: bool = False  # it is judged by re-ranking --eval-top-k candidates
@@ -217,7 +220,7 @@ def open_pairs(source: Source) -> Dataset:
                         source.flip, source.seed)
 
 
-def collate_pairs(tokenizer: Tokenizer, config: TrainConfig) -> Collate:
+def collate_pairs(tokenizer: Tokenizer, config: TrainConfig, model_config) -> Collate:
     """Batches of pairs, each caption behind the prompt."""
     return caption_collate(tokenizer, config.max_words, config.max_tokens, config.prompt)
 

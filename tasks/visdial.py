@@ -160,7 +160,7 @@ def encode_captions(examples: list[DialogExample], tokenizer: Tokenizer,
     return tokenizer.encode(captions, max_tokens)
 
 
-def collate(tokenizer: Tokenizer, config: TrainConfig) -> Collate:
+def collate(tokenizer: Tokenizer, config: TrainConfig, model_config: BLIPConfig) -> Collate:
     """Batches for VisDial.forward: caption_ids, caption_mask, ids, mask, label.
 
     Of TURNS rounds of each dialog (its image and caption are read once for all of them) the answer

@@ -5,6 +5,7 @@ ranked by their likelihood, or generated. Here: the model, the files of question
 """
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -213,7 +214,7 @@ def open_data(source: Source) -> Dataset:
     return source.images(read_questions(source.data, source.need_labels))
 
 
-def collate(tokenizer: Tokenizer, config: TrainConfig) -> Collate:
+def collate(tokenizer: Tokenizer, config: TrainConfig, model_config: BLIPConfig) -> Collate:
     """Batches for VQA.forward."""
     return question_collate(tokenizer, config.max_words, config.max_tokens)
 
@@ -326,13 +327,14 @@ def answer_questions(trained: TrainedModel, dataset: Dataset, settings: EvalSett
     return sorted(distributed.gather(records), key=lambda record: record["index"])
 
 
-def evaluate(trained: TrainedModel, dataset: Dataset, settings: EvalSettings) -> Evaluation:
-    """accuracy, and accuracy_by kind of question.
+def evaluate(trained: TrainedModel, dataset: Dataset, settings: EvalSettings,
+             answer: Callable = answer_questions) -> Evaluation:
+    """accuracy, and accuracy_by kind of question. answer: another model's `answer_questions`.
 
     "chance": the commonest answer of `settings.training` for each kind of question. With baselines
     blank_accuracy, the same model on grey images. Of a data set with subsets also accuracy_NAME.
     """
-    records = answer_questions(trained, dataset, settings)
+    records = answer(trained, dataset, settings)
     examples = [dataset.example(record["index"]) for record in records]
     files = {"answers.json": [{"question_id": record["question_id"], "answer": record["answer"]}
                               for record in records]}
@@ -351,7 +353,7 @@ def evaluate(trained: TrainedModel, dataset: Dataset, settings: EvalSettings) ->
         guesses = [prior.get(kind_of(example), prior[""]) for example in examples]
         numbers["chance"] = by_kind("accuracy", score_answers(guesses, examples), examples)
     if settings.baselines:
-        blind = answer_questions(trained, dataset, settings, grey=True)
+        blind = answer(trained, dataset, settings, grey=True)
         blind_scores = score_answers([record["answer"] for record in blind], examples)
         numbers |= by_kind("blank_accuracy", blind_scores, examples)
     lengths = [2 + len(trained.tokenizer.piece_ids(clean_question(example.question)))

@@ -20,7 +20,7 @@ from config import TrainConfig
 from data.datasets import ImageDataset, some_examples
 from data.files import InputError, is_list
 from data.images import batch_to
-from data.text import Tokenizer
+from data.text import Tokenizer, clean_caption
 from tasks.registry import TASKS, make_model
 from tasks.task import Datasets, Source, Task, TrainedModel
 from training import checkpoints, distributed, plan
@@ -86,7 +86,8 @@ def make_tokenizer(config: TrainConfig, train: Dataset) -> Tokenizer:
         return Tokenizer.from_file(config.vocab)
     texts = all_texts()
     if config.data:
-        texts = [text for example in some_examples(train, 200_000) for text in example.texts]
+        texts = [clean_caption(text) for example in some_examples(train, 200_000)
+                 for text in example.texts]
     return Tokenizer.train(texts, config.vocab_pieces)
 
 
@@ -121,7 +122,8 @@ class Run:
         given: what the user set: training/plan.py does not change it.
         """
         self.device, self.out, self.task = device, Path(config.out), TASKS[config.task]
-        self.datasets = open_datasets(self.task, config, model_config.image_size)
+        image_size = getattr(model_config, "image_size", 0)  # 0: of a model of texts alone
+        self.datasets = open_datasets(self.task, config, image_size)
         if len(self.datasets.train) < config.batch_size:
             raise InputError(f"there are {len(self.datasets.train)} training pairs, fewer than "
                              f"--batch-size {config.batch_size}; give a smaller one")
@@ -152,7 +154,8 @@ class Run:
         """The model with its starting weights, on the device. Raises InputError."""
         c = self.config
         torch.manual_seed(c.seed)  # the same on all ranks: weights and queues start equal
-        model_config = replace(model_config, **self.tokenizer.config())
+        if not state:
+            model_config = self.task.complete(model_config, self.tokenizer)
         try:
             model = make_model(c.task, model_config).to(self.device)
         except ValueError as error:  # sizes that do not fit the task
@@ -182,9 +185,10 @@ class Run:
             epoch, first = divmod(self.step, self.steps_per_epoch)
             train.set_epoch(epoch)
             sampler = EpochBatches(len(train), c.batch_size, c.seed, epoch, first, c.accumulate)
+            collate = self.task.collate(self.tokenizer, c, self.model.config)
             loader = iter(DataLoader(
-                train, collate_fn=self.task.collate(self.tokenizer, c), batch_sampler=sampler,
-                num_workers=workers, pin_memory=self.device.type == "cuda",
+                train, collate_fn=collate, batch_sampler=sampler, num_workers=workers,
+                pin_memory=self.device.type == "cuda",
                 # its own: else each start of a loader would move the run's generator
                 generator=torch.Generator()))
             for _ in range(first, self.steps_per_epoch):
@@ -198,6 +202,8 @@ class Run:
 
     def count(self, batch: dict) -> None:
         """Keep count of unreadable images; InputError when they are too many."""
+        if "image" not in batch:
+            return
         self.seen += len(batch["broken"]) + (0 if batch["image"] is None else len(batch["image"]))
         for name in batch["broken"]:  # "name (reason)"
             self.broken[name.rpartition(" (")[2].rstrip(")")] += 1

@@ -48,6 +48,12 @@ def add_flags(parser, config_class: type, defaults: dict, base: dict | None = No
                             default=argparse.SUPPRESS, help=about.replace("%", "%%"))
 
 
+def flags_of(config) -> dict:
+    """The settings of a configuration that have a flag, by field name."""
+    return {f.name: getattr(config, f.name) for f in fields(config)
+            if f.metadata.get("flag", True)}
+
+
 def given_for(config_class: type, given: dict) -> dict:
     """The part of what was given that belongs to a dataclass."""
     return {f.name: given[f.name] for f in fields(config_class) if f.name in given}

@@ -16,12 +16,15 @@ from torch.utils.data import Dataset
 
 from data.clips import frame_numbers
 from data.datasets import DialogExample, NLVR2Example, Pair, VQAExample
+from data.text import clean_caption
 from world.dialogs import FOLLOW_UPS, HEDGES, converse
 from world.language import all_captions, describe, web_text
 from world.questions import KINDS, ask, draw_pair, draw_statement
 from world.scenes import SPLITS, Scene, random_scene, render, scene_hash
 
 FRAMES = 8  # of a clip
+# What a language model is prompted with (BLIP-2), often enough to be words of the vocabulary.
+PROMPTS = ("a photo of", "question: short answer:") * 2
 
 
 class World(Dataset):
@@ -242,4 +245,5 @@ def all_texts(count: int = 2000) -> list[str]:
     questions = [question.text for question in asked]
     answers = [f"{rng.choice(('', *HEDGES))} {question.answers[0]}" for question in asked]
     statements = [draw_statement(rng)[0] for _ in range(count)]
-    return [*all_captions(count), *questions, *FOLLOW_UPS.values(), *answers, *statements]
+    texts = [*all_captions(count), *questions, *FOLLOW_UPS.values(), *answers, *statements]
+    return [clean_caption(text) for text in texts] + list(PROMPTS)

@@ -1,0 +1,42 @@
+"""What a person asks of a BLIP-2: several questions about a picture, what each query looks at."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from blip2.stage1 import FrozenVision
+from blip2.task_stage2 import answer
+from data.images import prepare_images
+from data.text import clean_question
+from tasks.task import TrainedModel
+
+
+def chat(trained: TrainedModel, image: Tensor, questions: list[str]) -> list[tuple[str, str]]:
+    """Questions about a picture (3, S, S) uint8 with answers, each in the light of those before.
+
+    (BLIP-2 sec. 4.1, Fig. 4.) Raises InputError where a dialog gets too long.
+    """
+    images = prepare_images(image[None], trained.device)
+    dialog: list[tuple[str, str]] = []
+    for question in map(clean_question, questions):
+        dialog.append((question, answer(trained, images, [question], [dialog])[0]))
+    return dialog
+
+
+@torch.no_grad()
+def query_attention(trained: TrainedModel, image: Tensor) -> tuple[list[str], Tensor]:
+    """Where each query looks in a picture (3, S, S) uint8: names (Q), maps (Q, S, S) in [0, 1].
+
+    The cross-attention of the last layer that has one, averaged over heads; [CLS] is left out. Each
+    map is stretched to its own largest value.
+    """
+    model: FrozenVision = trained.model.eval()
+    tokens = model.encode_tokens(prepare_images(image[None], trained.device))
+    attn_maps = []
+    model.qformer.encode_queries(model.qformer.project(tokens), attn_maps)
+    patches = attn_maps[-1][0].mean(0)[:, 1:]  # (Q, N)
+    grid = model.config.image_size // model.config.patch_size
+    heat = F.interpolate(patches.view(1, -1, grid, grid), size=image.shape[1:],
+                         mode="bilinear")[0]
+    names = [f"query {number + 1}" for number in range(len(heat))]
+    return names, (heat / heat.amax((1, 2), keepdim=True).clamp(min=1e-12)).cpu()

@@ -1,0 +1,220 @@
+"""The task `language-model`: a language model that is trained on the world's texts alone.
+
+It is what BLIP-2's second stage freezes when there is no download: as OPT and FlanT5 in the paper,
+it has read captions, questions and answers, and has never seen a picture.
+"""
+
+import math
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from blip2.language import LanguageConfig, make_language
+from blip2.texts import (
+    CAPTION_PROMPT,
+    WordPieces,
+    encode_prompts,
+    encode_texts,
+    language_fields,
+    mask_of,
+    open_tokenizer,
+    pad_rows,
+    question_prompt,
+    split_text,
+)
+from blip2.writing import write_behind
+from config import TrainConfig
+from data.files import InputError
+from data.text import Tokenizer, clean_caption
+from losses import lm_loss
+from reports.metrics import mean, vqa_accuracy
+from tasks.task import (
+    TINY,
+    EvalSettings,
+    Evaluation,
+    Source,
+    Task,
+    TrainedModel,
+    shared_batches,
+)
+from tasks.vqa import by_kind
+from training import distributed
+from training.trainable import Trainable
+from world.datasets import Questions
+from world.documents import Documents
+
+CAPTION_WEIGHT = 0.3  # of the loss on captions; that on what follows has 1
+
+
+def initialise_language(language: nn.Module) -> None:
+    """Initial weights for narrow models.
+
+    Embeddings of order 1, matrices by width: with BERT's 0.02 a narrow model does not learn to look
+    things up. A decoder's positions start as sinusoids (Vaswani et al. 2017, sec. 3.5).
+    """
+    for name, weight in language.named_parameters():
+        if name.endswith("word.weight"):
+            nn.init.normal_(weight, std=1.0)
+        elif name.endswith("relative.weight"):
+            nn.init.normal_(weight, std=0.5)
+        elif weight.ndim == 2:
+            nn.init.normal_(weight, std=weight.shape[1] ** -0.5)
+        if name.endswith(("out.weight", "fc2.weight")):  # what is added to the residual stream
+            weight.data.mul_(0.35)
+        elif name.endswith("bias"):
+            nn.init.zeros_(weight)
+    if language.config.kind == "decoder":
+        positions, width = language.position.weight.shape
+        rates = torch.exp(torch.arange(0, width, 2) * (-math.log(1000.0) / width))
+        angles = torch.arange(positions)[:, None] * rates
+        language.position.weight.data = torch.stack([angles.sin(), angles.cos()], 2).flatten(1)
+
+
+class TextModel(Trainable):
+    """A language model and its training on documents."""
+
+    def __init__(self, config: LanguageConfig):
+        super().__init__()
+        self.config = config
+        self.language = make_language(config)
+        initialise_language(self.language)
+
+    def forward(self, ids: Tensor, mask: Tensor, targets: Tensor,
+                caption_ids: Tensor | None = None,
+                caption_mask: Tensor | None = None) -> tuple[dict[str, Tensor], dict]:
+        """{"lm": loss on what follows a caption}, of a decoder also {"caption": that on captions}.
+
+        Decoder: caption_ids, caption_mask (B, P); ids, mask, targets (n*B, L): what follows them, n
+        texts behind each, which do not see one another. The captions are run once. Encoder-decoder:
+        ids, mask are read (a caption and a prompt), targets written.
+        """
+        language = self.language
+        if caption_ids is None:
+            context = language.project(language.encode(language.embed(ids), mask), mask)
+            pad = self.config.pad_id
+            written = torch.cat([torch.full_like(targets[:, :1], pad), targets[:, :-1]], 1)
+            states, _ = language.decode(written.masked_fill(written < 0, pad), context)
+            return {"lm": lm_loss(language.logits(states), targets, 0.0)}, {}
+        states, cache = language(language.embed(caption_ids), caption_mask)
+        next_ids = caption_ids[:, 1:].masked_fill(~caption_mask[:, 1:].bool(), -100)
+        losses = {"caption": CAPTION_WEIGHT * lm_loss(language.logits(states[:, :-1]), next_ids,
+                                                      0.0)}
+        rows = torch.arange(len(ids), device=ids.device) // (len(ids) // len(caption_ids))
+        whole_mask = torch.cat([caption_mask[rows], mask], 1)
+        states, _ = language(language.embed(ids), whole_mask, language.select(cache, rows))
+        losses["lm"] = lm_loss(language.logits(states[:, :-1]), targets[:, 1:], 0.0)
+        return losses, {}
+
+
+def open_data(source: Source) -> Dataset:
+    """Documents of the world to train on, questions to judge by. Raises InputError for files."""
+    if source.data:
+        raise InputError("language-model learns from the built-in world's texts; for own pictures "
+                         "take a trained one: blip2-stage2 --language with a folder of the "
+                         "transformers library")
+    if source.split == "train":
+        return Documents("train", source.size, source.seed)
+    return Questions(source.split, source.size, source.image_size or 64, source.seed)
+
+
+def collate(tokenizer: Tokenizer, config: TrainConfig, model_config: LanguageConfig):
+    """Batches for TextModel.forward."""
+    pieces, kind = WordPieces(tokenizer.vocab), model_config.kind
+
+    def encode(items: list[dict]) -> dict:
+        documents = [item["example"] for item in items]
+        captions = [clean_caption(document.caption) for document in documents]
+        prompts, texts = [], []
+        for document, item in zip(documents, items):
+            prompt, text = CAPTION_PROMPT, clean_caption(document.other_words)
+            if kind == "encoder-decoder":
+                prompt, text = split_text(prompt, text, item["share"])
+            prompts.append(prompt)
+            texts.append(text)
+            for question, answer in document.questions:
+                prompts.append(question_prompt(kind, question))
+                texts.append(answer)
+        batch = {"examples": documents, "index": [item["index"] for item in items], "broken": []}
+        if kind == "encoder-decoder":
+            each = len(prompts) // len(captions)
+            prompts = [f"{captions[i // each]} {prompt}" for i, prompt in enumerate(prompts)]
+        else:
+            rows = [encode_caption(pieces, caption) for caption in captions]
+            batch |= {"caption_ids": pad_rows(rows, pieces.pad), "caption_mask": mask_of(rows)}
+        return batch | encode_texts(pieces, kind, prompts, texts, config.max_tokens)
+    return encode
+
+
+def encode_caption(pieces: WordPieces, caption: str) -> list[int]:
+    """The ids of a caption, with bos and eos; where there is none, nothing."""
+    return [pieces.bos, *pieces.ids(caption), pieces.eos] if caption else []
+
+
+def complete(config: LanguageConfig, tokenizer: Tokenizer) -> LanguageConfig:
+    """The configuration with the tokenizer's vocabulary."""
+    return replace(config, **language_fields(tokenizer))
+
+
+@torch.no_grad()
+def answer(trained: TrainedModel, captions: list[str], questions: list[str]) -> list[str]:
+    """An answer to each question, by what its caption says ("": there is none)."""
+    language, kind = trained.model.language, trained.model.config.kind
+    pieces = open_tokenizer(vars(trained.model.config))
+    prompts = [question_prompt(kind, question) for question in questions]
+    if kind == "decoder":
+        ids, mask = encode_prompts(pieces, kind, prompts)
+        rows = [encode_caption(pieces, caption) for caption in captions]
+        ids = torch.cat([pad_rows(rows, pieces.pad, True), ids], 1)
+        mask = torch.cat([mask_of(rows, True), mask], 1)
+    else:
+        ids, mask = encode_prompts(pieces, kind, [f"{caption} {prompt}" for caption, prompt
+                                                  in zip(captions, prompts)])
+    embeds = language.embed(ids.to(trained.device))
+    written = write_behind(language, embeds, mask.to(trained.device), beams=1, min_length=1,
+                           max_length=10)
+    return [pieces.decode(hypotheses[0][0]) for hypotheses in written]
+
+
+def answer_all(trained: TrainedModel, dataset: Questions, given: str) -> list[float]:
+    """VQA accuracy of each answer, given the "true" caption, "no" caption or "another" scene's."""
+    world, scores = dataset.world, []
+    for rows in distributed.progress(shared_batches(len(dataset)), f"answers, {given} caption"):
+        shift = 1 if given == "another" else 0
+        captions = ["" if given == "no" else
+                    clean_caption(world.references((i + shift) % len(world), 1)[0]) for i in rows]
+        examples = [dataset.example(i) for i in rows]
+        answers = answer(trained, captions, [example.question for example in examples])
+        scores += [(i, vqa_accuracy(text, example.answers))
+                   for i, text, example in zip(rows, answers, examples)]
+    return [score for _, score in sorted(distributed.gather(scores))]
+
+
+def evaluate(trained: TrainedModel, dataset: Questions, settings: EvalSettings) -> Evaluation:
+    """accuracy of answers when the true caption is given, accuracy_by kind of question.
+
+    With baselines blind_accuracy without any caption, other_accuracy with another scene's.
+    """
+    trained.model.eval()
+    examples = [dataset.example(i) for i in range(len(dataset))]
+    numbers = by_kind("accuracy", answer_all(trained, dataset, "true"), examples)
+    if settings.baselines:
+        numbers |= by_kind("blind_accuracy", answer_all(trained, dataset, "no"),
+                           examples)
+        numbers["other_accuracy"] = mean(answer_all(trained, dataset, "another"))
+    return Evaluation(numbers | {"questions": len(dataset)}, [])
+
+
+TASK = Task(
+    "language-model", "a language model of the world's texts, for blip2-stage2", TextModel,
+    open_data, collate, evaluate, config=LanguageConfig, complete=complete,
+    sizes={"base": {}, "large": dict(width=2048, depth=24, heads=32, ffn=8192),
+           "tiny": dict(width=128, depth=4, heads=4, head_width=32, ffn=512, max_positions=256,
+                        tied=False, dropout=0.0)},
+    starts_from=(), start_is_needed=False, settings=dict(out="runs/language", max_tokens=40),
+    tiny=dict(TINY, batch_size=12, epochs=8, scenes=4000, lr=2e-3, vocab_pieces=4000),
+    highlights=(
+        (("accuracy", "% of questions are answered when the true caption is given", ""),),
+        (("blind_accuracy", "% without a caption", ""),),
+        (("other_accuracy", "% with the caption of another scene", ""),)))

@@ -1,0 +1,81 @@
+"""The tasks `blip2-stage1` and `blip2-retrieval`: image and text by way of the queries.
+
+They are judged as BLIP's pretraining is: retrieval by ITC and re-ranked by ITM, captions by the
+Q-Former's own text stream, in the world also swaps.
+"""
+
+from dataclasses import replace
+
+from blip2.config import Blip2Config
+from blip2.stage1 import Stage1
+from config import TrainConfig
+from data.text import Tokenizer
+from tasks import pretraining, retrieval
+from tasks.task import FINETUNE, TINY, Task, collate_pairs, open_pairs
+
+# What stage 1 and stage 2 are like with each preset. tiny: this project's pretrained ViT.
+SIZES = {
+    "base": {},  # EVA's ViT-g/14
+    "large": {},
+    "tiny": dict(vision="vit", queries=16, width=128, depth=4, heads=4, ffn=512, max_positions=64,
+                 dropout=0.0, init_std=0.0, embed_dim=64, label_smoothing=0.0),
+}
+# BLIP-2 sec. 3.4: AdamW (0.9, 0.98), cosine to 5e-5 (stage 2), warm-up of 2,000 steps.
+RECIPE = dict(schedule="cosine", lr=1e-4, beta2=0.98, warmup_steps=2000, batch_size=1680,
+              crop_min=0.5, max_words=50, max_tokens=32)
+
+
+def complete(config: Blip2Config, tokenizer: Tokenizer) -> Blip2Config:
+    """The configuration with what the tokenizer decides."""
+    return replace(config, **tokenizer_fields(tokenizer))
+
+
+def tokenizer_fields(tokenizer: Tokenizer) -> dict:
+    """The fields of Blip2Config that a tokenizer decides."""
+    fields = tokenizer.config()
+    del fields["enc_id"]  # the Q-Former has no [ENC]
+    return fields
+
+
+def vision_of(start: dict) -> dict:
+    """A start's model configuration -> fields of Blip2Config.
+
+    Of a BLIP: its ViT without the last block (BLIP-2 sec. 3.4). Of a BLIP-2: all.
+    """
+    if "queries" in start:
+        return start
+    return dict(vision="vit", image_size=start["image_size"], patch_size=start["patch_size"],
+                vit_width=start["vit_width"], vit_depth=start["vit_depth"] - 1,
+                vit_heads=start["vit_heads"], vit_ffn=4 * start["vit_width"])
+
+
+def trained_vision(start: dict) -> dict:
+    """As `vision_of`; the image encoder is trained (BLIP-2 sec. 4.2 to 4.4)."""
+    return vision_of(start) | dict(train_vision=True)
+
+
+def inputs(config: TrainConfig, tokenizer: Tokenizer, alpha: float) -> dict:
+    """Arguments of Stage1.forward beside the batch's tensors."""
+    return {"prompt_length": 1 + len(tokenizer.piece_ids(config.prompt))}
+
+
+TASKS = (
+    Task("blip2-stage1", "BLIP-2: queries learn to extract what a text needs", Stage1, open_pairs,
+         collate_pairs, pretraining.evaluate, inputs=inputs, config=Blip2Config, sizes=SIZES,
+         starts_from=("pretrain",), from_start=vision_of, complete=complete,
+         holds_splits=True, reranks=True,
+         settings=dict(RECIPE, out="runs/blip2-stage1", epochs=10),
+         tiny=dict(TINY, epochs=1, scenes=32000, lr=2e-3),
+         tiny_own=dict(min_steps=1000, crop_min=0.5), highlights=pretraining.TASK.highlights),
+    Task("blip2-retrieval", "BLIP-2: find images by text, finetuned", Stage1, open_pairs,
+         retrieval.collate, retrieval.evaluate, retrieval.score, inputs, config=Blip2Config,
+         sizes=SIZES, starts_from=("blip2-stage1",), from_start=trained_vision,
+         complete=complete, needs=("itc", "itm"), holds_splits=True, reranks=True,
+         settings=dict(FINETUNE, out="runs/blip2-retrieval", lr=1e-5, epochs=5, warmup_steps=1000,
+                       batch_size=224, max_tokens=35, eval_top_k=128),  # BLIP-2 Table 9
+         tiny=dict(TINY, epochs=2, scenes=6400, lr=5e-4), tiny_own=dict(min_steps=400),
+         model_settings=dict(image_size=364)),
+)
+BENCHMARKS = (
+    TASKS[1].benchmark("blip2-retrieval", "BLIP-2: recall by ITC and after ITM's re-ranking",
+                       needs=("itc", "itm"), flags=("top_k", "rerank_score")),)

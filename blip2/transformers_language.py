@@ -1,0 +1,142 @@
+"""Any causal or sequence-to-sequence language model of the transformers library, for stage 2.
+
+The library is optional: it is imported here and nowhere else, when --language-model names one of
+its models. What the two classes below offer is what blip2/language.py's own models offer.
+"""
+
+from types import SimpleNamespace
+
+import torch
+from torch import Tensor, nn
+
+from data.files import InputError
+
+
+def library():
+    """The transformers library. Raises InputError where it is not installed."""
+    try:
+        import transformers
+    except ImportError:
+        raise InputError("--language-model names a model of the transformers library, which is not "
+                         "installed: `pip install transformers`, or train a small language model "
+                         "with `python train.py language-model`")
+    return transformers
+
+
+def describe_library_model(name: str) -> dict:
+    """Stage2Config.language for a name or folder of the library. Raises InputError."""
+    try:
+        config = library().AutoConfig.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise InputError(f"--language-model {name} is neither a checkpoint (.pt) of `python "
+                         "train.py language-model` nor a model of the transformers library "
+                         f"({str(error).splitlines()[0]})")
+    return {"name": name, "kind": "encoder-decoder" if config.is_encoder_decoder else "decoder"}
+
+
+class LibraryTokenizer:
+    """The library's tokenizer of a model, as texts.LanguageTokenizer."""
+
+    def __init__(self, name: str):
+        """Raises InputError where the folder holds none."""
+        try:
+            self.tokenizer = library().AutoTokenizer.from_pretrained(name)
+        except (OSError, ValueError, TypeError) as error:
+            raise InputError(f"the language model {name} comes without a tokenizer "
+                             f"({str(error).splitlines()[0]}); put its tokenizer files into the "
+                             "folder")
+        t = self.tokenizer
+        opt_line = t("\n", add_special_tokens=False).input_ids
+        # OPT: </s> starts a text, and a line's end closes it (released code). T5: </s> closes it.
+        is_opt = t.bos_token_id is not None and len(opt_line) == 1
+        self.pad = t.pad_token_id if t.pad_token_id is not None else t.eos_token_id
+        self.bos = t.bos_token_id if t.bos_token_id is not None else self.pad
+        self.eos = opt_line[0] if is_opt else t.eos_token_id
+
+    def ids(self, text: str) -> list[int]:
+        """Text -> ids, without special tokens."""
+        return self.tokenizer(text, add_special_tokens=False).input_ids
+
+    def decode(self, ids: list[int]) -> str:
+        """Ids -> text, without special tokens."""
+        return self.tokenizer.decode(ids, skip_special_tokens=True).strip()
+
+
+class LibraryModel(nn.Module):
+    """A language model of the library, frozen, behind the methods of language.LanguageModel.
+
+    Where ours return states, it returns logits, and `logits` leaves them as they are.
+    """
+
+    def __init__(self, language: dict):
+        """language: of describe_library_model."""
+        super().__init__()
+        name, decoder = language["name"], language["kind"] == "decoder"
+        kind = library().AutoModelForCausalLM if decoder else library().AutoModelForSeq2SeqLM
+        try:
+            # Not a submodule: its weights stay in their own files, not in our checkpoints.
+            self.outside = [kind.from_pretrained(name).eval().requires_grad_(False)]
+        except (OSError, ValueError) as error:
+            raise InputError(f"the language model {name} cannot be read "
+                             f"({str(error).splitlines()[0]})")
+        tokenizer = LibraryTokenizer(name)
+        self.config = SimpleNamespace(kind=language["kind"], pad_id=tokenizer.pad,
+                                      bos_id=tokenizer.bos, eos_id=tokenizer.eos)
+        if not decoder:
+            self.config.pad_id = self.model.config.decoder_start_token_id
+
+    @property
+    def model(self) -> nn.Module:
+        """The library's model."""
+        return self.outside[0]
+
+    def _apply(self, function, recurse=True):
+        self.model._apply(function)  # .to(device) moves it too
+        return super()._apply(function, recurse)
+
+    @property
+    def width(self) -> int:
+        """Of a word's embedding."""
+        return self.model.get_input_embeddings().embedding_dim
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """ids (B, L) -> (B, L, D)."""
+        return self.model.get_input_embeddings()(ids)
+
+    def logits(self, states: Tensor) -> Tensor:
+        """They are logits already."""
+        return states
+
+    def select(self, past, rows: Tensor):
+        """The cache of rows[0], rows[1] ..., repeats allowed."""
+        past.reorder_cache(rows)
+        return past
+
+    # ---- a decoder ----
+
+    def forward(self, embeds: Tensor, mask: Tensor, past=None) -> tuple[Tensor, object]:
+        """embeds (B, L, D), mask (B, past + L) -> logits (B, L, V), the cache."""
+        out = self.model(inputs_embeds=embeds.to(self.model.dtype), attention_mask=mask.long(),
+                         past_key_values=past, use_cache=True)
+        return out.logits, out.past_key_values
+
+    # ---- an encoder-decoder ----
+
+    def encode(self, embeds: Tensor, mask: Tensor) -> Tensor:
+        """embeds (B, N, D), mask (B, N) -> states (B, N, D)."""
+        encoder = self.model.get_encoder()
+        return encoder(inputs_embeds=embeds.to(self.model.dtype),
+                       attention_mask=mask.long()).last_hidden_state
+
+    def project(self, states: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """What `decode` looks at: the library projects it itself."""
+        return states, mask
+
+    def decode(self, ids: Tensor, context: tuple[Tensor, Tensor],
+               past=None) -> tuple[Tensor, object]:
+        """ids (n*B, L), context of B inputs -> logits (n*B, L, V), the cache."""
+        copies = len(ids) // len(context[0])
+        states, mask = (value.repeat_interleave(copies, 0) for value in context)
+        out = self.model(encoder_outputs=(states,), attention_mask=mask.long(),
+                         decoder_input_ids=ids, past_key_values=past, use_cache=True)
+        return out.logits, out.past_key_values

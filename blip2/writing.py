@@ -1,0 +1,72 @@
+"""How a language model writes behind embeddings: soft tokens, a prompt, or both.
+
+    decoder            the embeddings are a prefix, which is run once an image
+    encoder-decoder    they are the encoder's input, which is encoded once an image
+"""
+
+import torch
+from torch import Tensor, nn
+
+from decoding import Hypothesis, write
+
+
+class PrefixStep:
+    """A decoder behind a prefix of embeddings as `step(tokens, rows) -> logits`.
+
+    The first call's tokens are a placeholder: the prefix is fed in their place, once an image.
+    """
+
+    def __init__(self, language: nn.Module, embeds: Tensor, mask: Tensor, images: Tensor):
+        """embeds (B, P, D), mask (B, P); images (R,): which prefix each row continues."""
+        self.language, self.embeds, self.mask, self.images = language, embeds, mask, images
+        self.past = None
+
+    def __call__(self, tokens: Tensor, rows: Tensor) -> Tensor:
+        """tokens (R, 1), rows (R,) of the previous call -> logits (R, V) for the next token."""
+        if self.past is None:
+            states, past = self.language(self.embeds, self.mask)
+            self.past = self.language.select(past, self.images)
+            self.mask = self.mask[self.images]
+            return self.language.logits(states[:, -1])[self.images]
+        self.past = self.language.select(self.past, rows)
+        self.mask = torch.cat([self.mask[rows], self.mask.new_ones(len(rows), 1)], 1)
+        states, self.past = self.language(self.language.embed(tokens), self.mask, self.past)
+        return self.language.logits(states[:, -1])
+
+
+class ContextStep:
+    """An encoder-decoder as `step(tokens, rows) -> logits`; the input is encoded once."""
+
+    def __init__(self, language: nn.Module, embeds: Tensor, mask: Tensor, images: Tensor):
+        """embeds (B, P, D), mask (B, P): the input; images (R,): which one each row reads."""
+        self.language, self.past, self.images = language, None, images
+        self.states, self.mask = language.encode(embeds, mask), mask
+        self.context = self.context_of = None  # the decoder's context, and which images it is of
+
+    def __call__(self, tokens: Tensor, rows: Tensor) -> Tensor:
+        """tokens (R, 1), rows (R,) of the previous call -> logits (R, V) for the next token."""
+        self.images = self.images[rows]  # rows of an image are neighbours
+        distinct, counts = self.images.unique_consecutive(return_counts=True)
+        equal = (counts == counts[0]).all()  # as many rows for each image: they share its context
+        images = distinct if equal else self.images
+        if self.context_of is None or not torch.equal(images, self.context_of):
+            self.context = self.language.project(self.states[images], self.mask[images])
+            self.context_of = images
+        if self.past is not None:
+            self.past = self.language.select(self.past, rows)
+        states, self.past = self.language.decode(tokens, self.context, self.past)
+        return self.language.logits(states[:, -1])
+
+
+@torch.no_grad()
+def write_behind(language: nn.Module, embeds: Tensor, mask: Tensor, method: str = "beam",
+                 num_return: int = 1, **options) -> list[list[Hypothesis]]:
+    """Texts behind embeddings (B, P, D), mask (B, P): for each `num_return` pairs (ids, score).
+
+    Options are those of decoding.write; lengths count one token more than what is written.
+    """
+    decoder = language.config.kind == "decoder"
+    step = PrefixStep if decoder else ContextStep
+    start = language.config.bos_id if decoder else language.config.pad_id
+    return write(lambda images: step(language, embeds, mask, images), len(embeds), [start],
+                 language.config.eos_id, embeds.device, method, num_return, **options)
