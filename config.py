@@ -134,7 +134,8 @@ class TrainConfig:
     data: str = setting("", 'json files, tar shards; "a.json,web/*.tar:0.2": a fifth of web an '
                             "epoch")
     val: str = setting("", "json of held-out pairs; a Karpathy file given as --data holds its own")
-    val_split: str = setting("val", "which split of a Karpathy file is held out: val or test",
+    val_split: str = setting("test", "of a Karpathy file: test or val judges the result; val alone "
+                                     "chooses the best epoch",
                              choices=("val", "test"))
     image_root: str = setting("", "folder that image paths start from; none: the folder of each "
                                   "source")

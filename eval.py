@@ -237,7 +237,7 @@ def command_line() -> argparse.ArgumentParser:
     p.add_argument("picture", nargs="+", help="picture or folder")
     p.add_argument("--captions", type=int, default=1, help="by beam search (default 1)")
     p.add_argument("--samples", type=int, default=3, help="by nucleus sampling (default 3)")
-    add_flags(p, Decoding, {})
+    add_flags(p, Decoding, {}, skip=("method",))
     p = add("ask", "an answer to a question about a picture", ask)
     p.add_argument("picture")
     p.add_argument("question")

@@ -58,7 +58,11 @@ class EpochBatches(Sampler):
 # ---- data ----------------------------------------------------------------------------------------
 
 def open_datasets(task: Task, config: TrainConfig, image_size: int) -> Datasets:
-    """The data sets of a run: the world without --data. One --val serves both purposes."""
+    """The data sets of a run: the world without --data.
+
+    A file given with --val both chooses the best epoch and judges it. A Karpathy file has a split
+    for each.
+    """
     c = config
     base = Source(c.data, c.image_root, "train", 0, image_size, c.seed,
                   index=Path(c.out).parent / "index")
@@ -74,10 +78,13 @@ def open_datasets(task: Task, config: TrainConfig, image_size: int) -> Datasets:
     if not files:
         return Datasets(train, None, None)
     held_out = task.open_data(replace(base, data=files, split=c.val_split, size=c.eval_size))
+    val = held_out
+    if files == c.data and c.val_split == "test" and task.score:  # chosen by one, judged by another
+        val = task.open_data(replace(base, data=files, split="val", size=c.eval_size))
     if task.reranks and c.eval_top_k > len(held_out):
         raise InputError(f"--eval-top-k {c.eval_top_k} is larger than the gallery of "
                          f"{len(held_out)} images in {files}; give a smaller one")
-    return Datasets(train, held_out, held_out)
+    return Datasets(train, val, held_out)
 
 
 def make_tokenizer(config: TrainConfig, train: Dataset) -> Tokenizer:

@@ -149,7 +149,7 @@ def test_official_nlvr2_and_images_of_different_sizes(tmp_path):
 def test_statements_are_cleaned_as_captions_and_cut_at_40_words_alone():
     tokenizer = Tokenizer.train(["two dogs one at 10 30"] * 3, 100)
     config = TrainConfig(**preset_settings("nlvr2", "base"))
-    collate = nlvr2.collate(tokenizer, config)
+    collate = nlvr2.collate(tokenizer, config, None)
     def words(sentence):
         example = NLVR2Example(("a", "b"), sentence, True, "x")
         item = {"image": torch.zeros(2, 3, 8, 8), "example": example, "index": 0, "broken": []}

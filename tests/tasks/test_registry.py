@@ -42,7 +42,7 @@ def open_data(source):
     return World(source.split, source.size, source.image_size, source.seed)
 
 
-def collate(tokenizer, config):
+def collate(tokenizer, config, model_config):
     """The number of things, from the caption."""
     def encode(items):
         texts = [item["example"].captions[0] for item in items]
@@ -53,7 +53,7 @@ def collate(tokenizer, config):
 def evaluate(trained, dataset, settings):
     """accuracy."""
     right = []
-    for batch in evaluation_batches(dataset, collate(None, None), trained.device, "counting"):
+    for batch in evaluation_batches(dataset, collate(None, None, None), trained.device, "counting"):
         with torch.no_grad():
             logits = trained.model.eval().head(trained.model.vit(batch["image"])[:, 0])
         right += (logits.argmax(1) == batch["number"]).tolist()

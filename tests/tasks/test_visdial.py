@@ -171,7 +171,7 @@ def test_a_training_batch_of_dialogs():
     tokenizer = Tokenizer.train(all_texts(), 400)
     data = Dialogs("train", 4)
     items = [data[i] for i in range(4)]
-    batch = visdial.collate(tokenizer, TrainConfig(max_tokens=60))(items)
+    batch = visdial.collate(tokenizer, TrainConfig(max_tokens=60), None)(items)
     assert batch["label"].tolist() == [1, 0, 0, 0] * 8 and len(batch["ids"]) == 32
     turns = []
     for row, (ids, mask) in enumerate(zip(batch["ids"], batch["mask"])):
