@@ -12,7 +12,7 @@ from tasks.task import TrainedModel
 
 
 def chat(trained: TrainedModel, image: Tensor, questions: list[str]) -> list[tuple[str, str]]:
-    """Questions about a picture (3, S, S) uint8 with answers, each in the light of those before.
+    """Questions about a picture (3, S, S) uint8, answered in the light of those before.
 
     (BLIP-2 sec. 4.1, Fig. 4.) Raises InputError where a dialog gets too long.
     """

@@ -126,30 +126,33 @@ def collate(tokenizer: Tokenizer, config: TrainConfig, model_config: LanguageCon
     def encode(items: list[dict]) -> dict:
         documents = [item["example"] for item in items]
         captions = [clean_caption(document.caption) for document in documents]
-        prompts, texts = [], []
-        for document, item in zip(documents, items):
-            prompt, text = CAPTION_PROMPT, clean_caption(document.other_words)
-            if kind == "encoder-decoder":
-                prompt, text = split_text(prompt, text, item["share"])
-            prompts.append(prompt)
-            texts.append(text)
-            for question, answer in document.questions:
-                prompts.append(question_prompt(kind, question))
-                texts.append(answer)
+        others = [clean_caption(document.other_words) for document in documents]
+        prompts = [question_prompt(kind, question) for document in documents
+                   for question, _ in document.questions]
+        texts = [answer for document in documents for _, answer in document.questions]
         batch = {"examples": documents, "index": [item["index"] for item in items], "broken": []}
-        if kind == "encoder-decoder":
-            each = len(prompts) // len(captions)
-            prompts = [f"{captions[i // each]} {prompt}" for i, prompt in enumerate(prompts)]
-        else:
-            rows = [encode_caption(pieces, caption) for caption in captions]
+        if kind == "decoder":
+            rows = [encode_captions(pieces, caption, other)
+                    for caption, other in zip(captions, others)]
             batch |= {"caption_ids": pad_rows(rows, pieces.pad), "caption_mask": mask_of(rows)}
+        else:
+            asked = len(prompts) // len(captions)
+            prompts = [f"{captions[i // asked]} {prompt}" for i, prompt in enumerate(prompts)]
+            for caption, other, item in zip(captions, others, items):
+                if other:
+                    prefix, suffix = split_text(CAPTION_PROMPT, other, item["share"])
+                    prompts.append(f"{caption} {prefix}")
+                    texts.append(suffix)
         return batch | encode_texts(pieces, kind, prompts, texts, config.max_tokens)
     return encode
 
 
-def encode_caption(pieces: WordPieces, caption: str) -> list[int]:
-    """The ids of a caption, with bos and eos; where there is none, nothing."""
-    return [pieces.bos, *pieces.ids(caption), pieces.eos] if caption else []
+def encode_captions(pieces: WordPieces, caption: str, other: str = "") -> list[int]:
+    """The ids of a caption, and of the same in other words behind the prompt; "" is left out."""
+    ids = [pieces.bos, *pieces.ids(caption), pieces.eos] if caption else []
+    if other:
+        ids += [pieces.bos, *pieces.ids(f"{CAPTION_PROMPT} {other}"), pieces.eos]
+    return ids
 
 
 def complete(config: LanguageConfig, tokenizer: Tokenizer) -> LanguageConfig:
@@ -165,7 +168,7 @@ def answer(trained: TrainedModel, captions: list[str], questions: list[str]) -> 
     prompts = [question_prompt(kind, question) for question in questions]
     if kind == "decoder":
         ids, mask = encode_prompts(pieces, kind, prompts)
-        rows = [encode_caption(pieces, caption) for caption in captions]
+        rows = [encode_captions(pieces, caption) for caption in captions]
         ids = torch.cat([pad_rows(rows, pieces.pad, True), ids], 1)
         mask = torch.cat([mask_of(rows, True), mask], 1)
     else:
@@ -178,7 +181,7 @@ def answer(trained: TrainedModel, captions: list[str], questions: list[str]) -> 
 
 
 def answer_all(trained: TrainedModel, dataset: Questions, given: str) -> list[float]:
-    """VQA accuracy of each answer, given the "true" caption, "no" caption or "another" scene's."""
+    """VQA accuracy of each answer, given the "true" caption, "no" one or "another" scene's."""
     world, scores = dataset.world, []
     for rows in distributed.progress(shared_batches(len(dataset)), f"answers, {given} caption"):
         shift = 1 if given == "another" else 0

@@ -75,7 +75,7 @@ def complete(config: Stage2Config, tokenizer: Tokenizer) -> Stage2Config:
 
 
 def initialise(model: Stage2, config: Stage2Config) -> None:
-    """Copy the language model's weights; of a model that reads questions also the text stream's.
+    """Copy the language model's weights; where questions are read also the text stream's.
 
     Raises InputError.
     """

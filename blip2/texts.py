@@ -36,7 +36,7 @@ class LanguageTokenizer(Protocol):
 
 
 class WordPieces:
-    """data.text.Tokenizer in the part of a language model's tokenizer: [CLS] is bos, [SEP] eos."""
+    """data.text.Tokenizer as a language model's: [CLS] is bos, [SEP] eos."""
 
     def __init__(self, vocab: tuple[str, ...]):
         self.tokenizer = Tokenizer(list(vocab), "the language model's vocabulary")

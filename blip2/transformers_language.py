@@ -6,7 +6,6 @@ its models. What the two classes below offer is what blip2/language.py's own mod
 
 from types import SimpleNamespace
 
-import torch
 from torch import Tensor, nn
 
 from data.files import InputError

@@ -61,9 +61,10 @@ class ContextStep:
 @torch.no_grad()
 def write_behind(language: nn.Module, embeds: Tensor, mask: Tensor, method: str = "beam",
                  num_return: int = 1, **options) -> list[list[Hypothesis]]:
-    """Texts behind embeddings (B, P, D), mask (B, P): for each `num_return` pairs (ids, score).
+    """For each row of embeddings `num_return` texts behind it: pairs (ids, score).
 
-    Options are those of decoding.write; lengths count one token more than what is written.
+    embeds (B, P, D), mask (B, P). Options are those of decoding.write; lengths count one token more
+    than what is written.
     """
     decoder = language.config.kind == "decoder"
     step = PrefixStep if decoder else ContextStep

@@ -94,4 +94,5 @@ def test_every_task_says_what_it_is():
         assert task.name == name and task.about and task.settings | task.tiny
         assert set(task.needs) <= {"itc", "itm", "lm"}
     assert set(registry.BENCHMARKS) == {"retrieval", "caption", "nocaps", "vqa", "nlvr2", "visdial",
-                                        "video-retrieval", "video-qa"}
+                                        "video-retrieval", "video-qa", "blip2-retrieval",
+                                        "blip2-caption", "blip2-vqa"}
