@@ -25,9 +25,10 @@ def chat(trained: TrainedModel, image: Tensor, questions: list[str]) -> list[tup
 
 @torch.no_grad()
 def query_attention(trained: TrainedModel, image: Tensor) -> tuple[list[str], Tensor]:
-    """Where each query looks in a picture (3, S, S) uint8: names (Q), maps (Q, S, S) in [0, 1].
+    """Where each query looks in a picture: names (Q), maps (Q, S, S) in [0, 1].
 
-    The cross-attention of the last layer that has one, averaged over heads; [CLS] is left out. Each
+    image (3, S, S) uint8. The cross-attention of the last layer that has one, averaged over
+    heads; [CLS] is left out. Each
     map is stretched to its own largest value.
     """
     model: FrozenVision = trained.model.eval()

@@ -38,6 +38,8 @@ class LanguageConfig:
     head_width: int = setting(64, "of a head", least=1)
     ffn: int = setting(3072, "of the feed-forward layers", least=1)
     max_positions: int = setting(2048, "of a decoder", least=4)
+    near_heads: int = setting(0, "of a decoder: so many heads weigh a token down by its distance "
+                                 "(ALiBi, Press et al. 2022); OPT has none", least=0)
     buckets: int = setting(32, "of relative positions, of an encoder-decoder", least=4)
     farthest: int = setting(128, "distance with a bucket of its own, of an encoder-decoder",
                             least=4)
@@ -132,11 +134,25 @@ class DecoderLM(LanguageModel):
         # A row that may look at nothing (padding in front) looks at itself: nobody reads it.
         diagonal = torch.eye(mask.shape[1], device=x.device, dtype=torch.bool)[-length:]
         allowed = (causal & mask[:, None, None].bool()) | diagonal
+        if self.config.near_heads:
+            allowed = self.near_bias(mask, length).masked_fill(~allowed, float("-inf"))
         cache = []
         for i, layer in enumerate(self.layers):
             x, present = layer(x, allowed, past[i] if past else None)
             cache.append(present)
         return self.norm(x), cache
+
+    def near_bias(self, mask: Tensor, length: int) -> Tensor:
+        """Added to the scores of the last `length` tokens: minus distance times a head's slope.
+
+        mask (B, T); slopes 1/2, 1/4 ... of the first heads, 0 of the rest -> (B, H, length, T).
+        """
+        place = mask.long().cumsum(1).float()
+        distance = place[:, -length:, None] - place[:, None, :]
+        slopes = torch.zeros(self.config.heads, device=mask.device)
+        near = torch.arange(self.config.near_heads, device=mask.device)
+        slopes[:self.config.near_heads] = 0.5 ** (near + 1)
+        return -slopes[:, None, None] * distance[:, None]
 
     def logits(self, states: Tensor) -> Tensor:
         """States (..., D) -> next-token logits (..., V)."""

@@ -116,7 +116,7 @@ def encode_texts(tokenizer: LanguageTokenizer, kind: str, prompts: list[str], te
 
 
 def split_text(prompt: str, text: str, share: float) -> tuple[str, str]:
-    """For an encoder-decoder: the prefix that its encoder reads, the suffix that it has to write.
+    """For an encoder-decoder: the prefix that it reads, the suffix that it has to write.
 
     (BLIP-2 sec. 3.2, Fig. 3.) share in [0, 1) says where: uniform between the first word and the
     middle; with a prompt also in front of the first word.
