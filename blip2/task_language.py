@@ -28,7 +28,7 @@ from blip2.writing import write_behind
 from config import TrainConfig
 from data.files import InputError
 from data.text import Tokenizer, clean_caption
-from losses import lm_loss
+from losses import lm_loss, next_token_targets
 from reports.metrics import mean, vqa_accuracy
 from tasks.task import (
     TINY,
@@ -82,13 +82,15 @@ class TextModel(Trainable):
         initialise_language(self.language)
 
     def forward(self, ids: Tensor, mask: Tensor, targets: Tensor,
-                caption_ids: Tensor | None = None,
-                caption_mask: Tensor | None = None) -> tuple[dict[str, Tensor], dict]:
+                caption_ids: Tensor | None = None, caption_mask: Tensor | None = None,
+                other_ids: Tensor | None = None,
+                other_mask: Tensor | None = None) -> tuple[dict[str, Tensor], dict]:
         """{"lm": loss on what follows a caption}, of a decoder also {"caption": that on captions}.
 
-        Decoder: caption_ids, caption_mask (B, P); ids, mask, targets (n*B, L): what follows them, n
-        texts behind each, which do not see one another. The captions are run once. Encoder-decoder:
-        ids, mask are read (a caption and a prompt), targets written.
+        Encoder-decoder: ids, mask (B, L) are read (a caption and a prompt), targets written.
+        Decoder: caption_ids (B, P) and the same in other words, other_ids (B, M); ids, mask,
+        targets (n*B, L): n questions with answers about each caption, which see the caption and not
+        one another. The captions are run once.
         """
         language = self.language
         if caption_ids is None:
@@ -97,15 +99,22 @@ class TextModel(Trainable):
             written = torch.cat([torch.full_like(targets[:, :1], pad), targets[:, :-1]], 1)
             states, _ = language.decode(written.masked_fill(written < 0, pad), context)
             return {"lm": lm_loss(language.logits(states), targets, 0.0)}, {}
-        states, cache = language(language.embed(caption_ids), caption_mask)
-        next_ids = caption_ids[:, 1:].masked_fill(~caption_mask[:, 1:].bool(), -100)
-        losses = {"caption": CAPTION_WEIGHT * lm_loss(language.logits(states[:, :-1]), next_ids,
-                                                      0.0)}
+        length = caption_ids.shape[1]
+        said = torch.cat([caption_ids, other_ids], 1)
+        said_mask = torch.cat([caption_mask, other_mask], 1)
+        states, cache = language(language.embed(said), said_mask)
+        said_logits = language.logits(states[:, :-1])
+        said_targets = next_token_targets(said, said_mask)
+        captions = lm_loss(said_logits[:, :length - 1], said_targets[:, :length - 1], 0.0)
+        cache = [(k[:, :, :length], v[:, :, :length]) for k, v in cache]  # of the captions alone
         rows = torch.arange(len(ids), device=ids.device) // (len(ids) // len(caption_ids))
-        whole_mask = torch.cat([caption_mask[rows], mask], 1)
-        states, _ = language(language.embed(ids), whole_mask, language.select(cache, rows))
-        losses["lm"] = lm_loss(language.logits(states[:, :-1]), targets[:, 1:], 0.0)
-        return losses, {}
+        states, _ = language(language.embed(ids), torch.cat([caption_mask[rows], mask], 1),
+                             language.select(cache, rows))
+        logits = torch.cat([said_logits[:, length:].flatten(0, 1),
+                            language.logits(states[:, :-1]).flatten(0, 1)])
+        answers = torch.cat([said_targets[:, length:].flatten(), targets[:, 1:].flatten()])
+        return {"lm": lm_loss(logits[None], answers[None], 0.0),
+                "caption": CAPTION_WEIGHT * captions}, {}
 
 
 def open_data(source: Source) -> Dataset:
@@ -132,27 +141,25 @@ def collate(tokenizer: Tokenizer, config: TrainConfig, model_config: LanguageCon
         texts = [answer for document in documents for _, answer in document.questions]
         batch = {"examples": documents, "index": [item["index"] for item in items], "broken": []}
         if kind == "decoder":
-            rows = [encode_captions(pieces, caption, other)
-                    for caption, other in zip(captions, others)]
-            batch |= {"caption_ids": pad_rows(rows, pieces.pad), "caption_mask": mask_of(rows)}
+            rows = [encode_caption(pieces, caption) for caption in captions]
+            other_rows = [encode_caption(pieces, f"{CAPTION_PROMPT} {other}") for other in others]
+            batch |= {"caption_ids": pad_rows(rows, pieces.pad), "caption_mask": mask_of(rows),
+                      "other_ids": pad_rows(other_rows, pieces.pad),
+                      "other_mask": mask_of(other_rows)}
         else:
             asked = len(prompts) // len(captions)
             prompts = [f"{captions[i // asked]} {prompt}" for i, prompt in enumerate(prompts)]
             for caption, other, item in zip(captions, others, items):
-                if other:
-                    prefix, suffix = split_text(CAPTION_PROMPT, other, item["share"])
-                    prompts.append(f"{caption} {prefix}")
-                    texts.append(suffix)
+                prefix, suffix = split_text(CAPTION_PROMPT, other, item["share"])
+                prompts.append(f"{caption} {prefix}")
+                texts.append(suffix)
         return batch | encode_texts(pieces, kind, prompts, texts, config.max_tokens)
     return encode
 
 
-def encode_captions(pieces: WordPieces, caption: str, other: str = "") -> list[int]:
-    """The ids of a caption, and of the same in other words behind the prompt; "" is left out."""
-    ids = [pieces.bos, *pieces.ids(caption), pieces.eos] if caption else []
-    if other:
-        ids += [pieces.bos, *pieces.ids(f"{CAPTION_PROMPT} {other}"), pieces.eos]
-    return ids
+def encode_caption(pieces: WordPieces, caption: str) -> list[int]:
+    """The ids of a caption, with bos and eos; where there is none, nothing."""
+    return [pieces.bos, *pieces.ids(caption), pieces.eos] if caption else []
 
 
 def complete(config: LanguageConfig, tokenizer: Tokenizer) -> LanguageConfig:
@@ -168,7 +175,7 @@ def answer(trained: TrainedModel, captions: list[str], questions: list[str]) -> 
     prompts = [question_prompt(kind, question) for question in questions]
     if kind == "decoder":
         ids, mask = encode_prompts(pieces, kind, prompts)
-        rows = [encode_captions(pieces, caption) for caption in captions]
+        rows = [encode_caption(pieces, caption) for caption in captions]
         ids = torch.cat([pad_rows(rows, pieces.pad, True), ids], 1)
         mask = torch.cat([mask_of(rows, True), mask], 1)
     else:
@@ -213,8 +220,8 @@ TASK = Task(
     "language-model", "a language model of the world's texts, for blip2-stage2", TextModel,
     open_data, collate, evaluate, config=LanguageConfig, complete=complete,
     sizes={"base": {}, "large": dict(width=2048, depth=24, heads=32, ffn=8192),
-           "tiny": dict(width=128, depth=4, heads=4, head_width=32, ffn=512, max_positions=256,
-                        tied=False, dropout=0.0)},
+           "tiny": dict(width=128, depth=4, heads=8, head_width=16, ffn=512, near_heads=4,
+                        max_positions=256, tied=False, dropout=0.0)},
     starts_from=(), start_is_needed=False, settings=dict(out="runs/language", max_tokens=40),
     tiny=dict(TINY, batch_size=12, epochs=8, scenes=4000, lr=2e-3, vocab_pieces=4000),
     highlights=(

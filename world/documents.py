@@ -17,12 +17,11 @@ QUESTIONS = 8  # in a document
 # How often each of KINDS is asked: what is easy to learn less often.
 KIND_WEIGHTS = {"background": 0.3, "yes/no": 2.0, "where": 1.5}
 WITHOUT_CAPTION = 0.03  # share of documents that are questions alone
-IN_OTHER_WORDS = 0.3  # share of documents that say it twice
 
 
 @dataclass(frozen=True)
 class Document:
-    """A caption, the same scene in other words, pairs (question, answer); a text may be ""."""
+    """A caption ("" in some), the same scene in other words, pairs (question, answer)."""
 
     caption: str
     other_words: str
@@ -69,7 +68,7 @@ class Documents(Dataset):
         scene = self.scene(index)
         rng = random.Random(f"words {self.seed} {self.split} {index}")
         caption = "" if rng.random() < WITHOUT_CAPTION else describe(scene, rng)
-        other_words = describe(scene, rng) if rng.random() < IN_OTHER_WORDS else ""
+        other_words = describe(scene, rng)
         weights = [KIND_WEIGHTS.get(kind, 1.0) for kind in KINDS]
         asked = [ask(scene, rng, kind) for kind in rng.choices(KINDS, weights, k=QUESTIONS)]
         questions = tuple((question.text, question.answers[0]) for question in asked)
