@@ -1,0 +1,1 @@
+"""Graded exercises: parts of BLIP that a student writes, predicts or mends; start at README.md."""

@@ -1,0 +1,9 @@
+"""8. Enough hypotheses, and nothing that runs can beat the worst."""
+
+
+def done(beams, best_running: float) -> bool:
+    """beams: size and hypotheses of one image."""
+    if len(beams.hypotheses) < beams.size:
+        return False
+    worst = beams.hypotheses[-1][1]
+    return worst >= best_running

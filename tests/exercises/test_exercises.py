@@ -1,0 +1,198 @@
+"""Every solution passes, every hole fails, and a typical mistake gets a helpful sentence."""
+
+import math
+import types
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from exercises import check
+from exercises.check import COURSE, grade, load
+from exercises.grading import compare_values
+
+NUMBERS = range(1, len(COURSE) + 1)
+
+
+@pytest.mark.parametrize("exercise", COURSE, ids=lambda e: e.file)
+def test_the_solution_passes(exercise):
+    grader = grade(exercise, load(exercise, solution=True))
+    assert grader.passed(), [str(line) for line in grader.lines]
+
+
+@pytest.mark.parametrize("exercise", COURSE, ids=lambda e: e.file)
+def test_the_file_as_a_student_gets_it_fails(exercise):
+    """A hole in every line; a hunt has a bug in every function."""
+    grader = grade(exercise, load(exercise, solution=False))
+    assert grader.lines and not any(line.passed for line in grader.lines)
+
+
+@pytest.mark.parametrize("exercise", COURSE, ids=lambda e: e.file)
+def test_the_file_explains_and_hints(exercise):
+    module = load(exercise, solution=False)
+    number = COURSE.index(exercise) + 1
+    assert module.__doc__.startswith(f"{number}. ") and exercise.file.startswith(f"e{number:02}_")
+    assert "sec. " in module.__doc__ and module.HINT
+    text = (check.ROOT / "exercises" / "README.md").read_text()
+    assert f"[{exercise.file[4:]}]({exercise.file}.py)" in text
+
+
+# ---- typical mistakes ----
+
+def targets_of_themselves(ids, mask, prompt_length=0):
+    return ids[:, :-1].masked_fill(mask[:, :-1] == 0, -100)
+
+
+def padding_is_learnt(ids, mask, prompt_length=0):
+    return ids[:, 1:]
+
+
+def targets_without_temperature(image_feat, text_feat, image_keys, text_keys, temp, alpha,
+                                positives=None):
+    truth, B = torch.eye(len(image_feat), len(image_keys)), len(image_feat)
+    i2t = alpha * (image_keys[:B] @ text_keys.T).softmax(1) + (1 - alpha) * truth
+    t2i = alpha * (text_keys[:B] @ image_keys.T).softmax(1) + (1 - alpha) * truth
+    return (F.cross_entropy(image_feat @ text_keys.T / temp, i2t)
+            + F.cross_entropy(text_feat @ image_keys.T / temp, t2i)) / 2
+
+
+def positives_at_zero_similarity(sim, positives, floor, draw):
+    return draw(sim.masked_fill(positives, 0).softmax(1) + floor)
+
+
+def mask_without_padding(mask, causal):
+    ones = torch.ones(len(mask), 1, mask.shape[1], mask.shape[1])
+    return ones.tril().bool() if causal else ones.bool()
+
+
+def swapped_momentum(online, twins, momentum):
+    for parameter, twin in zip(online, twins):
+        twin.copy_((1 - momentum) * twin + momentum * parameter)
+
+
+def new_name_instead_of_in_place(online, twins, momentum):
+    for parameter, twin in zip(online, twins):
+        twin = momentum * twin + (1 - momentum) * parameter
+
+
+def pointer_that_does_not_wrap(queue, pointer, features):
+    queue[(pointer + torch.arange(len(features))) % len(queue)] = features
+    return pointer + len(features)
+
+
+def crossing_token_is_lost(logits, top_p):
+    ordered, order = logits.sort(-1, descending=True)
+    dropped = ordered.softmax(-1).cumsum(-1) > top_p
+    return logits.masked_fill(dropped.scatter(-1, order, dropped), -math.inf)
+
+
+def one_hypothesis_is_enough(beams, best_running):
+    return bool(beams.hypotheses) and beams.hypotheses[-1][1] >= best_running
+
+
+def the_best_is_compared(beams, best_running):
+    return len(beams.hypotheses) == beams.size and beams.hypotheses[0][1] >= best_running
+
+
+def web_texts_stay(texts, logits, threshold=0.5):
+    matched = logits.softmax(-1)[:, 1]
+    return [text["caption"] for text, p in zip(texts, matched)
+            if text["source"] != "synthetic" or p >= threshold]
+
+
+def queries_see_the_text(kind, text_mask, queries):
+    size = queries + text_mask.shape[1]
+    return torch.ones(len(text_mask), 1, size, size).bool()
+
+
+MISTAKES = [
+    (1, targets_of_themselves, "predicts itself"), (1, padding_is_learnt, "Padding is learnt"),
+    (2, targets_without_temperature, "Divide by temp in the targets"),
+    (3, positives_at_zero_similarity, "weight to 0 after the softmax"),
+    (4, mask_without_padding, "Padding is seen"),
+    (5, swapped_momentum, "swapped"), (5, new_name_instead_of_in_place, "did not move"),
+    (6, pointer_that_does_not_wrap, "pointer must wrap"),
+    (7, crossing_token_is_lost, "crosses p belongs"),
+    (8, one_hypothesis_is_enough, "two are wanted"), (8, the_best_is_compared, "worst hypothesis"),
+    (9, web_texts_stay, "judges the web texts too"),
+    (10, queries_see_the_text, "must not see the text"),
+]
+
+
+@pytest.mark.parametrize("number,wrong,sentence", MISTAKES, ids=lambda value: str(value)[:30])
+def test_a_typical_mistake_gets_a_helpful_sentence(number, wrong, sentence):
+    name = function_name(number)
+    grader = grade(COURSE[number - 1], types.SimpleNamespace(**{name: wrong}))
+    assert not grader.passed()
+    assert any(sentence in line.text for line in grader.lines if not line.passed)
+
+
+def function_name(number: int) -> str:
+    """The name of the one function in an exercise."""
+    module = load(COURSE[number - 1], solution=True)
+    names = [name for name, value in vars(module).items()
+             if isinstance(value, types.FunctionType) and value.__module__ == module.__name__]
+    return names[0]
+
+
+def test_each_bug_of_a_hunt_is_named():
+    for number in (13, 14):
+        for line in grade(COURSE[number - 1], load(COURSE[number - 1], False)).lines:
+            assert "expected" in line.text and ". " in line.text  # the sentence behind the values
+
+
+def test_a_wrong_prediction_shows_what_was_measured():
+    module = types.SimpleNamespace(__name__="exercises.e11_predict_losses",
+                                   PREDICTIONS={"a": 5, "b": 90, "c": ..., "d": "worse"})
+    lines = grade(COURSE[10], module).lines
+    assert [line.passed for line in lines] == [True, False, False, True]
+    assert "you predicted 90, measured was 50.0" in lines[1].text
+    assert "not predicted yet" in lines[2].text
+
+
+# ---- the command ----
+
+def test_nothing_that_a_student_writes_gives_a_traceback(monkeypatch, capsys):
+    def raises(ids, mask, prompt_length=0):
+        return ids[:, 1:] + mask
+    answers = [raises, lambda ids, mask, prompt_length=0: None, lambda: 0,
+               lambda ids, mask, prompt_length=0: ids[:, 2:], "no function"]
+    words = ["code raised RuntimeError", "returned None", "TypeError", "got shape", "TypeError"]
+    for answer, word in zip(answers, words):
+        module = types.SimpleNamespace(next_token_targets=answer, HINT="a hint")
+        monkeypatch.setattr(check, "load", lambda *_, module=module: module)
+        assert check.main(["1", "--hint"]) == 1
+        printed = capsys.readouterr().out
+        assert word in printed and "a hint" in printed and "0 of 1" in printed
+    def broken(*_):
+        raise SyntaxError("invalid syntax")
+    monkeypatch.setattr(check, "load", broken)
+    assert check.main(["1"]) == 1
+    assert "the file cannot be read: your code raised SyntaxError" in capsys.readouterr().out
+
+
+def test_all_at_once(capsys):
+    assert check.main(["all", "--solution", "--quick"]) == 0
+    assert "14 of 14 exercises passed" in capsys.readouterr().out
+    assert check.main(["all", "--quick"]) == 1
+    assert "0 of 14 exercises passed" in capsys.readouterr().out
+
+
+def test_the_projects_tests_run_with_the_students_function(capfd):
+    assert not check.run_own_tests(2, solution=False)
+    assert "WRONG   the project's test_itc_two_by_two_by_hand: NotImplementedError" in (
+        capfd.readouterr().out)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [n for n in NUMBERS if COURSE[n - 1].replaces])
+def test_the_projects_tests_pass_with_the_solution(number, capfd):
+    assert check.run_own_tests(number, solution=True)
+    assert "passed  the project's test_" in capfd.readouterr().out
+
+
+def test_values_are_compared_in_words():
+    assert compare_values(torch.tensor(0.5), 0.5) == ""
+    assert compare_values((1, 2), (1, 2)) == "" and compare_values(1.0, 2.0)
+    assert "expected 2 values" in compare_values(3, (1, 2))
+    assert "a tensor (100,)" in compare_values(torch.zeros(100), torch.ones(100))
