@@ -27,7 +27,7 @@ def negative_weights(sim: Tensor, positives: Tensor, floor: float) -> Tensor:
 
 
 def caption_loss(logits: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
-    """The next-token loss without label smoothing: logits (B, L, V), ids, mask (B, L) -> scalar."""
+    """The next-token loss, not smoothed: logits (B, L, V), ids, mask (B, L) -> scalar."""
     predictions, targets = logits[:, :-1], ids[:, 1:]
     targets = targets.masked_fill(mask[:, :-1] == 0, -100)
     return F.cross_entropy(predictions.flatten(0, 1), targets.flatten(), ignore_index=-100)

@@ -50,6 +50,10 @@ class Grader:
         """
         try:
             value = call()
+        except NotImplementedError:  # the hole: said once, not for each check
+            if not self.lines:
+                self.add(False, "not written yet; replace the TODO and the last line by your code")
+            return
         except Exception as error:  # whatever a student's code may raise
             self.add(False, f"{what}: {in_words(error)}")
             return
@@ -102,8 +106,6 @@ def show(value: object) -> str:
 
 def in_words(error: Exception) -> str:
     """An exception of the student's code, with the line where it happened."""
-    if isinstance(error, NotImplementedError):
-        return "not written yet; replace the TODO and the line below it by your code"
     where = ""
     for frame in traceback.extract_tb(error.__traceback__):
         if "exercises" in frame.filename and "grading.py" not in frame.filename:

@@ -12,6 +12,21 @@ from exercises.check import COURSE, grade, load
 from exercises.grading import compare_values
 
 NUMBERS = range(1, len(COURSE) + 1)
+BUGS = {"e13_hunt_in_losses": ["text_keys.T).softmax(1)", "sim.masked_fill(positives, 0)",
+                               "mask[:, :-1] == 0"],
+        "e14_hunt_in_the_model": ["(1 - momentum) * twin", "torch.arange(texts) % images",
+                                  "torch.arange(new)", "logits.sigmoid()[:, 1]"]}
+
+
+def skip_if_answered(exercises) -> None:
+    """A student who fills in a hole must not break the project's tests."""
+    for exercise in exercises:
+        text = (check.ROOT / "exercises" / f"{exercise.file}.py").read_text()
+        holes = BUGS.get(exercise.file)
+        if exercise.check is check.checks.check_predictions:
+            holes = [f'"{letter}": ...' for letter in "abcd"]
+        if not all(hole in text for hole in holes or ["    raise NotImplementedError"]):
+            pytest.skip(f"{exercise.file} has been answered")
 
 
 @pytest.mark.parametrize("exercise", COURSE, ids=lambda e: e.file)
@@ -22,7 +37,8 @@ def test_the_solution_passes(exercise):
 
 @pytest.mark.parametrize("exercise", COURSE, ids=lambda e: e.file)
 def test_the_file_as_a_student_gets_it_fails(exercise):
-    """A hole in every line; a hunt has a bug in every function."""
+    """Each check fails; a hunt has a bug in every function."""
+    skip_if_answered([exercise])
     grader = grade(exercise, load(exercise, solution=False))
     assert grader.lines and not any(line.passed for line in grader.lines)
 
@@ -136,6 +152,7 @@ def function_name(number: int) -> str:
 
 
 def test_each_bug_of_a_hunt_is_named():
+    skip_if_answered(COURSE[12:])
     for number in (13, 14):
         for line in grade(COURSE[number - 1], load(COURSE[number - 1], False)).lines:
             assert "expected" in line.text and ". " in line.text  # the sentence behind the values
@@ -174,11 +191,13 @@ def test_nothing_that_a_student_writes_gives_a_traceback(monkeypatch, capsys):
 def test_all_at_once(capsys):
     assert check.main(["all", "--solution", "--quick"]) == 0
     assert "14 of 14 exercises passed" in capsys.readouterr().out
+    skip_if_answered(COURSE)
     assert check.main(["all", "--quick"]) == 1
     assert "0 of 14 exercises passed" in capsys.readouterr().out
 
 
 def test_the_projects_tests_run_with_the_students_function(capfd):
+    skip_if_answered([COURSE[1]])
     assert not check.run_own_tests(2, solution=False)
     assert "WRONG   the project's test_itc_two_by_two_by_hand: NotImplementedError" in (
         capfd.readouterr().out)
