@@ -1,5 +1,6 @@
 """What the README and docs/ say: links lead somewhere, commands are understood, names exist."""
 
+import ast
 import re
 import shlex
 from pathlib import Path
@@ -14,7 +15,7 @@ from training.settings import parse
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")),
-         *sorted((ROOT / "results").glob("*.md"))]
+         *sorted((ROOT / "results").glob("*.md")), ROOT / "exercises" / "README.md"]
 
 
 def commands(page: Path) -> list[str]:
@@ -78,3 +79,34 @@ def test_every_task_and_benchmark_is_documented():
     text = (ROOT / "docs" / "tasks.md").read_text() + (ROOT / "README.md").read_text()
     for name in [*TASKS, *BENCHMARKS]:
         assert f"train.py {name} " in text or f"eval.py {name}`" in text or name == "pretrain", name
+
+
+def count_lines(path: Path, names: list[str]) -> int:
+    """Lines of these functions, classes and methods ("BLIP.forward"); no names: of the file."""
+    text = path.read_text()
+    if not names:
+        return len(text.splitlines())
+    total = 0
+    for name in names:
+        node = ast.parse(text)
+        for part in name.split("."):
+            node = next(child for child in node.body if getattr(child, "name", "") == part)
+        total += node.end_lineno - node.lineno + 1
+    return total
+
+
+def test_the_reading_order_counts_its_lines():
+    page = ROOT / "docs" / "reading.md"
+    row = r"^\| \d+ \| \[([\w/.]+)\]\(\S+\)(.*?) \| (\d+) \| (\d+) \|"
+    rows = re.findall(row, page.read_text(), re.M)
+    assert len(rows) == 15 and len(page.read_text().splitlines()) <= 130
+    for file, names, stated, _ in rows:
+        lines = count_lines(ROOT / file, re.findall(r"`([\w.]+)`", names))
+        assert abs(int(stated) - lines) <= max(4, 0.1 * lines), (file, names, stated, lines)
+    assert 330 <= sum(int(minutes) for *_, minutes in rows) <= 390  # "about six hours"
+
+
+def test_every_step_of_the_reading_order_has_questions_and_answers():
+    _, questions, *_, answers = (ROOT / "docs" / "reading.md").read_text().split("\n## ")
+    for part in (questions, answers):
+        assert len(re.findall(r"^\d+\. a\) .+ b\) ", part, re.M)) == 15
