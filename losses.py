@@ -55,8 +55,7 @@ def mine_hard_negatives(sim: Tensor, positives: Tensor, floor: float, mask_posit
                         draw: Callable[[Tensor], Tensor] = draw_one) -> tuple[Tensor, Tensor]:
     """Draw for each row one column that is no positive, with probability by similarity.
 
-    ALBEF sec. 3.2. sim (B, C), divided by the temperature, positives (B, C) -> index (B,), valid
-    (B,).
+    sim (B, C), divided by the temperature, positives (B, C) -> index, valid (B,). ALBEF sec. 3.2.
 
         weight = softmax(sim) + floor, 0 where positive
 
@@ -79,8 +78,9 @@ def mine_hard_negatives(sim: Tensor, positives: Tensor, floor: float, mask_posit
 def itm_loss(logits: Tensor, matched: Tensor, valid: Tensor) -> Tensor:
     """Image-text matching: two-class cross-entropy over the valid pairs (BLIP sec. 3.2).
 
-    logits (P, 2), matched (P,) 0 or 1, valid (P,) -> scalar, in nats. With one matched pair to two
-    hard negatives, chance is H(1/3) = 0.6365: a run whose ITM stands there has learnt nothing yet.
+    logits (P, 2), matched (P,) 0 or 1, valid (P,) -> scalar, in nats: mean of - log p[matched],
+    p = softmax(logits) (ALBEF eq. 4). With one matched pair to two hard negatives, chance is
+    H(1/3) = 0.6365: a run whose ITM stands there has learnt nothing yet.
     """
     loss = F.cross_entropy(logits, matched, reduction="none")
     return (loss * valid).sum() / valid.sum()
@@ -90,8 +90,8 @@ def lm_loss(logits: Tensor, targets: Tensor, label_smoothing: float) -> Tensor:
     """Language modelling: mean over real tokens of the cross-entropy, in nats (BLIP sec. 3.2).
 
     logits (B, L, V), targets (B, L) = the NEXT token of each position, -100 where there is none
-    -> scalar. Label smoothing e puts (1 - e) on the target and e / V on every token, which is a
-    floor under the loss: 1.358 nats at e = 0.1, V = 30,524.
+    -> scalar: - sum over V of y * log softmax(logits), y = (1 - e) * one-hot + e / V with label
+    smoothing e. This y has entropy, a floor under the loss: 1.358 nats at e = 0.1, V = 30,524.
     """
     return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100,
                            label_smoothing=label_smoothing)
