@@ -39,10 +39,10 @@ def test_clips_in_every_form_are_the_same_frames(tmp_path):
     frames[0].save(tmp_path / "moving.webp", save_all=True, append_images=frames[1:],
                    lossless=True)
     frames[0].save(tmp_path / "gif.gif", save_all=True, append_images=frames[1:])
-    expected = load_clip(tmp_path / "folder", 3, 8)
+    expected = load_clip(tmp_path, "folder", 3, 8)
     assert expected.shape == (3, 3, 8, 8) and expected[:, 0, 0, 0].tolist() == [0, 60, 180]
     for name in ("array", "array.npy", "other.npy", "moving.webp", "moving", "gif.gif"):
-        clip = load_clip(tmp_path / name, 3, 8)
+        clip = load_clip(tmp_path, name, 3, 8)
         assert (clip.int() - expected.int()).abs().max() <= (8 if "gif" in name else 0), name
 
 
@@ -55,15 +55,15 @@ def test_clips_that_cannot_be_read(tmp_path):
                          ("x.gif", "damaged or no clip"), ("flat.npy", "damaged or no clip"),
                          ("x.mp4", "the package av|damaged")):
         with pytest.raises(OSError, match=reason):
-            load_clip(tmp_path / name, 2, 8)
+            load_clip(tmp_path, name, 2, 8)
     one = Image.new("RGB", (9, 9), (5, 6, 7))
     (tmp_path / "torn").mkdir()
     one.save(tmp_path / "torn" / "1.png")
     (tmp_path / "torn" / "2.png").write_bytes(b"nothing")
     with pytest.raises(OSError, match="frame 2.png: damaged"):
-        load_clip(tmp_path / "torn", 2, 8)
+        load_clip(tmp_path, "torn", 2, 8)
     one.save(tmp_path / "one.png")
-    assert load_clip(tmp_path / "one", 4, 8).shape == (4, 3, 8, 8)  # a clip of one frame
+    assert load_clip(tmp_path, "one", 4, 8).shape == (4, 3, 8, 8)  # a clip of one frame
 
 
 def test_a_clips_features_are_the_mean_and_its_tokens_all():
