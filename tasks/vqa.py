@@ -162,10 +162,7 @@ def read_questions(data: str, need_answers: bool = True) -> list[VQAExample]:
         if isinstance(content, dict) and isinstance(content.get("questions"), list):
             official.append((path, content))
         elif isinstance(content, dict) and isinstance(content.get("annotations"), list):
-            try:
-                annotations |= {note["question_id"]: note for note in content["annotations"]}
-            except (KeyError, TypeError):
-                raise InputError(f"{path}: an annotation has no question_id; each needs one")
+            annotations |= read_annotations(path, content["annotations"])
         else:
             raise InputError(f"{path} is neither a list of {{image, question, answer}} records (or "
                              "one a line) nor VQAv2's questions or annotations")
@@ -174,19 +171,33 @@ def read_questions(data: str, need_answers: bool = True) -> list[VQAExample]:
         for number, record in enumerate(content["questions"]):
             where = f"{path}, question {number}"
             try:
-                note = annotations.get(record["question_id"], {})
+                about = annotations.get(record["question_id"], {})
                 name = f"{subset}/COCO_{subset}_{record['image_id']:012d}.jpg"
                 record = {"image": name, "question": record["question"],
-                          "question_id": record["question_id"],
-                          "answer": [a["answer"] for a in note.get("answers", [])],
-                          "answer_type": note.get("answer_type", "")}
-            except (KeyError, TypeError, ValueError, AttributeError) as error:
+                          "question_id": record["question_id"], **about}
+            except (KeyError, TypeError, ValueError) as error:
                 raise InputError(f"{where}: {error} is missing or malformed; it needs image_id, "
                                  "question and question_id")
             examples.append(make_example(where, record, need_answers))
     if not examples:
         raise InputError(f"{data} holds no question")
     return examples
+
+
+def read_annotations(path: str, notes: list) -> dict[int | str, dict]:
+    """VQAv2's annotations: question_id -> {answer: texts, answer_type}. Raises InputError."""
+    annotations = {}
+    for number, note in enumerate(notes):
+        try:
+            answers = as_texts([given["answer"] for given in note.get("answers", [])])
+            if not all(isinstance(answer, str) and answer.strip() for answer in answers):
+                raise TypeError("an answer that is no text")
+            annotations[note["question_id"]] = {"answer": answers,
+                                                "answer_type": note.get("answer_type", "")}
+        except (KeyError, TypeError, AttributeError) as error:
+            raise InputError(f"{path}, annotation {number}: {error} is missing or malformed; it "
+                             "needs question_id and answers with an answer each")
+    return annotations
 
 
 def make_example(where: str, record: dict, need_answers: bool) -> VQAExample:
