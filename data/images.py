@@ -220,9 +220,9 @@ def load_image(source: str | Path | BytesIO, size: int, rng: random.Random | Non
 
 
 def load_whole(source: str | Path | BytesIO, side: int) -> Tensor:
-    """Image file -> (3, H, W) uint8 in its own proportions, the longer side `side`, to be shown.
+    """Image file -> (3, H, W) uint8 in its own proportions, to be shown.
 
-    Raises PictureError as `load_image` does.
+    The longer side has `side` pixels. Raises PictureError as `load_image` does.
     """
     with decoding(), open_image(source) as image:
         image = ImageOps.exif_transpose(image)

@@ -125,7 +125,8 @@ def read_statements(path: str | Path) -> list[NLVR2Example]:
                     isinstance(image, str) for image in images):
                 raise InputError(f"{where}: images must name two images, not {str(images)[:60]}")
             if label not in ("true", "false"):
-                raise InputError(f"{where}: label is {record['label']!r}; it must be True or False")
+                raise InputError(f"{where}: label is {str(record['label'])[:40]!r}; it must be "
+                                 "True or False")
             if not isinstance(record["sentence"], str) or not record["sentence"].strip():
                 raise InputError(f"{where}: the sentence is empty")
             examples.append(NLVR2Example(tuple(images), record["sentence"], label == "true",

@@ -118,7 +118,7 @@ def read_dialogs(data: str) -> list[DialogExample]:
         except InputError:
             raise
         except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
-            raise InputError(f"{where}: {error!r}; a dialog needs image_id, caption and rounds of "
+            raise InputError(f"{where}: {error!r:.200}; a dialog needs image_id, caption and rounds of "
                              "question, answer, answer_options and gt_index")
     if not examples:
         raise InputError(f"{path} holds no dialog")
@@ -132,8 +132,8 @@ def read_round(where: str, record: dict, questions: list[str], answers: list[str
         raise InputError(f"{where}: it has {len(choices)} candidate answers and must have "
                          f"{CANDIDATES}")
     if target not in range(CANDIDATES):
-        raise InputError(f"{where}: gt_index is {target!r}; it must be a number from 0 to "
-                         f"{CANDIDATES - 1}")
+        raise InputError(f"{where}: gt_index is {str(target)[:40]}; it must be a number from 0 "
+                         f"to {CANDIDATES - 1}")
     return DialogRound(questions[record["question"]], answers[record["answer"]],
                        tuple(answers[i] for i in choices), int(target))
 
@@ -148,8 +148,8 @@ def read_relevance(path: str) -> dict[int, tuple[int, tuple[float, ...]]]:
                 raise ValueError(f"{len(of_candidates)} candidates")
             relevance[note["image_id"]] = (note["round_id"] - 1, of_candidates)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise InputError(f"{path}, record {number}: {error!r}; it needs image_id, round_id and "
-                             f"gt_relevance of {CANDIDATES} candidates")
+            raise InputError(f"{path}, record {number}: {error!r:.200}; it needs image_id, round_id "
+                             f"and gt_relevance of {CANDIDATES} candidates")
     return relevance
 
 

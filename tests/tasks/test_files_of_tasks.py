@@ -72,7 +72,7 @@ def test_an_answer_that_is_a_number_is_its_text(tmp_path):
 
 @pytest.mark.parametrize("change, message", [
     ({"gt_index": -1}, "round 1: gt_index is -1; it must be a number from 0"),
-    ({"gt_index": "3"}, "round 1: gt_index is '3'"), ({"question": "x"}, "dialog 0: TypeError"),
+    ({"gt_index": "3.0"}, "round 1: gt_index is 3.0;"), ({"question": "x"}, "dialog 0: TypeError"),
     ({"answer_options": 7}, "dialog 0: TypeError"), ({"question": 99}, "dialog 0: IndexError")])
 def test_mistakes_in_a_round(tmp_path, change, message):
     path = visdial_file(tmp_path).split(",")[0]
