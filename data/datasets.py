@@ -30,8 +30,8 @@ def name_hash(name: str | int) -> int:
 def check_inside(where: str, name: str, root: str) -> None:
     """Raises InputError where the name of a picture leads out of the image root."""
     if not os.path.normpath(os.path.join(root, name)).startswith(os.path.join(root, "")):
-        raise InputError(f"{where}: image {name[:200]!r} lies outside the image root {root}; correct the "
-                         "path or give another --image-root")
+        raise InputError(f"{where}: image {name[:200]!r} lies outside the image root {root}; "
+                         "correct the path or give another --image-root")
 
 
 @dataclass(frozen=True)

@@ -123,7 +123,7 @@ def open_member(root: str | Path, name: str) -> str | BytesIO:
 
     Raises PictureError.
     """
-    place = re.fullmatch(r"(.+\.tar)::(\d{1,18}):(\d{1,18})", name, re.S)
+    place = re.fullmatch(r"(.+)::(\d{1,18}):(\d{1,18})", name, re.S)
     if not place:
         return inside(root, name)
     archive, offset, size = there(inside(root, place[1])), int(place[2]), int(place[3])

@@ -33,9 +33,10 @@ from training import distributed
 def tar_records(path: str | Path, root: str, skipped: Counter) -> Iterator[tuple[str, dict]]:
     """The image-text pairs of an img2dataset shard.
 
-    As (where, {image: "shard.tar::offset:size", caption, image_id}), the shard's path relative to
-    `root`. What is no pair or not safe is counted in `skipped`. A shard that breaks off gives what
-    stands before the break; one with a damaged place, what stands before and after it.
+    As (where, {image: "shard.tar::offset:size", caption, image_id}); the shard is named by its real
+    path, relative to `root`. What is no pair or not safe is counted in `skipped`. A shard that
+    breaks off gives what stands before the break; one with a damaged place, what stands before and
+    after it.
     """
     images, texts = {}, {}
     try:
@@ -47,7 +48,7 @@ def tar_records(path: str | Path, root: str, skipped: Counter) -> Iterator[tuple
         raise InputError(f"{path} does not exist; check the path")
     except (tarfile.TarError, OSError, EOFError, ValueError, RecursionError) as error:
         skipped[f"{path} is broken, or no tar file, or compressed: {error}"] += 1
-    size, shard = os.path.getsize(path), os.path.relpath(path, root)
+    size, shard = os.path.getsize(path), os.path.relpath(os.path.realpath(path), root)
     skipped["no picture"] += len(texts.keys() - images.keys())
     for key, (offset, length) in images.items():
         if not isinstance(texts.get(key), str) or not clean_caption(texts[key]):
@@ -74,7 +75,8 @@ def read_members(archive: tarfile.TarFile, images: dict[str, tuple[int, int]],
         key, extension = os.path.splitext(member.name)
         if member.isdir():
             continue
-        if not member.isfile() or member.sparse or key.startswith("/") or ".." in Path(key).parts:
+        unsafe = key.startswith("/") or ".." in Path(key).parts
+        if unsafe or not member.isfile() or member.issparse():
             skipped["unsafe or no file"] += 1
         elif extension.lower() in ENDINGS:
             images[key] = (member.offset_data, member.size)
@@ -115,7 +117,7 @@ class PairIndex(Sequence):
         source: a json file or tar shards (a .tar, a folder or a pattern). Raises InputError.
         """
         shards = shards_of(source)
-        files = [os.path.abspath(path) for path in shards or [source] if os.path.exists(path)]
+        files = [os.path.realpath(path) for path in shards or [source] if os.path.exists(path)]
         # Tar shards hold their images: they are found where the shards are.
         root = (os.path.commonpath([os.path.dirname(path) for path in files]) if shards
                 else os.path.abspath(image_root or Path(source).parent))

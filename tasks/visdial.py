@@ -118,7 +118,7 @@ def read_dialogs(data: str) -> list[DialogExample]:
         except InputError:
             raise
         except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
-            raise InputError(f"{where}: {error!r:.200}; a dialog needs image_id, caption and rounds of "
+            raise InputError(f"{where}: {error!r:.200}; it needs image_id, caption and rounds of "
                              "question, answer, answer_options and gt_index")
     if not examples:
         raise InputError(f"{path} holds no dialog")
@@ -148,8 +148,8 @@ def read_relevance(path: str) -> dict[int, tuple[int, tuple[float, ...]]]:
                 raise ValueError(f"{len(of_candidates)} candidates")
             relevance[note["image_id"]] = (note["round_id"] - 1, of_candidates)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise InputError(f"{path}, record {number}: {error!r:.200}; it needs image_id, round_id "
-                             f"and gt_relevance of {CANDIDATES} candidates")
+            raise InputError(f"{path}, record {number}: {error!r:.200}; it needs image_id, "
+                             f"round_id and gt_relevance of {CANDIDATES} candidates")
     return relevance
 
 

@@ -177,6 +177,18 @@ def test_shards_of_one_name_in_two_folders_are_two(tmp_path):
     assert len({pair.image_id for pair in rows}) == 3
 
 
+def test_a_shard_that_is_a_link_is_read_where_it_is(tmp_path):
+    """As data hubs keep them in their caches: links to files without an ending."""
+    for name, colour in (("one", "red"), ("two", "blue")):
+        (tmp_path / name).mkdir()
+        shard(tmp_path / name / "blob", {"0.png": png(colour), "0.txt": colour.encode()})
+    (tmp_path / "web").mkdir()
+    (tmp_path / "web" / "00000.tar").symlink_to(tmp_path / "one" / "blob")
+    (tmp_path / "web" / "00001.tar").symlink_to("../two/blob")
+    data = ImageDataset(open_mixture(str(tmp_path / "web"), "", tmp_path / "index"), "", 8)
+    assert [data[i]["image"][:, 4, 4].tolist() for i in (0, 1)] == [[255, 0, 0], [0, 0, 255]]
+
+
 def test_a_link_out_of_the_root_is_not_followed_in_training(tmp_path):
     (tmp_path / "root").mkdir()
     (tmp_path / "secret.png").write_bytes(png("red"))
