@@ -1,15 +1,29 @@
 """Clips: uniformly drawn frames of a folder, an animated picture, a numpy array or a video."""
 
+import glob
+import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageSequence
+from PIL import Image
 from torch import Tensor
 
-from data.images import load_image
+from data.images import (
+    ENDINGS,
+    PictureError,
+    check_size,
+    decoding,
+    inside,
+    load_image,
+    open_image,
+    resize_rgb,
+    there,
+    to_tensor,
+)
 
-PICTURES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
+MOST_PIXELS_OF_A_CLIP = 1 << 33  # of all frames of an animated picture: a minute or so to decode
 ANIMATED = (".gif", ".webp", ".png")
 VIDEOS = (".mp4", ".avi", ".mkv", ".webm", ".mov")
 
@@ -23,46 +37,41 @@ def frame_numbers(total: int, count: int) -> list[int]:
     return [i * total // count for i in range(count)]
 
 
-def load_clip(path: Path, count: int, size: int) -> Tensor:
+def load_clip(root: Path, name: str, count: int, size: int) -> Tensor:
     """Uniform frames, each resized to a square: (count, 3, size, size) uint8.
 
-    A path without a suffix may stand for a file with one. Raises OSError with a reason.
+    A name without a suffix may stand for a file with one. Raises PictureError.
     """
-    if not path.exists():
-        candidates = [p for p in path.parent.glob(f"{path.name}.*")
+    path = Path(inside(root, name))
+    if not os.path.exists(path):
+        candidates = [p for p in path.parent.glob(f"{glob.escape(path.name)}.*")
                       if p.suffix.lower() in (".npy", *ANIMATED, *VIDEOS)]
         if not candidates:
-            raise OSError("missing")
-        path = candidates[0]
+            raise PictureError("missing")
+        path = Path(inside(root, candidates[0]))
     if path.is_dir():
-        return load_frames(path, count, size)
-    try:
-        frames = read_frames(path, count)
-    except ImportError:
-        raise OSError("a video, which needs the package av: pip install av")
-    except Exception:  # a damaged file makes the decoders raise nearly anything
-        raise OSError("damaged or no clip")
-    resized = [frame.convert("RGB").resize((size, size), Image.Resampling.BICUBIC)
-               for frame in frames]
-    return torch.stack([torch.from_numpy(np.array(frame)).permute(2, 0, 1) for frame in resized])
+        return load_frames(root, path, count, size)
+    with decoding("clip"):
+        frames = [resize_rgb(frame, (size, size)) for frame in read_frames(there(path), count)]
+    return torch.stack([to_tensor(frame) for frame in frames])
 
 
-def load_frames(folder: Path, count: int, size: int) -> Tensor:
-    """Uniform frames of a folder of pictures. Raises OSError, which names the frame."""
-    files = sorted(path for path in folder.iterdir() if path.suffix.lower() in PICTURES)
+def load_frames(root: Path, folder: Path, count: int, size: int) -> Tensor:
+    """Uniform frames of a folder of pictures. Raises PictureError, which names the frame."""
+    files = sorted(path for path in folder.iterdir() if path.suffix.lower() in ENDINGS)
     if not files:
-        raise OSError("a folder without pictures")
+        raise PictureError("a folder without pictures")
     frames = []
     for number in frame_numbers(len(files), count):
         try:
-            frames.append(load_image(files[number], size))
-        except OSError as error:
-            raise OSError(f"frame {files[number].name}: {error}")
+            frames.append(load_image(inside(root, files[number]), size))
+        except PictureError as error:
+            raise PictureError(f"frame {files[number].name}: {error}")
     return torch.stack(frames)
 
 
-def read_frames(path: Path, count: int) -> list[Image.Image]:
-    """Uniform frames of a file.
+def read_frames(path: Path, count: int) -> Iterator[Image.Image]:
+    """Uniform frames of a file, of which one at a time is in memory.
 
     .npy (T, H, W, 3) or (T, 3, H, W) uint8, an animated picture, or a video.
     """
@@ -70,15 +79,35 @@ def read_frames(path: Path, count: int) -> list[Image.Image]:
         clip = np.load(path, mmap_mode="r")
         if clip.ndim != 4 or clip.dtype != np.uint8 or 3 not in (clip.shape[1], clip.shape[3]):
             raise ValueError(f"shape {clip.shape}, type {clip.dtype}")
-        chosen = clip[frame_numbers(len(clip), count)]
-        if chosen.shape[-1] != 3:
-            chosen = chosen.transpose(0, 2, 3, 1)
-        return [Image.fromarray(np.ascontiguousarray(frame)) for frame in chosen]
-    if path.suffix.lower() in VIDEOS:
-        import av
-        with av.open(str(path)) as video:
-            frames = [frame.to_image() for frame in video.decode(video=0)]
+        if clip.shape[3] != 3:
+            clip = clip.transpose(0, 2, 3, 1)
+        check_size(*clip.shape[1:3])
+        for number in frame_numbers(len(clip), count):
+            yield Image.fromarray(np.ascontiguousarray(clip[number]))
+    elif path.suffix.lower() in VIDEOS:
+        yield from video_frames(path, count)
     else:
-        with Image.open(path) as picture:
-            frames = [frame.convert("RGB") for frame in ImageSequence.Iterator(picture)]
-    return [frames[number] for number in frame_numbers(len(frames), count)]
+        with open_image(path) as picture:
+            total = getattr(picture, "n_frames", 1)
+            if total * picture.width * picture.height > MOST_PIXELS_OF_A_CLIP:
+                raise PictureError("too large")
+            for number in frame_numbers(total, count):
+                picture.seek(number)
+                check_size(*picture.size)  # a frame may be larger than the first one
+                yield picture
+
+
+def video_frames(path: Path, count: int) -> Iterator[Image.Image]:
+    """Uniform frames of a video. It is decoded twice: first its frames are counted."""
+    try:
+        import av
+    except ImportError:
+        raise PictureError("a video, which needs the package av: pip install av")
+    with av.open(str(path)) as video:
+        total = sum(1 for _ in video.decode(video=0))
+    numbers = frame_numbers(total, count)
+    with av.open(str(path)) as video:
+        for number, frame in enumerate(video.decode(video=0)):
+            if number in numbers:
+                check_size(frame.width, frame.height)
+                yield from [frame.to_image()] * numbers.count(number)

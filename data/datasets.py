@@ -5,6 +5,7 @@ to it, `image`, their name in messages, and `texts`, everything that is said in 
 """
 
 import hashlib
+import os
 import random
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -15,13 +16,22 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from data.images import load_image, open_member
+from data.files import InputError
+from data.images import load_image, load_whole, open_member
 from data.text import Tokenizer, clean_caption
 
 
 def name_hash(name: str | int) -> int:
     """A 63-bit number that stands for a name, the same in every run."""
-    return int.from_bytes(hashlib.blake2b(str(name).encode(), digest_size=8).digest(), "big") >> 1
+    content = str(name).encode("utf-8", "surrogatepass")
+    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "big") >> 1
+
+
+def check_inside(where: str, name: str, root: str) -> None:
+    """Raises InputError where the name of a picture leads out of the image root."""
+    if not os.path.normpath(os.path.join(root, name)).startswith(os.path.join(root, "")):
+        raise InputError(f"{where}: image {name[:200]!r} lies outside the image root {root}; "
+                         "correct the path or give another --image-root")
 
 
 @dataclass(frozen=True)
@@ -33,6 +43,7 @@ class Pair:
     image_id: int  # equal for the rows of one image
     name: str | int = ""  # the file's own id of the image, or its path: for result files
     domain: str = ""  # NoCaps: in-domain, near-domain or out-domain
+    root: str = ""  # the folder that its file lies in; "": the data set's
 
     @property
     def images(self) -> tuple[str, ...]:
@@ -176,11 +187,22 @@ class ImageDataset(Dataset):
                 broken.append(f"{example.image} ({error})")
         return {"image": image, "example": example, "index": index, "seed": seed, "broken": broken}
 
+    def show(self, index: int, side: int) -> Tensor | list[Tensor]:
+        """An item's picture or pictures in their own proportions, for a sheet.
+
+        Each (3, H, W) uint8, the longer side `side`. Raises OSError.
+        """
+        example = self.example(index)
+        root = getattr(example, "root", "") or self.root
+        pictures = [load_whole(open_member(root, name), side) for name in example.images]
+        return pictures[0] if len(pictures) == 1 else pictures
+
     def load(self, example, rng: random.Random | None) -> Tensor:
         """-> (3, S, S) uint8, or (n, 3, S, S) of an example with n pictures. Raises OSError."""
         says_side = any(SIDES.search(text) for text in example.texts)
         flip = self.flip == "always" or (self.flip == "safe" and not says_side)
-        pictures = [load_image(open_member(self.root / name), self.image_size, rng, self.crop, flip)
+        root = getattr(example, "root", "") or self.root
+        pictures = [load_image(open_member(root, name), self.image_size, rng, self.crop, flip)
                     for name in example.images]
         return pictures[0] if len(pictures) == 1 else torch.stack(pictures)
 

@@ -8,6 +8,8 @@ import contextlib
 import json
 import os
 import pickle
+import re
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,34 +23,103 @@ class InputError(ValueError):
     """
 
 
-def read_json(path: str | Path):
-    """The parsed file; InputError where it is missing or malformed."""
+def regular_file(path: str | Path) -> str | Path:
+    """The path, if a regular file is there.
+
+    A pipe would be waited for, and a device has no end. Raises OSError.
+    """
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        mode = os.stat(path).st_mode
+    except ValueError:  # the name has a zero byte or half a character
+        raise FileNotFoundError("missing")
+    if not stat.S_ISREG(mode):
+        raise OSError("no regular file")
+    return path
+
+
+@contextlib.contextmanager
+def reading(path: str | Path) -> Iterator[None]:
+    """Within it, a file that cannot be read raises an InputError that names it."""
+    try:
+        yield
     except FileNotFoundError:
         raise InputError(f"{path} does not exist; check the path")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} cannot be read ({error})")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is no UTF-8 text ({error}); save it as UTF-8")
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({error.strerror or error}); give another file")
+
+
+HALF_CHARACTER = re.compile(r"\\u[dD]")  # what json writes for half of a character above U+FFFF
+
+
+def parse_json(text: str):
+    """The value of a json text; in its texts, half a character alone becomes "?".
+
+    Raises ValueError or RecursionError; `unreadable` says in words why.
+    """
+    value = json.loads(text)
+    return whole_texts(value) if HALF_CHARACTER.search(text) else value
+
+
+def whole_texts(value):
+    """A json value whose texts can all be written: half a character alone becomes "?"."""
+    return json.loads(json.dumps(value, ensure_ascii=False).encode("utf-8", "replace"))
+
+
+def unreadable(error: Exception) -> str:
+    """Why json cannot be parsed, in words."""
+    if isinstance(error, RecursionError):
+        return "its lists and objects are nested too deeply"
+    return "no valid json" if isinstance(error, json.JSONDecodeError) else "a number is too long"
+
+
+def check_start(path: str | Path, text: str) -> None:
+    """Raises InputError where a file cannot be json, as its first characters show."""
+    text = text.lstrip()
+    if not text.startswith(("[", "{")):
+        raise InputError(f"{path} is no json (it begins with {text[:20]!r}); give a json list, "
+                         "json with one record a line, a data set's own json file, or for "
+                         "image-text pairs also tar shards (.tar, not compressed)")
+
+
+def read_json(path: str | Path):
+    """The parsed file; InputError where it is missing or malformed."""
+    with reading(path):
+        text = Path(regular_file(path)).read_text(encoding="utf-8-sig")
+    check_start(path, text)
+    try:
+        return parse_json(text)
     except json.JSONDecodeError as error:
         near = error.doc[max(error.pos - 20, 0):error.pos + 20]
         raise InputError(f"{path} is not valid json: {error.msg} in line {error.lineno}, "
                          f"column {error.colno} (near {near!r}); repair it there")
+    except (RecursionError, ValueError) as error:
+        raise InputError(f"{path} cannot be read: {unreadable(error)}; repair it")
+
+
+BLOCK = 1 << 20  # characters that are read at a time
+LONGEST = 1 << 26  # of a record
 
 
 def is_list(path: str | Path) -> bool:
-    """Whether the file is a json list or has one json value a line."""
+    """Whether the file is a json list or has one record a line, whatever its name ends with.
+
+    Raises InputError for a file that is no json.
+    """
+    with reading(path), open(regular_file(path), encoding="utf-8-sig", errors="replace") as file:
+        start = file.read(BLOCK).lstrip()
+    check_start(path, start)
+    if start[0] == "[" or str(path).endswith(".jsonl"):
+        return True
+    line, _, rest = start.partition("\n")
+    if not rest.strip():
+        return False
     try:
-        with open(path, "rb") as file:
-            start = file.read(64).lstrip(b" \n\r\t\xef\xbb\xbf")
-    except FileNotFoundError:
-        raise InputError(f"{path} does not exist; check the path")
-    except OSError as error:
-        raise InputError(f"{path} cannot be read ({error})")
-    return str(path).endswith(".jsonl") or start[:1] == b"["
-
-
-BLOCK = 1 << 20  # bytes that stream_list reads at a time
-LONGEST = 1 << 26  # of a record
+        parse_json(line)
+    except (RecursionError, ValueError):  # one object over several lines
+        return False
+    return True
 
 
 def stream_list(path: str | Path) -> Iterator:
@@ -57,35 +128,34 @@ def stream_list(path: str | Path) -> Iterator:
     The whole is never in memory. Raises InputError for a record that is no json.
     """
     decoder, number = json.JSONDecoder(), 0
-    try:
-        with open(path, encoding="utf-8") as file:
-            text = file.read(BLOCK)
-            position = len(text) - len(text.lstrip(" \n\r\t[\ufeff"))
-            while True:
-                while position < len(text) and text[position] in " \n\r\t,":
-                    position += 1
-                try:
-                    if position == len(text):
-                        raise json.JSONDecodeError("more is needed", text, position)
-                    if text[position] == "]":
-                        return
-                    record, position = decoder.raw_decode(text, position)
-                    yield record
-                    number += 1
-                except json.JSONDecodeError:
-                    more = file.read(BLOCK)
-                    if more and len(text) - position < LONGEST:
-                        text, position = text[position:] + more, 0
-                    elif position < len(text) or str(path).endswith(".json"):
-                        if os.path.getsize(path) < 1 << 28:
-                            read_json(path)  # says where
-                        raise InputError(f"{path}, record {number}: no valid json; repair it there")
-                    else:
-                        return
-    except FileNotFoundError:
-        raise InputError(f"{path} does not exist; check the path")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} cannot be read ({error})")
+    with reading(path), open(regular_file(path), encoding="utf-8-sig") as file:
+        text = file.read(BLOCK).lstrip()
+        in_brackets = text.startswith("[")
+        position = 1 if in_brackets else 0
+        while True:
+            while position < len(text) and text[position] in " \n\r\t,":
+                position += 1
+            if in_brackets and text[position:position + 1] == "]":
+                if (text[position + 1:] + file.read(BLOCK)).strip():
+                    raise InputError(f"{path} goes on after the end of its list; a file holds one "
+                                     "list: put all records into it")
+                return
+            try:
+                record, end = decoder.raw_decode(text, position)
+            except json.JSONDecodeError:
+                more = file.read(BLOCK)
+                if more and len(text) - position < LONGEST:
+                    text, position = text[position:] + more, 0
+                    continue
+                if position == len(text) and not in_brackets:
+                    return
+                if in_brackets and os.path.getsize(path) < 1 << 28:
+                    read_json(path)  # says where
+                raise InputError(f"{path}, record {number}: no valid json; repair it there")
+            except (RecursionError, ValueError) as error:
+                raise InputError(f"{path}, record {number}: {unreadable(error)}; repair it there")
+            yield whole_texts(record) if HALF_CHARACTER.search(text, position, end) else record
+            position, number = end, number + 1
 
 
 def read_tensors(path: str | Path) -> dict:
@@ -97,8 +167,8 @@ def read_tensors(path: str | Path) -> dict:
     try:
         if str(path).endswith(".safetensors"):
             from safetensors.torch import load_file
-            return load_file(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
+            return load_file(regular_file(path))
+        return torch.load(regular_file(path), map_location="cpu", weights_only=True)
     except ImportError:
         raise InputError(f"{path} needs the package safetensors: pip install safetensors, or give "
                          "the .bin or .pth file")

@@ -1,6 +1,10 @@
 """Pictures: read, augmented, normalised."""
 
+import contextlib
+import os
 import random
+import re
+from collections.abc import Iterator
 from io import BytesIO
 from pathlib import Path
 
@@ -9,6 +13,12 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from data.files import regular_file
+
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")  # no other is opened
+ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm")
+MOST_PIXELS = 1 << 26  # of a picture; a larger one is not decoded
+MOST_BYTES = 1 << 28  # of a picture in a tar file
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)  # released code
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)  # released code
 
@@ -88,57 +98,138 @@ def rand_augment(image: Image.Image, rng: random.Random, operations: int = 2,
     return image
 
 
+# ---- files ---------------------------------------------------------------------------------------
+
+class PictureError(OSError):
+    """A picture that cannot be read; the message is the reason, in few words."""
+
+
+def inside(root: str | Path, name: str | Path) -> str:
+    """The real path of a file under `root`, which neither a name nor a link may leave.
+
+    Raises PictureError.
+    """
+    try:
+        folder, path = os.path.realpath(root), os.path.realpath(os.path.join(root, name))
+    except ValueError:  # the name has a zero byte or half a character
+        raise PictureError("missing")
+    if not path.startswith(os.path.join(folder, "")):
+        raise PictureError("outside the image root")
+    return path
+
+
+def open_member(root: str | Path, name: str) -> str | BytesIO:
+    """The path of a picture, or for "shard.tar::offset:size" the bytes that lie there.
+
+    Raises PictureError.
+    """
+    place = re.fullmatch(r"(.+)::(\d{1,18}):(\d{1,18})", name, re.S)
+    if not place:
+        return inside(root, name)
+    archive, offset, size = there(inside(root, place[1])), int(place[2]), int(place[3])
+    if size > MOST_BYTES:
+        raise PictureError("too large")
+    if offset + size > os.path.getsize(archive):
+        raise PictureError("cut off")
+    with open(archive, "rb") as file:
+        file.seek(offset)
+        return BytesIO(file.read(size))
+
+
+def there(path: str | Path) -> str | Path:
+    """The path of a regular file. Raises PictureError."""
+    try:
+        return regular_file(path)
+    except FileNotFoundError:
+        raise PictureError("missing")
+    except OSError:
+        raise PictureError("no regular file")
+
+
+def open_image(source: str | Path | BytesIO) -> Image.Image:
+    """A picture of which only the header is read; within `decoding`. Raises PictureError."""
+    image = Image.open(source if isinstance(source, BytesIO) else there(source), formats=FORMATS)
+    check_size(*image.size)
+    return image
+
+
+@contextlib.contextmanager
+def decoding(what: str = "image") -> Iterator[None]:
+    """Within it, whatever a damaged picture makes a decoder raise becomes a PictureError."""
+    try:
+        yield
+    except PictureError:
+        raise
+    except (Image.DecompressionBombError, MemoryError):
+        raise PictureError("too large")
+    except Exception:  # a damaged file makes the decoders raise nearly anything
+        raise PictureError(f"damaged or no {what}")
+
+
+def check_size(width: int, height: int) -> None:
+    """Raises PictureError where a picture is too large to be decoded."""
+    if width * height > MOST_PIXELS:
+        raise PictureError("too large")
+
+
+def resize_rgb(image: Image.Image, size: tuple[int, int], box: tuple | None = None) -> Image.Image:
+    """An image of any mode, or a box of it, resized to RGB. What is transparent shows white."""
+    if image.mode.startswith(("I", "F")):  # 16 bits: PIL would clip instead of scale
+        levels = np.array(image, np.float32)
+        levels /= 257
+        image = Image.fromarray(np.nan_to_num(levels).clip(0, 255).astype(np.uint8))
+    mode = "RGBA" if image.has_transparency_data else "RGB"
+    if image.mode != mode:
+        image = image.convert(mode)
+    image = image.resize(size, Image.Resampling.BICUBIC, box)
+    if mode == "RGBA":
+        image = Image.alpha_composite(Image.new("RGBA", size, "white"), image).convert("RGB")
+    return image
+
+
 def load_image(source: str | Path | BytesIO, size: int, rng: random.Random | None = None,
                crop: tuple[float, float] = (0.2, 1.0), flip: bool = True) -> Tensor:
     """Image file -> (3, size, size) uint8, upright.
 
     Without `rng`: the whole picture, resized to a square (evaluation). With it: random crop of a
-    share `crop` of the area, horizontal flip where allowed, RandAugment (training). Raises OSError
-    with one of three reasons: missing, too large, damaged or no image.
-    NOTE(differs from salesforce/BLIP): EXIF's rotation is applied; a file that breaks off is
-    damaged, not filled up with grey; in training a large JPEG is decoded at a fraction of its size.
+    share `crop` of the area, horizontal flip where allowed, RandAugment (training). Raises
+    PictureError: missing, too large, no regular file, damaged or no image.
+    NOTE(differs from salesforce/BLIP): EXIF's rotation is applied; what is transparent shows white;
+    a file that breaks off is damaged, not filled up with grey; in training a large JPEG is decoded
+    at a fraction of its size.
     """
-    try:
-        with Image.open(source) as image:
-            sideways = image.getexif().get(0x0112, 1) >= 5  # EXIF: the camera was turned
-            width, height = image.size[::-1] if sideways else image.size
-            box = random_crop(width, height, crop, rng) if rng else (0, 0, width, height)
-            if rng:
-                # A JPEG can be decoded at 1/2, 1/4 or 1/8 of its size for a fraction of the time:
-                # as small as the crop still has `size` pixels. It changes pixels a little: not in
-                # evaluation.
-                enough = [int(size * width / (box[2] - box[0])) + 1,
-                          int(size * height / (box[3] - box[1])) + 1]
-                image.draft("RGB", enough[::-1] if sideways else enough)
-            image = ImageOps.exif_transpose(image)
-            x, y = image.size[0] / width, image.size[1] / height
-            if image.mode.startswith(("I", "F")):  # 16 bits: PIL would clip instead of scale
-                image = Image.fromarray((np.asarray(image, np.float32) / 257).clip(0, 255)
-                                        .astype(np.uint8))
-            image = image.convert("RGB").resize((size, size), Image.Resampling.BICUBIC,
-                                                (box[0] * x, box[1] * y, box[2] * x, box[3] * y))
-    except FileNotFoundError:
-        raise OSError("missing")
-    except (Image.DecompressionBombError, MemoryError):
-        raise OSError("too large")
-    except Exception:  # a damaged file makes the decoders raise nearly anything
-        raise OSError("damaged or no image")
+    with decoding(), open_image(source) as image:
+        sideways = image.getexif().get(0x0112, 1) >= 5  # EXIF: the camera was turned
+        width, height = image.size[::-1] if sideways else image.size
+        box = random_crop(width, height, crop, rng) if rng else (0, 0, width, height)
+        if rng:
+            # A JPEG can be decoded at 1/2, 1/4 or 1/8 of its size for a fraction of the time: as
+            # small as the crop still has `size` pixels. It changes pixels a little: not in
+            # evaluation.
+            enough = [int(size * width / (box[2] - box[0])) + 1,
+                      int(size * height / (box[3] - box[1])) + 1]
+            image.draft("RGB", enough[::-1] if sideways else enough)
+        image = ImageOps.exif_transpose(image)
+        x, y = image.size[0] / width, image.size[1] / height
+        image = resize_rgb(image, (size, size), (box[0] * x, box[1] * y, box[2] * x, box[3] * y))
     if rng:
         if flip and rng.random() < 0.5:
             image = ImageOps.mirror(image)
         image = rand_augment(image, rng)
+    return to_tensor(image)
+
+
+def load_whole(source: str | Path | BytesIO, side: int) -> Tensor:
+    """Image file -> (3, H, W) uint8 in its own proportions, to be shown.
+
+    The longer side has `side` pixels. Raises PictureError as `load_image` does.
+    """
+    with decoding(), open_image(source) as image:
+        image = ImageOps.exif_transpose(image)
+        scale = side / max(image.size)
+        return to_tensor(resize_rgb(image, tuple(max(1, round(scale * n)) for n in image.size)))
+
+
+def to_tensor(image: Image.Image) -> Tensor:
+    """RGB -> (3, H, W) uint8."""
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
-
-
-def open_member(path: Path) -> Path | BytesIO:
-    """A path, or for "shard.tar::offset:size" the bytes that lie there. Raises OSError."""
-    archive, separator, place = str(path).rpartition("::")
-    if not separator:
-        return path
-    offset, size = map(int, place.split(":"))
-    try:
-        with open(archive, "rb") as file:
-            file.seek(offset)
-            return BytesIO(file.read(size))
-    except OSError:
-        raise OSError("missing")

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from data.datasets import Pair, name_hash
+from data.datasets import Pair, check_inside, name_hash
 from data.files import InputError, is_list, read_json, stream_list
 from data.text import clean_caption
 
@@ -22,8 +22,8 @@ def iterate_records(path: str | Path, split: str) -> Iterator[tuple[str, dict]]:
     else:
         content = read_json(path)
         if not isinstance(content, dict) or not isinstance(content.get("images"), list):
-            raise InputError(f"{path} is neither a list of {{image, caption}} records nor a "
-                             "Karpathy or COCO file with \"images\"")
+            raise InputError(f"{path} is neither a list of {{image, caption}} records (or one "
+                             "a line) nor a Karpathy or COCO file with \"images\", nor tar shards")
         form = "COCO" if isinstance(content.get("annotations"), list) else "Karpathy"
         records, annotations = content["images"], content.get("annotations", [])
     needs = {"BLIP": "image and caption", "Karpathy": "filename, split and sentences[].raw",
@@ -64,12 +64,10 @@ def make_pair(where: str, record: dict, root: str, need_captions: bool = True) -
     if not isinstance(image, str) or not isinstance(captions, list) or not all(
             isinstance(c, str) for c in captions):
         raise InputError(f"{where}: image must be a path and caption a text or a list of texts")
-    if not os.path.normpath(os.path.join(root, image)).startswith(os.path.join(root, "")):
-        raise InputError(f"{where}: image {image!r} lies outside the image root {root}; correct "
-                         "the path or give another --image-root")
+    check_inside(where, image, root)
     name = record.get("image_id", image)
     return Pair(image, tuple(text.strip() for text in captions if clean_caption(text)),
-                name_hash(name), name, record.get("domain", ""))
+                name_hash(name), name, str(record.get("domain", "")))
 
 
 def read_pairs(path: str | Path, image_root: str | Path | None = None, split: str = "train",

@@ -36,15 +36,15 @@ class ShardImages(Dataset):
     """
 
     def __init__(self, pairs: list[Pair], root: str, sizes: set[int]):
-        self.pairs, self.root, self.sizes = pairs, Path(root), sizes
+        self.pairs, self.root, self.sizes = pairs, root, sizes
 
     def __len__(self) -> int:
         return len(self.pairs)
 
     def __getitem__(self, i: int) -> tuple[int, dict[int, Tensor] | str]:
-        path = self.root / self.pairs[i].image
+        name = self.pairs[i].image
         try:
-            return i, {size: load_image(open_member(path), size) for size in self.sizes}
+            return i, {size: load_image(open_member(self.root, name), size) for size in self.sizes}
         except OSError as error:
             return i, str(error)
 

@@ -13,63 +13,86 @@ import re
 import shutil
 import sys
 import tarfile
+import time
 from array import array
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from PIL import Image
 from tqdm import tqdm
 
 from data.datasets import Pair
-from data.files import InputError, read_json
+from data.files import InputError, parse_json, read_json, regular_file
+from data.images import ENDINGS
 from data.pairs import iterate_records, make_pair
 from data.text import clean_caption
 from training import distributed
 
 
-def tar_records(path: str | Path, skipped: Counter) -> Iterator[tuple[str, dict]]:
+def tar_records(path: str | Path, root: str, skipped: Counter) -> Iterator[tuple[str, dict]]:
     """The image-text pairs of an img2dataset shard.
 
-    As (where, {image: "shard.tar::offset:size", caption, image_id}). What is no pair or not safe is
-    counted in `skipped`. A shard that breaks off gives what stands before the break.
+    As (where, {image: "shard.tar::offset:size", caption, image_id}); the shard is named by its real
+    path, relative to `root`. What is no pair or not safe is counted in `skipped`. A shard that
+    breaks off gives what stands before the break; one with a damaged place, what stands before and
+    after it.
     """
-    picture_types, images, texts = set(Image.registered_extensions()), {}, {}
+    images, texts = {}, {}
     try:
-        with tarfile.open(path, "r:") as archive:
-            for member in archive:
-                key, extension = os.path.splitext(member.name)
-                if not member.isfile() or key.startswith("/") or ".." in Path(key).parts:
-                    if not member.isdir():
-                        skipped["unsafe or no file"] += 1
-                elif extension.lower() in picture_types:
-                    images[key] = (member.offset_data, member.size)
-                elif extension in (".txt", ".json") and member.size < 1 << 20:
-                    content = archive.extractfile(member).read().decode("utf-8", "replace")
-                    if extension == ".txt":
-                        texts[key] = content
-                    elif key not in texts:
-                        try:
-                            texts[key] = json.loads(content)["caption"]
-                        except (ValueError, KeyError, TypeError):
-                            skipped["json without a caption"] += 1
-    except (tarfile.TarError, OSError, EOFError, ValueError) as error:
-        if not os.path.exists(path):
-            raise InputError(f"{path} does not exist; check the path")
-        skipped[f"{path} is broken: {error}"] += 1
-    size = os.path.getsize(path)
+        with tarfile.open(regular_file(path), "r:") as archive:
+            end = read_members(archive, images, texts, skipped)
+        if os.path.getsize(path) < end + tarfile.BLOCKSIZE:  # a whole one ends with empty blocks
+            skipped[f"{path} breaks off: pairs may be lost"] += 1
+    except FileNotFoundError:
+        raise InputError(f"{path} does not exist; check the path")
+    except (tarfile.TarError, OSError, EOFError, ValueError, RecursionError) as error:
+        skipped[f"{path} is broken, or no tar file, or compressed: {error}"] += 1
+    size, shard = os.path.getsize(path), os.path.relpath(os.path.realpath(path), root)
+    skipped["no picture"] += len(texts.keys() - images.keys())
     for key, (offset, length) in images.items():
         if not isinstance(texts.get(key), str) or not clean_caption(texts[key]):
             skipped["no caption"] += 1
         elif offset + length > size:
             skipped["cut off"] += 1
         else:
-            yield f"{path}, {key}", {"image": f"{Path(path).name}::{offset}:{length}",
-                                     "caption": texts[key], "image_id": f"{Path(path).name} {key}"}
+            yield f"{path}, {key}", {"image": f"{shard}::{offset}:{length}", "caption": texts[key],
+                                     "image_id": f"{shard} {key}"}
 
 
-INDEX_FORMAT = 2  # an index of another format is built anew
+def read_members(archive: tarfile.TarFile, images: dict[str, tuple[int, int]],
+                 texts: dict[str, str], skipped: Counter) -> int:
+    """Put offsets and sizes of a tar file's pictures, and its texts, under their keys.
+
+    Returns where the last member ends.
+    """
+    archive.ignore_zeros = True  # and damaged headers: go on behind them
+    end = 0  # of the member before
+    for member in archive:
+        if member.offset != end:
+            skipped[f"damaged place in {archive.name}: pairs may be lost there"] += 1
+        end = member.offset_data + -(-member.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+        key, extension = os.path.splitext(member.name)
+        if member.isdir():
+            continue
+        unsafe = key.startswith("/") or ".." in Path(key).parts
+        if unsafe or not member.isfile() or member.issparse():
+            skipped["unsafe or no file"] += 1
+        elif extension.lower() in ENDINGS:
+            images[key] = (member.offset_data, member.size)
+        elif extension in (".txt", ".json") and member.size < 1 << 20:
+            content = archive.extractfile(member).read().decode("utf-8", "replace")
+            if extension == ".txt":
+                texts[key] = content
+            elif key not in texts:
+                try:
+                    texts[key] = parse_json(content)["caption"]
+                except (ValueError, RecursionError, KeyError, TypeError):
+                    skipped["json without a caption"] += 1
+    return end
+
+
+INDEX_FORMAT = 3  # an index of another format is built anew
 
 
 class PairIndex(Sequence):
@@ -94,22 +117,25 @@ class PairIndex(Sequence):
         source: a json file or tar shards (a .tar, a folder or a pattern). Raises InputError.
         """
         shards = shards_of(source)
-        root = os.path.abspath(image_root or Path(shards[0] if shards else source).parent)
-        files = [path for path in shards or [source] if os.path.exists(path)]
+        files = [os.path.realpath(path) for path in shards or [source] if os.path.exists(path)]
+        # Tar shards hold their images: they are found where the shards are.
+        root = (os.path.commonpath([os.path.dirname(path) for path in files]) if shards
+                else os.path.abspath(image_root or Path(source).parent))
         states = [(path, os.stat(path).st_size, os.stat(path).st_mtime_ns) for path in files]
         stamp = hashlib.sha256(repr([INDEX_FORMAT, root] + states).encode()).hexdigest()[:16]
         index = folder / f"{Path((shards or [source])[0]).stem}-{stamp}"
-        if not index.exists():
+        if not is_whole(index):
             cls.build(source, shards, root, index)
         return cls(index, root)
 
     @staticmethod
     def build(source: str, shards: list[str], root: str, index: Path) -> None:
         """Write the index; it takes its name when it is whole, and nothing stays if it fails."""
-        temporary, skipped, position = Path(f"{index}.{os.getpid()}"), Counter(), 0
+        temporary, skipped, position = Path(f"{index}.{os.getpid()}.tmp"), Counter(), 0
+        remove_leftovers(index)
         temporary.mkdir(parents=True, exist_ok=True)
         if shards:
-            records = (record for shard in shards for record in tar_records(shard, skipped))
+            records = (record for shard in shards for record in tar_records(shard, root, skipped))
         else:
             records = iterate_records(source, "train")
         offsets = array("q", [0])
@@ -155,13 +181,38 @@ class PairIndex(Sequence):
             self.process = os.getpid()
         offsets, rows = self.files
         offsets.seek(8 * i)
-        start, end = array("q", offsets.read(16))
-        rows.seek(start)
-        image, text, image_id = json.loads(rows.read(end - start))
+        try:
+            start, end = array("q", offsets.read(16))
+            rows.seek(start)
+            image, text, image_id = json.loads(rows.read(end - start))
+        except (ValueError, TypeError, OSError):
+            raise InputError(f"the index {self.folder} is damaged; remove this folder, and it is "
+                             "built again")
         return Pair(image, (text,), image_id, image)
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "files": (), "process": None}
+
+
+def is_whole(index: Path) -> bool:
+    """Whether the files of an index are there and as long as they must be."""
+    try:
+        read_json(index / "skipped")
+        with open(index / "offsets", "rb") as file:
+            file.seek(-8, os.SEEK_END)
+            end, = array("q", file.read())
+        return os.path.getsize(index / "rows") == end > 0
+    except (OSError, ValueError):
+        return False
+
+
+def remove_leftovers(index: Path) -> None:
+    """Remove a damaged index, and what processes that died a day ago or more left beside it."""
+    shutil.rmtree(index, ignore_errors=True)
+    for folder in index.parent.glob("*.tmp"):
+        rows = folder / "rows"
+        if rows.exists() and time.time() - rows.stat().st_mtime > 86400:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def open_index(source: str, image_root: str, folder: Path) -> PairIndex:
@@ -235,6 +286,6 @@ class Mixture(Sequence):
         for rows, count, root in zip(self.sources, self.counts, self.roots):
             if i < count:
                 pair = rows[(self.epoch * count + i) % len(rows)]
-                return replace(pair, image=os.path.join(root, pair.image))
+                return replace(pair, image=os.path.join(root, pair.image), root=root)
             i -= count
         raise IndexError(i)

@@ -11,10 +11,11 @@ from tokenizers import Tokenizer as HFTokenizer
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor
 
-from data.files import InputError
+from data.files import InputError, regular_file
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # loader workers are the parallelism
 PAD, UNK, CLS, SEP, MASK, DEC, ENC = "[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "[DEC]", "[ENC]"
+LONGEST_WORD = 100  # characters; WordPiece reads a longer word as [UNK]
 SIGNS = r"[.!\"()*#:;~]"  # that are no words (released code)
 
 
@@ -60,7 +61,9 @@ class Tokenizer:
         learner = HFTokenizer(models.WordPiece(unk_token=UNK))
         learner.normalizer = normalizers.BertNormalizer(lowercase=True)
         learner.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-        texts = [learner.normalizer.normalize_str(text) for text in texts]
+        # Cut, because the time that the trainer takes grows with the square of a word's length.
+        texts = [re.sub(rf"(\S{{{LONGEST_WORD}}})\S+", r"\1",
+                        learner.normalizer.normalize_str(text)) for text in texts]
         # The trainer numbers inner letters in the order of a hash table, and breaks ties by number:
         # naming them first makes the vocabulary the same in every run.
         letters = sorted(set("".join(texts)) - {" "})
@@ -75,7 +78,7 @@ class Tokenizer:
     def from_file(cls, path: str | Path) -> "Tokenizer":
         """Read BERT's vocab.txt: one token a line."""
         try:
-            lines = Path(path).read_text(encoding="utf-8").splitlines()
+            lines = Path(regular_file(path)).read_text(encoding="utf-8").splitlines()
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(f"vocabulary {path} cannot be read ({error}); give a vocab.txt with "
                              "one token a line")

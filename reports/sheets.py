@@ -6,11 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 
-from data.images import load_image, open_member
+from data.images import load_whole, open_member
 
+LIGHT = (240, 240, 240)  # beside a picture that is no square
 BLACK, GREY, GREEN, RED = (20, 20, 20), (120, 120, 120), (0, 130, 50), (200, 20, 30)
 # pixels: a picture's side, the gap between cells, font size, line height
 SIDE, GAP, FONT, LINE = 128, 14, 12, 15
@@ -20,8 +21,9 @@ SIDE, GAP, FONT, LINE = 128, 14, 12, 15
 class Cell:
     """A picture and lines of (text, colour) under it.
 
-    The picture is (3, S, S) uint8, a clip (F, 3, S, S) of which the middle frame is shown, or None:
-    then the text stands in its place. `frame` is the colour of its frame or None.
+    The picture is (3, H, W) uint8, which is fitted into a square, a clip (F, 3, S, S) of which the
+    middle frame is shown, or None: then the text stands in its place. `frame` is the colour of its
+    frame or None.
     """
 
     image: Tensor | None
@@ -59,6 +61,11 @@ def pick_examples(values: list[float], count: int) -> dict[str, list[int]]:
             "random": rng.sample(range(len(values)), min(count, len(values)))}
 
 
+def pictures_of(dataset, index: int) -> Tensor | list[Tensor]:
+    """What a sheet shows of an item: files in their own proportions, else what the model sees."""
+    return dataset.show(index, SIDE) if hasattr(dataset, "show") else dataset[index]["image"]
+
+
 def draw_sheet(path: str | Path, sections: Sections) -> None:
     """Write a PNG: for each section a heading and rows of cells."""
     font = ImageFont.load_default(FONT)
@@ -89,7 +96,7 @@ def draw_cell(sheet: Image.Image, draw: ImageDraw.ImageDraw, cell: Cell, x: int,
     if cell.image is not None:
         shown = cell.image if cell.image.ndim == 3 else cell.image[len(cell.image) // 2]
         picture = Image.fromarray(np.ascontiguousarray(shown.permute(1, 2, 0).numpy()))
-        sheet.paste(picture.resize((SIDE, SIDE)), (x, y))
+        sheet.paste(ImageOps.pad(picture, (SIDE, SIDE), color=LIGHT), (x, y))
         draw.rectangle((x - 2, y - 2, x + SIDE + 1, y + SIDE + 1),
                        outline=cell.frame or (200, 200, 200), width=3 if cell.frame else 1)
         top = y + SIDE + 4
@@ -109,7 +116,7 @@ def draw_judged_texts(path: str | Path, images: list[dict], root: Path) -> None:
             scores = "".join(f" ({value:.2f})" for value in text.get("itm", []))
             lines.append((f"{text['source'][0].upper()}: {text['caption'][:120]}{scores}",
                           GREEN if text["kept"] else RED))
-        cells.append(Cell(load_image(open_member(root / record["image"]), SIDE), lines))
+        cells.append(Cell(load_whole(open_member(root, record["image"]), SIDE), lines))
     heading = ("W: web text, S: synthetic text; green: accepted, red: rejected by the filter (ITM "
                "probability)")
     draw_sheet(path, [(heading, in_rows(cells, 6) or [[Cell(None, [("none", BLACK)])]])])

@@ -19,11 +19,11 @@ from torch.utils.data import Dataset
 from blip import BLIP
 from config import TrainConfig, check_settings, setting
 from data.datasets import caption_collate, some_examples
-from data.files import InputError, read_json
+from data.files import InputError, is_list, read_json, stream_list
 from data.text import Tokenizer
 from med import ContextKV
 from reports.metrics import caption_scores, mean, tokenise
-from reports.sheets import BLACK, GREEN, GREY, RED, Cell, Sections, pick_examples
+from reports.sheets import BLACK, GREEN, GREY, RED, Cell, Sections, pick_examples, pictures_of
 from tasks.task import (
     FINETUNE,
     TINY,
@@ -225,8 +225,8 @@ def caption_cells(dataset: Dataset, records: list[dict], references: bool = True
         lines += [(fact, RED) for fact in record.get("wrong", [])]
         if references and record["references"]:
             lines.append((f"CIDEr {record['cider']:.2f}: {record['references'][0]}", GREY))
-        cells.append(Cell(dataset[record["index"]]["image"], lines, colour if colour != BLACK
-                          else None))
+        cells.append(Cell(pictures_of(dataset, record["index"]), lines,
+                          colour if colour != BLACK else None))
     return cells
 
 
@@ -263,17 +263,12 @@ def read_scored(predictions: str | Path, references: str | Path,
                 subset: bool = False) -> tuple[list[str], list[list[str]]]:
     """Captions and their references in the same order.
 
-    [{image or image_id, caption}] and [{image or image_id, caption: [...]}]. Images are recognised
-    by image_id where both files have it throughout, else by image. Raises InputError for a
-    prediction without a reference, a reference without a prediction (unless `subset`), an image
-    that occurs twice, an empty reference.
+    [{image or image_id, caption}] and [{image or image_id, caption: [...]}], or both in COCO's
+    form (`scored_records`). Images are recognised by image_id where both files have it throughout,
+    else by image. Raises InputError for a prediction without a reference, a reference without a
+    prediction (unless `subset`), an image that occurs twice, an empty reference.
     """
-    files = {path: read_json(path) for path in (predictions, references)}
-    for path, records in files.items():
-        if not isinstance(records, list) or not records or not all(
-                isinstance(record, dict) and "caption" in record for record in records):
-            raise InputError(f"{path} must be a list of {{image or image_id, caption}}, and not "
-                             "empty")
+    files = {path: scored_records(path) for path in (predictions, references)}
     key = next((name for name in ("image_id", "image")
                 if all(name in record for records in files.values() for record in records)), None)
     if key is None:
@@ -292,6 +287,27 @@ def read_scored(predictions: str | Path, references: str | Path,
                          f"in {predictions} (the first: {key} {min(without_prediction)}); predict "
                          "them too, or leave them out with --subset")
     return [texts[0] for texts in predicted.values()], [true[name] for name in predicted]
+
+
+def scored_records(path: str | Path) -> list[dict]:
+    """A list of {image or image_id, caption}, one a line, or COCO's {annotations: [...]}.
+
+    Of COCO's annotations, one record for each image. Raises InputError.
+    """
+    records = list(stream_list(path)) if is_list(path) else read_json(path)
+    try:
+        if isinstance(records, dict):
+            by_image: dict[str, list[str]] = {}
+            for note in records["annotations"]:
+                by_image.setdefault(note["image_id"], []).append(note["caption"])
+            records = [{"image_id": name, "caption": texts} for name, texts in by_image.items()]
+        if not records or not all(isinstance(record, dict) and "caption" in record
+                                  for record in records):
+            raise KeyError("caption")
+    except (KeyError, TypeError, AttributeError):
+        raise InputError(f"{path} must be a list of {{image or image_id, caption}} or COCO's "
+                         "annotations of image_id and caption, and not empty")
+    return records
 
 
 def captions_by_image(path: str | Path, records: list[dict], key: str,

@@ -20,7 +20,7 @@ from data.datasets import Collate, ImageDataset, NLVR2Example
 from data.files import InputError, is_list, stream_list
 from data.text import Tokenizer, clean_caption
 from reports.metrics import consistency, mean
-from reports.sheets import GREEN, RED, Cell
+from reports.sheets import GREEN, RED, Cell, pictures_of
 from tasks.task import (
     FINETUNE,
     TINY,
@@ -30,6 +30,7 @@ from tasks.task import (
     Task,
     TaskModel,
     TrainedModel,
+    broken_images,
     evaluation_batches,
 )
 from training import distributed
@@ -110,7 +111,7 @@ def read_statements(path: str | Path) -> list[NLVR2Example]:
     The official images are identifier-img0.png and -img1.png. Raises InputError.
     """
     if not is_list(path):
-        raise InputError(f"{path} is neither a list of {{images, sentence, label}} nor a jsonl of "
+        raise InputError(f"{path} is neither a list of {{images, sentence, label}} nor lines of "
                          "{identifier, sentence, label}")
     examples = []
     for number, record in enumerate(stream_list(path)):
@@ -124,12 +125,13 @@ def read_statements(path: str | Path) -> list[NLVR2Example]:
                     isinstance(image, str) for image in images):
                 raise InputError(f"{where}: images must name two images, not {str(images)[:60]}")
             if label not in ("true", "false"):
-                raise InputError(f"{where}: label is {record['label']!r}; it must be True or False")
+                raise InputError(f"{where}: label is {str(record['label'])[:40]!r}; it must be "
+                                 "True or False")
             if not isinstance(record["sentence"], str) or not record["sentence"].strip():
                 raise InputError(f"{where}: the sentence is empty")
             examples.append(NLVR2Example(tuple(images), record["sentence"], label == "true",
                                          str(record.get("identifier", number))))
-        except (KeyError, AttributeError) as error:
+        except (KeyError, TypeError, AttributeError) as error:
             raise InputError(f"{where}: {error} is missing; a record needs images, sentence and "
                              "label (or identifier, sentence, label)")
     if not examples:
@@ -212,10 +214,10 @@ def evaluate(trained: TrainedModel, dataset: Dataset, settings: EvalSettings) ->
     if settings.baselines:
         blind = judge_statements(trained, dataset, grey=True)
         numbers["blank_accuracy"] = mean(r["answer"] == r["label"] for r in blind)
-    numbers["statements"] = len(records)
+    numbers |= {"statements": len(records), "broken": broken_images(dataset, records)}
     rows = []
     for record, ok in list(zip(records, right))[:12]:
-        first, second = dataset[record["index"]]["image"]
+        first, second = pictures_of(dataset, record["index"])
         text = f"{record['sentence']}: {'true' if record['answer'] else 'false'}"
         rows.append([Cell(None, [(text, GREEN if ok else RED)]), Cell(first, []),
                      Cell(second, [])])

@@ -25,7 +25,17 @@ from data.files import InputError
 from data.images import prepare_images
 from data.text import Tokenizer, clean_caption
 from reports.metrics import mean, rank_statistics, ranks, recall, recall_chance
-from reports.sheets import BLACK, GREEN, GREY, RED, Cell, Row, Sections, pick_examples
+from reports.sheets import (
+    BLACK,
+    GREEN,
+    GREY,
+    RED,
+    Cell,
+    Row,
+    Sections,
+    pick_examples,
+    pictures_of,
+)
 from tasks.task import (
     BATCH,
     FINETUNE,
@@ -259,8 +269,8 @@ def sections(gallery: Gallery, t2i: Tensor, i2t: Tensor,
         row = [Cell(None, [(gallery.texts[t], BLACK)])]
         best = t2i[t].topk(min(5, t2i.shape[1]))
         for i, score in zip(best.indices.tolist(), best.values.tolist()):
-            row.append(Cell(gallery.images([i])[0], [(f"{score:.2f}", GREY)],
-                            GREEN if is_right(t, i) else RED))
+            row.append(Cell(pictures_of(gallery.dataset, gallery.index[i]),
+                            [(f"{score:.2f}", GREY)], GREEN if is_right(t, i) else RED))
         return row
 
     positives = gallery.positives()
@@ -276,7 +286,7 @@ def sections(gallery: Gallery, t2i: Tensor, i2t: Tensor,
     for i in pick_examples([0.0] * len(i2t), 8)["random"]:
         best_texts = i2t[i].topk(min(3, i2t.shape[1])).indices.tolist()
         lines = [(gallery.texts[t], GREEN if is_right(t, i) else RED) for t in best_texts]
-        cells.append(Cell(gallery.images([i])[0], lines))
+        cells.append(Cell(pictures_of(gallery.dataset, gallery.index[i]), lines))
     return [*result, ("texts found for an image, random", [cells])]
 
 

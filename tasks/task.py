@@ -4,6 +4,7 @@ A new task is one file beside this one, with a `TASK` or `BENCHMARKS`, and its n
 """
 
 import hashlib
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -14,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from blip import make_vit
 from config import SIZES, BLIPConfig, TrainConfig
-from data.datasets import Collate, ImageDataset, caption_collate
+from data.datasets import Collate, ImageDataset, caption_collate, check_inside
 from data.images import batch_to
 from data.pairs import merge_captions, read_pairs
 from data.sources import open_mixture
@@ -96,9 +97,17 @@ class Source:
         """That the images are relative to."""
         return self.image_root or Path(self.data.split(",")[0]).parent
 
+    def first(self, examples: list) -> list:
+        """The first `size` examples; InputError where a picture's name leads out of folder()."""
+        root = os.path.abspath(self.folder())
+        for number, example in enumerate(examples):
+            for name in example.images:
+                check_inside(f"{self.data}, example {number}", name, root)
+        return examples[:self.size or None]
+
     def images(self, examples: list, kind: type[ImageDataset] = ImageDataset) -> ImageDataset:
         """Examples from files as a data set."""
-        return kind(examples[:self.size or None], self.folder(), self.image_size,
+        return kind(self.first(examples), self.folder(), self.image_size,
                     self.augment, (self.crop_min, 1.0), self.flip, self.seed)
 
 
@@ -253,6 +262,16 @@ def evaluation_batches(dataset: Dataset, collate: Collate, device: torch.device,
         if grey:
             batch["image"] = torch.full_like(batch["image"], GREY_LEVEL)
         yield batch_to(batch, device)
+
+
+def broken_images(dataset: Dataset, records: list[dict]) -> int:
+    """How many images of a data set could not be read: those of the items without a record.
+
+    An image is counted once, however many items are about it.
+    """
+    answered = {record["index"] for record in records}
+    return len({dataset.example(index).image for index in range(len(dataset))
+                if index not in answered})
 
 
 def subsets_of(dataset: Dataset) -> dict[str, list[int]]:

@@ -29,7 +29,11 @@ class ClipDataset(ImageDataset):
 
     def load(self, example, rng: random.Random | None) -> Tensor:
         """-> (frames, 3, S, S) uint8. Raises OSError."""
-        return load_clip(self.root / example.image, self.frames, self.image_size)
+        return load_clip(self.root, example.image, self.frames, self.image_size)
+
+    def show(self, index: int, side: int) -> Tensor:
+        """The clip as the model sees it, for a sheet."""
+        return self[index]["image"]
 
 
 def iterate_clips(path: str) -> Iterator[tuple[str, dict, str]]:
@@ -39,7 +43,7 @@ def iterate_clips(path: str) -> Iterator[tuple[str, dict, str]]:
     """
     if not is_list(path):
         read_json(path)  # says what is wrong, if it is no json
-        raise InputError(f"{path} is neither a json list nor a jsonl file of records")
+        raise InputError(f"{path} is neither a json list nor a file with one record a line")
     for number, record in enumerate(stream_list(path)):
         where = f"{path}, record {number}"
         if not isinstance(record, dict):
@@ -48,7 +52,9 @@ def iterate_clips(path: str) -> Iterator[tuple[str, dict, str]]:
         if not keys:
             raise InputError(f"{where}: it names no clip; give clip_name, video or video_id")
         name = record[keys[0]]
-        yield where, record, f"video{name}" if isinstance(name, int) else str(name)
+        if not isinstance(name, str | int):
+            raise InputError(f"{where}: {keys[0]} must be a text or a number")
+        yield where, record, f"video{name}" if isinstance(name, int) else name
 
 
 def read_clips(path: str) -> list[Pair]:
@@ -57,7 +63,8 @@ def read_clips(path: str) -> list[Pair]:
     for where, record, name in iterate_clips(path):
         captions = record.get("caption")
         captions = [captions] if isinstance(captions, str) else captions
-        if not captions or not all(isinstance(text, str) and text.strip() for text in captions):
+        if not isinstance(captions, list) or not captions or not all(
+                isinstance(text, str) and text.strip() for text in captions):
             raise InputError(f"{where}: caption must be a text, or a list of texts")
         by_clip.setdefault(name, []).extend(captions)
     if not by_clip:
@@ -69,11 +76,8 @@ def read_clip_questions(path: str) -> list[VQAExample]:
     """[{video, question, answer}] -> questions. Raises InputError."""
     examples = []
     for number, (where, record, name) in enumerate(iterate_clips(path)):
-        question, answer = record.get("question"), record.get("answer")
-        if not isinstance(question, str) or not isinstance(answer, str) or not answer.strip():
-            raise InputError(f"{where}: it needs a question and an answer, both texts")
-        examples.append(VQAExample(name, question, record.get("id", number),
-                                   (answer.strip().lower(),)))
+        about = {"image": name, "question_id": record.get("id", number)}
+        examples.append(vqa.make_example(where, {**record, **about}, need_answers=True))
     if not examples:
         raise InputError(f"{path} holds no question")
     return examples
@@ -83,15 +87,15 @@ def open_clips(source: Source) -> Dataset:
     """Captioned clips of a file, or of the world."""
     if not source.data:
         return Clips(source.split, source.size, source.image_size, frames=source.frames)
-    return ClipDataset(read_clips(source.data)[:source.size or None], source.folder(),
-                       source.image_size, source.frames)
+    return ClipDataset(source.first(read_clips(source.data)), source.folder(), source.image_size,
+                       source.frames)
 
 
 def open_clip_questions(source: Source) -> Dataset:
     """Questions about the clips of a file, or of the world."""
     if not source.data:
         return ClipQuestions(source.split, source.size, source.image_size, frames=source.frames)
-    return ClipDataset(read_clip_questions(source.data)[:source.size or None], source.folder(),
+    return ClipDataset(source.first(read_clip_questions(source.data)), source.folder(),
                        source.image_size, source.frames)
 
 

@@ -20,7 +20,7 @@ from data.images import prepare_images
 from data.text import Tokenizer, clean_caption, clean_question
 from med import ContextKV
 from reports.metrics import dialog_scores, mean, ndcg
-from reports.sheets import BLACK, GREEN, GREY, RED, Cell, Sections, in_rows
+from reports.sheets import BLACK, GREEN, GREY, RED, Cell, Sections, in_rows, pictures_of
 from tasks.task import (
     FINETUNE,
     GREY_LEVEL,
@@ -31,6 +31,7 @@ from tasks.task import (
     Task,
     TaskModel,
     TrainedModel,
+    broken_images,
 )
 from training import distributed
 from world.datasets import Dialogs
@@ -93,38 +94,63 @@ def read_dialogs(data: str) -> list[DialogExample]:
     Images are VisualDialog_SPLIT_ID.jpg, or COCO's for the training split. Raises InputError.
     """
     path, _, dense = data.partition(",")
-    content, relevance = read_json(path), {}
+    content, relevance = read_json(path), read_relevance(dense) if dense else {}
     try:
         questions, answers = content["data"]["questions"], content["data"]["answers"]
         dialogs, split = content["data"]["dialogs"], content.get("split", "val2018")
+        if not isinstance(dialogs, list) or not all(isinstance(text, str)
+                                                    for text in [*questions, *answers]):
+            raise TypeError("a list of dialogs, or of texts,")
     except (KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{path} is no VisDial 1.0 file: {error} is missing; it needs data with "
                          "questions, answers and dialogs")
-    for note in read_json(dense) if dense else []:
-        of_candidates = tuple(note.get("gt_relevance", note.get("relevance")))
-        relevance[note["image_id"]] = (note["round_id"] - 1, of_candidates)
     examples = []
     for number, record in enumerate(dialogs):
         where = f"{path}, dialog {number}"
         try:
-            rounds = []
-            for turn, record_round in enumerate(record["dialog"]):
-                choices = record_round.get("answer_options", [])
-                if len(choices) != CANDIDATES:
-                    raise InputError(f"{where}, round {turn + 1}: it has {len(choices)} candidate "
-                                     f"answers and must have {CANDIDATES}")
-                rounds.append(DialogRound(
-                    questions[record_round["question"]], answers[record_round["answer"]],
-                    tuple(answers[i] for i in choices), record_round["gt_index"]))
+            rounds = [read_round(f"{where}, round {turn}", turn_record, questions, answers)
+                      for turn, turn_record in enumerate(record["dialog"], 1)]
             image = record.get("image") or f"VisualDialog_{split}_{record['image_id']:012d}.jpg"
+            if not rounds or not isinstance(image, str) or not isinstance(record["caption"], str):
+                raise TypeError("no round, or an image or caption that is no text")
             examples.append(DialogExample(image, record["caption"], tuple(rounds),
                                           record["image_id"], relevance.get(record["image_id"])))
-        except (KeyError, IndexError, TypeError, ValueError) as error:
-            raise InputError(f"{where}: {error!r}; a dialog needs image_id, caption and rounds of "
+        except InputError:
+            raise
+        except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+            raise InputError(f"{where}: {error!r:.200}; it needs image_id, caption and rounds of "
                              "question, answer, answer_options and gt_index")
     if not examples:
         raise InputError(f"{path} holds no dialog")
     return examples
+
+
+def read_round(where: str, record: dict, questions: list[str], answers: list[str]) -> DialogRound:
+    """A round whose texts are given as numbers of questions and answers. Raises InputError."""
+    choices, target = record.get("answer_options", []), record["gt_index"]
+    if len(choices) != CANDIDATES:
+        raise InputError(f"{where}: it has {len(choices)} candidate answers and must have "
+                         f"{CANDIDATES}")
+    if target not in range(CANDIDATES):
+        raise InputError(f"{where}: gt_index is {str(target)[:40]}; it must be a number from 0 "
+                         f"to {CANDIDATES - 1}")
+    return DialogRound(questions[record["question"]], answers[record["answer"]],
+                       tuple(answers[i] for i in choices), int(target))
+
+
+def read_relevance(path: str) -> dict[int, tuple[int, tuple[float, ...]]]:
+    """Dense annotations: image id -> (round, relevance of its candidates). Raises InputError."""
+    relevance, notes = {}, read_json(path)
+    for number, note in enumerate(notes if isinstance(notes, list) else [notes]):
+        try:
+            of_candidates = tuple(map(float, note.get("gt_relevance", note.get("relevance"))))
+            if len(of_candidates) != CANDIDATES:
+                raise ValueError(f"{len(of_candidates)} candidates")
+            relevance[note["image_id"]] = (note["round_id"] - 1, of_candidates)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise InputError(f"{path}, record {number}: {error!r:.200}; it needs image_id, "
+                             f"round_id and gt_relevance of {CANDIDATES} candidates")
+    return relevance
 
 
 def open_data(source: Source) -> Dataset:
@@ -242,7 +268,7 @@ def evaluate(trained: TrainedModel, dataset: Dataset, settings: EvalSettings) ->
     if settings.baselines:
         blind = dialog_scores(answer_ranks(rank_candidates(trained, dataset, grey=True)))
         numbers |= {f"blank_{name}": value for name, value in blind.items()}
-    numbers["rounds"] = len(records)
+    numbers |= {"rounds": len(records), "broken": broken_images(dataset, records)}
     files = {"answers.json": [{"image_id": record["dialog"], "round_id": record["round"] + 1,
                                "ranks": ranks_of(record["scores"])} for record in records]}
     return Evaluation(numbers, sections(dataset, records), files)
@@ -277,7 +303,7 @@ def sections(dataset: Dataset, records: list[dict]) -> Sections:
             best = max(range(len(scores)), key=scores.__getitem__)
             lines += [(asked.question, BLACK),
                       (asked.candidates[best], GREEN if best == asked.target else RED)]
-        cells.append(Cell(dataset[index]["image"], lines))
+        cells.append(Cell(pictures_of(dataset, index), lines))
     return [("dialogs: caption, questions, best candidates (green: right)", in_rows(cells, 6))]
 
 

@@ -23,7 +23,7 @@ from decoding import Hypothesis, beam_search
 from losses import next_token_targets
 from med import ContextKV, DecoderStep
 from reports.metrics import mean, vqa_accuracy
-from reports.sheets import BLACK, GREEN, GREY, RED, Cell, Sections, in_rows
+from reports.sheets import BLACK, GREEN, GREY, RED, Cell, Sections, pick_examples, pictures_of
 from tasks.task import (
     FINETUNE,
     TINY,
@@ -34,6 +34,7 @@ from tasks.task import (
     Task,
     TaskModel,
     TrainedModel,
+    broken_images,
     evaluation_batches,
     subsets_of,
 )
@@ -161,21 +162,19 @@ def read_questions(data: str, need_answers: bool = True) -> list[VQAExample]:
         if isinstance(content, dict) and isinstance(content.get("questions"), list):
             official.append((path, content))
         elif isinstance(content, dict) and isinstance(content.get("annotations"), list):
-            annotations |= {note.get("question_id"): note for note in content["annotations"]}
+            annotations |= read_annotations(path, content["annotations"])
         else:
-            raise InputError(f"{path} is neither a list of {{image, question, answer}} records nor "
-                             "VQAv2's questions or annotations")
+            raise InputError(f"{path} is neither a list of {{image, question, answer}} records (or "
+                             "one a line) nor VQAv2's questions or annotations")
     for path, content in official:
         subset = content.get("data_subtype", "")
         for number, record in enumerate(content["questions"]):
             where = f"{path}, question {number}"
             try:
-                note = annotations.get(record["question_id"], {})
+                about = annotations.get(record["question_id"], {})
                 name = f"{subset}/COCO_{subset}_{record['image_id']:012d}.jpg"
                 record = {"image": name, "question": record["question"],
-                          "question_id": record["question_id"],
-                          "answer": [a["answer"] for a in note.get("answers", [])],
-                          "answer_type": note.get("answer_type", "")}
+                          "question_id": record["question_id"], **about}
             except (KeyError, TypeError, ValueError) as error:
                 raise InputError(f"{where}: {error} is missing or malformed; it needs image_id, "
                                  "question and question_id")
@@ -185,14 +184,29 @@ def read_questions(data: str, need_answers: bool = True) -> list[VQAExample]:
     return examples
 
 
+def read_annotations(path: str, notes: list) -> dict[int | str, dict]:
+    """VQAv2's annotations: question_id -> {answer: texts, answer_type}. Raises InputError."""
+    annotations = {}
+    for number, note in enumerate(notes):
+        try:
+            answers = as_texts([given["answer"] for given in note.get("answers", [])])
+            if not all(isinstance(answer, str) and answer.strip() for answer in answers):
+                raise TypeError("an answer that is no text")
+            annotations[note["question_id"]] = {"answer": answers,
+                                                "answer_type": note.get("answer_type", "")}
+        except (KeyError, TypeError, AttributeError) as error:
+            raise InputError(f"{path}, annotation {number}: {error} is missing or malformed; it "
+                             "needs question_id and answers with an answer each")
+    return annotations
+
+
 def make_example(where: str, record: dict, need_answers: bool) -> VQAExample:
     """A BLIP record, checked. Raises InputError."""
     try:
         image, question = record["image"], record["question"]
-        answers = record.get("answer", [])
-        answers = [answers] if isinstance(answers, str) else answers
-        if not isinstance(image, str) or not isinstance(question, str) or not isinstance(
-                answers, list) or not all(isinstance(a, str) and a.strip() for a in answers):
+        answers = as_texts(record.get("answer", []))
+        if not isinstance(image, str) or not isinstance(question, str) or not all(
+                isinstance(a, str) and a.strip() for a in answers):
             raise TypeError("image and question must be texts, answer a text or a list of texts")
         if need_answers and not answers:
             raise TypeError("it has no answer to learn from or to compare with; VQAv2's answers "
@@ -200,11 +214,17 @@ def make_example(where: str, record: dict, need_answers: bool) -> VQAExample:
         weight = GENOME_WEIGHT if record.get("dataset") == "vg" else 1.0
         return VQAExample(image, question, record.get("question_id", where),
                           tuple(a.strip().lower() for a in answers), weight,
-                          record.get("answer_type", ""))
+                          str(record.get("answer_type", "")))
     except KeyError as error:
         raise InputError(f"{where}: {error} is missing; a record needs image, question and answer")
     except (TypeError, AttributeError) as error:
         raise InputError(f"{where}: {error}")
+
+
+def as_texts(answers):
+    """One answer or a list of them -> a list; an answer that is a number becomes its text."""
+    answers = answers if isinstance(answers, list) else [answers]
+    return [str(answer) if type(answer) in (int, float) else answer for answer in answers]
 
 
 def open_data(source: Source) -> Dataset:
@@ -260,9 +280,8 @@ def prepare(datasets: Datasets, tokenizer: Tokenizer, config: TrainConfig) -> Da
 
 def read_answers(path: str | Path) -> list[str]:
     """A json list of answers, as the released answer_list.json. Raises InputError."""
-    answers = read_json(path)
-    if not isinstance(answers, list) or not answers or not all(
-            isinstance(answer, str) and answer for answer in answers):
+    answers = as_texts(read_json(path))
+    if not answers or not all(isinstance(answer, str) and answer for answer in answers):
         raise InputError(f"{path} must be a json list of answers")
     return answers
 
@@ -335,11 +354,12 @@ def evaluate(trained: TrainedModel, dataset: Dataset, settings: EvalSettings,
     blank_accuracy, the same model on grey images. Of a data set with subsets also accuracy_NAME.
     """
     records = answer(trained, dataset, settings)
+    counts = {"questions": len(records), "broken": broken_images(dataset, records)}
     examples = [dataset.example(record["index"]) for record in records]
     files = {"answers.json": [{"question_id": record["question_id"], "answer": record["answer"]}
                               for record in records]}
     if not all(example.answers for example in examples):  # a test set
-        return Evaluation({"questions": len(records)}, sections(dataset, records, examples), files)
+        return Evaluation(counts, sections(dataset, records, examples), files)
     scores = score_answers([record["answer"] for record in records], examples)
     for record, value in zip(records, scores):
         record["accuracy"] = value
@@ -359,7 +379,7 @@ def evaluate(trained: TrainedModel, dataset: Dataset, settings: EvalSettings,
     lengths = [2 + len(trained.tokenizer.piece_ids(clean_question(example.question)))
                for example in examples]
     cut = sum(length > trained.max_tokens for length in lengths)
-    numbers |= {"questions": len(records), "cut": cut}
+    numbers |= counts | {"cut": cut}
     if cut:
         distributed.print0(f"{cut} questions were cut to {trained.max_tokens} tokens")
     return Evaluation(numbers, sections(dataset, records, examples), files)
@@ -395,15 +415,19 @@ def commonest_answers(dataset: Dataset, count: int = 5000) -> dict[str, str]:
 
 def sections(dataset: Dataset, records: list[dict], examples: list[VQAExample]) -> Sections:
     """Some questions with their answers, green or red, and what most people say."""
-    cells = []
-    for record, example in list(zip(records, examples))[:24]:
+    def cell(record: dict, example: VQAExample) -> Cell:
         colour = BLACK
         if "accuracy" in record:
             colour = GREEN if record["accuracy"] > 0.5 else RED
         lines = [(example.question, BLACK), (record["answer"], colour)]
         lines += [(answer, GREY) for answer, _ in Counter(example.answers).most_common(1)]
-        cells.append(Cell(dataset[record["index"]]["image"], lines))
-    return [("questions, answers (green: right), what most people say", in_rows(cells, 8))]
+        return Cell(pictures_of(dataset, record["index"]), lines)
+    chosen = pick_examples([record.get("accuracy", 0.0) for record in records], 8)
+    if not any("accuracy" in record for record in records):  # a test set: none is best or worst
+        chosen = {"random": chosen["random"]}
+    return [(f"questions, answers (green: right), what most people say: {title}",
+             [[cell(records[i], examples[i]) for i in indices]])
+            for title, indices in chosen.items()]
 
 
 TASK = Task(

@@ -1,7 +1,9 @@
 """Pictures: resized, augmented, normalised; what cannot be read."""
 
 import io
+import os
 import random
+import zlib
 from collections import Counter
 
 import numpy as np
@@ -9,7 +11,8 @@ import pytest
 import torch
 from PIL import Image
 
-from data.images import load_image, prepare_images, rand_augment, random_crop
+from data import images
+from data.images import load_image, open_member, prepare_images, rand_augment, random_crop
 
 
 def picture(path, size=(40, 30), colour=(200, 30, 30)):
@@ -100,7 +103,7 @@ def test_unusual_pictures_are_read(tmp_path):
     for name, content, colour in (
             ("a.jpg", save_bytes(red.convert("CMYK"), "JPEG"), (250, 10, 10)),
             ("b.png", save_bytes(red.convert("P"), "PNG"), (250, 10, 10)),
-            ("c.png", save_bytes(Image.new("LA", (9, 9), (100, 0)), "PNG"), (100, 100, 100)),
+            ("c.png", save_bytes(Image.new("LA", (9, 9), (100, 255)), "PNG"), (100, 100, 100)),
             ("d.gif", save_bytes(red, "GIF", save_all=True, append_images=frames), (250, 10, 10)),
             ("e.png", save_bytes(grey16, "PNG"), (100, 100, 100)),
             ("f.png", save_bytes(Image.new("RGB", (1, 1), (250, 10, 10)), "PNG"), (250, 10, 10))):
@@ -131,11 +134,88 @@ def test_why_a_picture_cannot_be_read(tmp_path, monkeypatch):
     whole = save_bytes(Image.effect_noise((64, 64), 50), "JPEG")
     (tmp_path / "b.jpg").write_bytes(whole[:len(whole) // 2])
     picture(tmp_path / "c.png", (200, 200))
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 5000)
+    monkeypatch.setattr(images, "MOST_PIXELS", 5000)
     for name, reason in (("a.jpg", "damaged or no image"), ("b.jpg", "damaged or no image"),
                          ("c.png", "too large"), ("d.png", "missing")):
         with pytest.raises(OSError, match=reason):
             load_image(tmp_path / name, 16)
+
+
+def test_no_format_but_the_named_ones_is_opened(tmp_path, monkeypatch):
+    """An EPS file under another name would start Ghostscript."""
+    picture(tmp_path / "a.eps")
+    (tmp_path / "a.eps").rename(tmp_path / "a.jpg")
+    monkeypatch.setattr("PIL.EpsImagePlugin.Ghostscript", lambda *_, **__: pytest.fail("started"))
+    for rng in (None, random.Random(0)):
+        with pytest.raises(OSError, match="damaged or no image"):
+            load_image(tmp_path / "a.jpg", 16, rng)
+
+
+def test_a_tiny_file_that_says_it_is_huge_is_not_decoded(tmp_path, monkeypatch):
+    """74 bytes that say 13,000 x 13,000: refused by the header."""
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        check = zlib.crc32(kind + content).to_bytes(4, "big")
+        return len(content).to_bytes(4, "big") + kind + content + check
+    header = (13_000).to_bytes(4, "big") * 2 + bytes([16, 6, 0, 0, 0])
+    (tmp_path / "a.png").write_bytes(
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header)
+        + chunk(b"IDAT", zlib.compress(bytes(9))) + chunk(b"IEND", b""))
+    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", lambda *_: pytest.fail("decoded"))
+    with pytest.raises(OSError, match="too large"):
+        load_image(tmp_path / "a.png", 16)
+
+
+def test_what_is_no_regular_file_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe.jpg")
+    for path in (tmp_path / "pipe.jpg", "/dev/zero", tmp_path):
+        with pytest.raises(OSError, match="no regular file"):
+            load_image(path, 16)
+
+
+def test_what_is_transparent_shows_white(tmp_path):
+    """Not the colour that is hidden there, in each of the ways that a file can say so."""
+    half = Image.new("RGBA", (40, 20), (0, 200, 0, 255))
+    half.paste((255, 0, 0, 0), (20, 0, 40, 20))
+    half.save(tmp_path / "rgba.png")
+    half.save(tmp_path / "a.webp", lossless=True, exact=True)
+    half.getchannel("A").convert("L").save(tmp_path / "key.png", transparency=0)
+    palette = half.convert("RGB").convert("P", palette=Image.Palette.ADAPTIVE)
+    palette.save(tmp_path / "p.png", transparency=palette.getpixel((30, 5)))
+    for name in ("rgba.png", "a.webp", "p.png", "key.png"):
+        for rng in (None, random.Random(0)):
+            image = load_image(tmp_path / name, 16, rng, crop=(1.0, 1.0), flip=False)
+            if rng is None:
+                assert image[:, 8, 13].tolist() == [255, 255, 255], name
+            assert (image[0].int() - image[1].int()).max() <= 0 or name == "key.png", name
+    with Image.open(tmp_path / "rgba.png") as image:
+        image.putalpha(255)
+        image.save(tmp_path / "opaque.png")
+        image.convert("RGB").save(tmp_path / "plain.png")
+    assert load_image(tmp_path / "opaque.png", 16).equal(load_image(tmp_path / "plain.png", 16))
+
+
+@pytest.mark.parametrize("name, reason", [
+    ("x::y", "missing"), ("a.tar::5", "missing"), ("b.tar::0:10", "missing"),
+    ("a.tar::0:999999999999", "too large"), ("a.tar::90:20", "cut off"),
+    ("a.tar::" + "9" * 5000 + ":3", "no regular file"), ("../a.png", "outside the image root"),
+    ("/etc/hostname", "outside the image root"), ("../a.tar::0:10", "outside the image root"),
+    ("link.png", "outside the image root"), ("out/a.png", "outside the image root"),
+    ("zero\0byte", "missing"), ("half\ud800", "missing"), ("", "outside the image root")])
+def test_names_of_pictures(tmp_path, name, reason):
+    """Strange ones are missing; none leads out of the root, nor does a symbolic link."""
+    root = tmp_path / "root"
+    root.mkdir()
+    picture(tmp_path / "a.png")
+    picture(root / "x::y.png")
+    (root / "a.tar").write_bytes(bytes(100))
+    (tmp_path / "a.tar").write_bytes(bytes(100))
+    (root / "link.png").symlink_to(tmp_path / "a.png")
+    (root / "out").symlink_to(tmp_path)
+    (root / "same.png").symlink_to(root / "x::y.png")
+    with pytest.raises(OSError, match=reason):
+        load_image(open_member(root, name), 16)
+    for sound in ("x::y.png", "same.png"):
+        assert load_image(open_member(root, sound), 16).shape == (3, 16, 16)
 
 
 def test_five_hundred_mutated_pictures(tmp_path):

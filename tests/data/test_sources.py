@@ -1,16 +1,18 @@
 """Pairs by the million: tar shards, the index, mixtures."""
 
+import gzip
 import io
 import json
 import os
 import pickle
 import random
 import tarfile
+import time
 from collections import Counter
 from pathlib import Path
 
 import pytest
-from PIL import Image
+from PIL import Image, ImageColor
 from test_files import write_json
 
 from data.datasets import ImageDataset, Pair, caption_collate, name_hash
@@ -147,13 +149,122 @@ def test_a_broken_shard_gives_what_stands_before_the_break(tmp_path):
     for cut in range(1000, len(whole), 300):
         path = tmp_path / "s.tar"
         path.write_bytes(whole[:cut])
-        records = [record for _, record in tar_records(path, Counter())]
+        records = [record for _, record in tar_records(path, str(tmp_path), Counter())]
         for number, record in enumerate(records):
             offset, size = map(int, record["image"].split("::")[1].split(":"))
             assert record["image_id"] == f"s.tar {number:03}" and offset + size <= cut
             assert whole[offset:offset + size] == png("red")
         counts.append(len(records))
     assert counts == sorted(counts) and counts[0] == 0 and counts[-1] == 10
+
+
+def test_shards_of_one_name_in_two_folders_are_two(tmp_path):
+    """Each image is read from its own shard, also beside a json list with an image root."""
+    for folder, colour in (("p1", "red"), ("p2", "blue")):
+        (tmp_path / folder).mkdir()
+        shard(tmp_path / folder / "00000.tar", {"0.png": png(colour), "0.txt": colour.encode()})
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "a.png").write_bytes(png("lime"))
+    path = write_json(tmp_path / "p.json", [{"image": "a.png", "caption": "lime"}])
+    rows = open_mixture(f"{tmp_path}/p*/00000.tar,{path}", str(tmp_path / "photos"),
+                        tmp_path / "index")
+    data = ImageDataset(rows, "", 8)
+    for i, colour in enumerate(("red", "blue", "lime")):
+        item = data[i]
+        assert item["example"].captions == (colour,) and not item["broken"], item["broken"]
+        assert item["image"][:, 4, 4].tolist() == list(ImageColor.getrgb(colour))
+        assert data.show(i, 20).shape == (3, 20, 20)
+    assert len({pair.image_id for pair in rows}) == 3
+
+
+def test_a_shard_that_is_a_link_is_read_where_it_is(tmp_path):
+    """As data hubs keep them in their caches: links to files without an ending."""
+    for name, colour in (("one", "red"), ("two", "blue")):
+        (tmp_path / name).mkdir()
+        shard(tmp_path / name / "blob", {"0.png": png(colour), "0.txt": colour.encode()})
+    (tmp_path / "web").mkdir()
+    (tmp_path / "web" / "00000.tar").symlink_to(tmp_path / "one" / "blob")
+    (tmp_path / "web" / "00001.tar").symlink_to("../two/blob")
+    data = ImageDataset(open_mixture(str(tmp_path / "web"), "", tmp_path / "index"), "", 8)
+    assert [data[i]["image"][:, 4, 4].tolist() for i in (0, 1)] == [[255, 0, 0], [0, 0, 255]]
+
+
+def test_a_link_out_of_the_root_is_not_followed_in_training(tmp_path):
+    (tmp_path / "root").mkdir()
+    (tmp_path / "secret.png").write_bytes(png("red"))
+    (tmp_path / "root" / "a.png").symlink_to(tmp_path / "secret.png")
+    path = write_json(tmp_path / "root" / "p.json", [{"image": "a.png", "caption": "x"}])
+    data = ImageDataset(open_mixture(str(path), "", tmp_path / "index"), "", 8)
+    assert data[0]["image"] is None and "outside the image root" in data[0]["broken"][0]
+
+
+def test_a_bad_record_in_a_shard_is_passed_over_and_counted(tmp_path, capsys):
+    good = {"a.png": png("red"), "a.txt": b"a red thing"}
+    bad = {"deep": b"[" * 100_000, "long": b'{"caption": ' + b"9" * 5000 + b"}",
+           "list": b"[1]", "number": b'{"caption": 3}', "not": b"nothing"}
+    members = dict(good)
+    for name, content in bad.items():
+        members |= {f"{name}.png": png("blue"), f"{name}.json": content}
+    members |= {"half.png": png("blue"), "half.json": b'{"caption": "half \\ud800"}',
+                "b\udcff.png": png("blue"), "b\udcff.txt": b"no UTF-8 in its name",
+                "lost.txt": b"its picture is not there"}
+    rows = PairIndex.open(str(shard(tmp_path / "s.tar", members)), None, tmp_path / "index")
+    assert [pair.captions[0] for pair in rows] == ["a red thing", "half ?", "no UTF-8 in its name"]
+    assert rows.skipped == {"json without a caption": 4, "no picture": 1, "no caption": 5}
+    assert "1 x no picture" in capsys.readouterr().err
+
+
+def test_a_damaged_place_in_a_shard_is_passed_over_and_counted(tmp_path):
+    """What stands behind it is read; a shard that is compressed or cut is named."""
+    whole = shard(tmp_path / "s.tar", {f"{i}.{e}": png("red") if e == "png" else b"a dog"
+                                       for i in range(9) for e in ("txt", "png")}).read_bytes()
+    for hole in (bytes(2048), b"x" * 2048):  # two members of 1024 bytes
+        (tmp_path / "s.tar").write_bytes(whole[:4096] + hole + whole[6144:])
+        skipped = Counter()
+        records = [r["image_id"] for _, r in tar_records(tmp_path / "s.tar", tmp_path, skipped)]
+        assert records == [f"s.tar {i}" for i in (0, 1, 3, 4, 5, 6, 7, 8)]
+        assert skipped.total() == 1 and "damaged place" in max(skipped, key=skipped.get)
+    (tmp_path / "s.tar").write_bytes(whole[:6144])  # cut between two pairs
+    assert len(list(tar_records(tmp_path / "s.tar", tmp_path, skipped := Counter()))) == 3
+    assert "breaks off" in max(skipped, key=skipped.get)
+    for content in (gzip.compress(whole), b"", bytes(5000), whole[:1500]):
+        (tmp_path / "s.tar").write_bytes(content)
+        with pytest.raises(InputError, match="s.tar holds no image with a caption"):
+            PairIndex.open(str(tmp_path / "s.tar"), None, tmp_path / "index")
+    for name in ("s.tar.gz", "s.csv"):
+        (tmp_path / name).write_bytes(gzip.compress(whole) if "gz" in name else b"image,text\n")
+        with pytest.raises(InputError, match=f"{name} is no json .* tar shards"):
+            PairIndex.open(str(tmp_path / name), None, tmp_path / "index")
+
+
+def test_a_damaged_index_is_built_again(tmp_path):
+    path = write_json(tmp_path / "p.json", [{"image": f"{i}.jpg", "caption": "x"}
+                                            for i in range(20)])
+    rows = list(PairIndex.open(str(path), None, tmp_path / "index"))
+    folder, = (tmp_path / "index").iterdir()
+    for name in ("rows", "offsets", "skipped"):
+        for content in (b"", b"nonsense", None):
+            if content is None:
+                (folder / name).unlink()
+            else:
+                (folder / name).write_bytes(content)
+            assert list(PairIndex.open(str(path), None, tmp_path / "index")) == rows
+    whole = (folder / "rows").read_bytes()
+    (folder / "rows").write_bytes(b"\xff" * len(whole))
+    with pytest.raises(InputError, match="is damaged; remove this folder, and it is built again"):
+        PairIndex.open(str(path), None, tmp_path / "index")[3]
+
+
+def test_what_dead_processes_left_beside_an_index_is_removed(tmp_path):
+    """What is a day old; an index, or what is being written, stays."""
+    path = write_json(tmp_path / "p.json", [{"image": "a.jpg", "caption": "x"}])
+    for name, age in (("a-0.17.tmp", 1e6), ("b-0.18.tmp", 0), ("c.5-0123", 1e6)):
+        (tmp_path / "index" / name).mkdir(parents=True)
+        (tmp_path / "index" / name / "rows").write_text("[]")
+        os.utime(tmp_path / "index" / name / "rows", (time.time() - age,) * 2)
+    rows = PairIndex.open(str(path), None, tmp_path / "index")
+    assert {folder.name for folder in (tmp_path / "index").iterdir()} == {
+        "b-0.18.tmp", "c.5-0123", rows.folder.name}
 
 
 @pytest.mark.slow

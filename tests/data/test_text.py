@@ -1,6 +1,7 @@
 """Cleaning and the WordPiece tokenizer."""
 
 import random
+import time
 
 import pytest
 from conftest import REFERENCE, reference
@@ -61,3 +62,11 @@ def test_a_vocabulary_that_cannot_be_used(tmp_path, content, message):
         Tokenizer.from_file(tmp_path / "vocab.txt")
     with pytest.raises(InputError, match="cannot be read"):
         Tokenizer.from_file(tmp_path / "nothing.txt")
+
+
+def test_a_word_of_a_megabyte_does_not_stop_the_training_of_a_vocabulary():
+    start = time.perf_counter()
+    tokenizer = Tokenizer.train([*CAPTIONS, "dog" * 400_000, "dog" * 400_001], 300)
+    assert time.perf_counter() - start < 10
+    ids, _ = tokenizer.encode(["a dog " + "x" * 1_000_000], 30)
+    assert tokenizer.decode(ids[0]).startswith("a dog")

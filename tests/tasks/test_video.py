@@ -1,6 +1,10 @@
 """Video without training: clips in every form, what the models of images read of them."""
 
+import contextlib
 import json
+import os
+import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,6 +14,7 @@ from PIL import Image
 
 import eval as eval_
 import train
+from data import clips
 from data.clips import frame_numbers, load_clip
 from tasks.registry import make_model
 from world.datasets import Clips, film
@@ -39,10 +44,10 @@ def test_clips_in_every_form_are_the_same_frames(tmp_path):
     frames[0].save(tmp_path / "moving.webp", save_all=True, append_images=frames[1:],
                    lossless=True)
     frames[0].save(tmp_path / "gif.gif", save_all=True, append_images=frames[1:])
-    expected = load_clip(tmp_path / "folder", 3, 8)
+    expected = load_clip(tmp_path, "folder", 3, 8)
     assert expected.shape == (3, 3, 8, 8) and expected[:, 0, 0, 0].tolist() == [0, 60, 180]
     for name in ("array", "array.npy", "other.npy", "moving.webp", "moving", "gif.gif"):
-        clip = load_clip(tmp_path / name, 3, 8)
+        clip = load_clip(tmp_path, name, 3, 8)
         assert (clip.int() - expected.int()).abs().max() <= (8 if "gif" in name else 0), name
 
 
@@ -55,15 +60,61 @@ def test_clips_that_cannot_be_read(tmp_path):
                          ("x.gif", "damaged or no clip"), ("flat.npy", "damaged or no clip"),
                          ("x.mp4", "the package av|damaged")):
         with pytest.raises(OSError, match=reason):
-            load_clip(tmp_path / name, 2, 8)
+            load_clip(tmp_path, name, 2, 8)
     one = Image.new("RGB", (9, 9), (5, 6, 7))
     (tmp_path / "torn").mkdir()
     one.save(tmp_path / "torn" / "1.png")
     (tmp_path / "torn" / "2.png").write_bytes(b"nothing")
     with pytest.raises(OSError, match="frame 2.png: damaged"):
-        load_clip(tmp_path / "torn", 2, 8)
+        load_clip(tmp_path, "torn", 2, 8)
     one.save(tmp_path / "one.png")
-    assert load_clip(tmp_path / "one", 4, 8).shape == (4, 3, 8, 8)  # a clip of one frame
+    assert load_clip(tmp_path, "one", 4, 8).shape == (4, 3, 8, 8)  # a clip of one frame
+
+
+def test_hostile_clips(tmp_path, monkeypatch):
+    """Neither waited for, nor decoded when they are too large, nor read outside the root."""
+    root = tmp_path / "root"
+    (root / "frames").mkdir(parents=True)
+    Image.new("RGB", (9, 9)).save(tmp_path / "1.png")
+    (root / "frames" / "1.png").symlink_to(tmp_path / "1.png")
+    (root / "link.png").symlink_to(tmp_path / "1.png")
+    os.mkfifo(root / "pipe.gif")
+    with open(root / "huge.npy", "wb") as file:  # a file with a hole
+        np.lib.format.write_array_header_1_0(file, {
+            "descr": "|u1", "fortran_order": False, "shape": (9, 20000, 20000, 3)})
+        file.truncate(file.tell() + 9 * 20000 * 20000 * 3)
+    frames = [Image.new("RGB", (90, 90), (i, 0, 0)) for i in range(9)]
+    frames[0].save(root / "long.gif", save_all=True, append_images=frames[1:])
+    monkeypatch.setattr(clips, "MOST_PIXELS_OF_A_CLIP", 8 * 90 * 90)
+    for name, reason in (("frames", "frame 1.png: outside"), ("link.png", "outside the image root"),
+                         ("../1.png", "outside"), ("link", "outside"), ("pipe", "no regular file"),
+                         ("huge.npy", "too large"), ("long.gif", "too large"), ("**", "missing"),
+                         ("[", "missing"), ("x" * 5000, "missing"), ("a\0b", "missing")):
+        with pytest.raises(OSError, match=reason):
+            load_clip(root, name, 2, 8)
+
+
+def test_frames_of_a_video_are_not_all_in_memory(tmp_path, monkeypatch):
+    """With a decoder in the place of the package av, which counts the frames that are held."""
+    class Frame:
+        alive = most = 0
+        width = height = 8
+        def __init__(self, shade):
+            self.shade = shade
+            Frame.alive += 1
+            Frame.most = max(Frame.most, Frame.alive)
+        def __del__(self):
+            Frame.alive -= 1
+        def to_image(self):
+            return Image.new("RGB", (8, 8), (self.shade, 0, 0))
+    video = SimpleNamespace(decode=lambda video: (Frame(i) for i in range(50)))
+    monkeypatch.setitem(sys.modules, "av", SimpleNamespace(
+        open=lambda path: contextlib.nullcontext(video)))
+    (tmp_path / "a.mp4").write_bytes(b"")
+    assert load_clip(tmp_path, "a", 5, 8)[:, 0, 0, 0].tolist() == [0, 10, 20, 30, 40]
+    assert load_clip(tmp_path, "a.mp4", 100, 8)[:, 0, 0, 0].tolist() == [
+        i // 2 for i in range(100)]
+    assert Frame.most <= 2
 
 
 def test_a_clips_features_are_the_mean_and_its_tokens_all():

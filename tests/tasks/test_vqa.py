@@ -266,7 +266,7 @@ def test_mistakes_in_questions(tmp_path):
         [{"image": "a.jpg", "question": "what?"}])
     assert "record 1: image and question must be texts" in questions(
         [{"image": "a.jpg", "question": "what?", "answer": "x"},
-         {"image": "a.jpg", "question": "what?", "answer": [3]}])
+         {"image": "a.jpg", "question": "what?", "answer": [None]}])
     assert "neither a list" in questions({"something": 1})
     assert "it has no answer" in questions({"questions": [
         {"image_id": 1, "question": "what?", "question_id": 3}]})
