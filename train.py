@@ -12,8 +12,8 @@
 
 Every field of BLIPConfig and TrainConfig (config.py) is a flag; `--help` lists them. In the run's
 folder: log.jsonl (one line per logged step), checkpoint.pt (everything), best.pt (finetuning: the
-model after the epoch that did best on the validation split), metrics.json and samples.png (at the
-end).
+model after the epoch that did best on the validation split), metrics.json, samples.png and
+curves.png (at the end).
 """
 
 import math
@@ -29,12 +29,13 @@ from tqdm import tqdm
 
 from config import TrainConfig, alpha_at, learning_rate, objectives_at
 from data.files import InputError
+from reports.curves import draw_curves, read_log
 from reports.numbers import print_highlights, print_numbers, write_numbers
 from reports.sheets import draw_sheet
 from tasks.registry import TASKS, preset_settings
 from tasks.task import EvalSettings, Evaluation
 from training import checkpoints, distributed, plan
-from training.diagnostics import Diagnostics, chance_levels, final_lines, read_log
+from training.diagnostics import Diagnostics, chance_levels, final_lines
 from training.distributed import print0
 from training.log import Log
 from training.precision import autocast, use_bf16
@@ -335,8 +336,10 @@ def report(run: Run, numbers: dict) -> None:
     if not print_highlights(run.task.highlights, numbers):
         print_numbers({name: value for name, value in numbers.items() if name != "train_minutes"})
     chance = chance_levels(run.model.config, run.config, distributed.world_size())
-    for line in final_lines(read_log(run.out / "log.jsonl"), chance):
+    log = read_log(run.out)
+    for line in final_lines(log, chance):
         print(line)
+    draw_curves(run.out / "curves.png", {run.out.name: log}, chance)
     files = sorted(path.name for path in run.out.iterdir() if path.is_file())
     print(f"wrote {run.out}/{', '.join(files)} (all numbers: metrics.json; pictures: samples.png)")
     if run.config.task == "pretrain":

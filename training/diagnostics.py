@@ -13,10 +13,8 @@ Diagnostics listens to the forward pass of the training itself (forward hooks), 
 random number and computes hardly anything. Other models than BLIP have grad_norm alone.
 """
 
-import json
 import math
 from collections import Counter, defaultdict
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -131,22 +129,15 @@ def chance_levels(model_config: object, config: TrainConfig,
             "itm_neg_acc": 0.5, "lm_nll": words}
 
 
-def read_log(path: str | Path) -> list[dict]:
-    """The lines of a log.jsonl that tell of steps; not those that judge an epoch."""
-    lines = [json.loads(line) for line in Path(path).read_text().splitlines()]
-    return [line for line in lines if "lr" in line]
-
-
 def last_means(log: list[dict]) -> dict[str, float]:
     """The mean of the last SHOWN lines of each number that the last line has."""
-    if not log:
-        return {}
     return {name: sum(line.get(name, value) for line in log[-SHOWN:]) / len(log[-SHOWN:])
             for name, value in log[-1].items()}
 
 
 def final_lines(log: list[dict], chance: dict[str, float]) -> list[str]:
     """The measures at the end of a run, with chance beside each, and a hint where it is needed."""
+    log = [line for line in log if "lr" in line]  # the others judge an epoch
     last, lines = last_means(log), []
     for name, about in ABOUT.items():
         if name in last and chance:
