@@ -2,7 +2,7 @@
 
     python -m tools.compare runs/a runs/b                     two runs
     python -m tools.compare runs/a-* runs/b-*                 two settings, several seeds each
-    python -m tools.compare runs/a-* --at 100 300             also what the log says after some steps
+    python -m tools.compare runs/a-* --at 100 300             also the log after these steps
 
 Runs whose settings differ in nothing but the seed are one group: the table has its mean and its
 spread (standard deviation). Two groups with the same seeds are compared seed by seed: p is the
