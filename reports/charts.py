@@ -80,7 +80,7 @@ def fit(text: str, width: int, size: int = FONT) -> str:
 # ---- curves --------------------------------------------------------------------------------------
 
 def ticks(low: float, high: float, most: int = 5) -> list[float]:
-    """Round numbers between low and high, at most so many: 1, 2 or 5 times a power of ten apart."""
+    """Round numbers from low to high, about `most`: 1, 2 or 5 times a power of ten apart."""
     step = 10.0 ** math.floor(math.log10((high - low) / most))
     for factor in (1, 2, 5, 10):
         if (high - low) / (factor * step) <= most:

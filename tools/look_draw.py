@@ -28,7 +28,7 @@ TOP, NUCLEUS = 8, 0.9  # words of each position; the mass of the nucleus (BLIP s
 # ---- ITC -----------------------------------------------------------------------------------------
 
 def draw_itc(path: Path, seen) -> None:
-    """The matrix of similarities, the soft targets beside it, and two anchors' targets in words.
+    """The matrix of similarities, the soft targets beside it, and two pictures' targets.
 
     seen: a tools.look.Seen.
     """

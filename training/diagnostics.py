@@ -26,6 +26,7 @@ from losses import next_token_targets
 
 ITM_CHANCE = 0.6365  # H(1/3): one own pair to two negatives, nothing but their number is known
 NEAR_CHANCE = 0.97  # a loss above this part of its chance level has learnt next to nothing
+ACCURACIES = {"itc": ("itc_i2t_acc", "itc_t2i_acc"), "itm": ("itm_pos_acc", "itm_neg_acc")}
 SHOWN = 5  # the last lines of the log whose mean is printed at the end of a run
 ABOUT = {"itc_i2t_acc": "ITC: pictures whose own text is the nearest in the batch",
          "itc_t2i_acc": "ITC: texts whose own picture is the nearest in the batch",
@@ -65,10 +66,9 @@ class Diagnostics:
         if not self.listening:
             return
         self.listening = False
-        heard = {part: torch.cat(outputs) for part, outputs in self.heard.items()}
-        self.heard.clear()
         with torch.autocast(inputs["ids"].device.type, enabled=False):  # bfloat16 would tie
-            measures = measure(model, heard, inputs)
+            measures = measure(model, self.heard, inputs)
+        self.heard.clear()
         for name, value in measures.items():
             self.sums[name] = self.sums.get(name, 0) + value
             self.counts[name] += 1
@@ -82,31 +82,38 @@ class Diagnostics:
 
 
 @torch.no_grad()
-def measure(model: BLIP, heard: dict[nn.Module, Tensor], inputs: dict) -> dict[str, Tensor]:
+def measure(model: BLIP, heard: dict[nn.Module, list[Tensor]],
+            inputs: dict) -> dict[str, Tensor]:
     """The measures of one forward pass, of the objectives that are on; scalars on the device.
 
-    heard: what vision_proj and text_proj (B, E), itm_head (3B, 2; own pairs first) and lm_head
-    (B, L - 1, V) gave; inputs: the forward's arguments.
+    heard: what each call of vision_proj and text_proj (B, E), itm_head (own pairs' (B, 2) first,
+    then 2B negatives) and lm_head (B, L - 1, V) gave; inputs: the forward's arguments. Where a
+    forward that somebody has changed gives other shapes, that measure is left out; further calls
+    are not looked at.
     """
     ids, mask = inputs["ids"], inputs["mask"]
-    measures = {}
-    if model.text_proj in heard:
-        image_feat = F.normalize(heard[model.vision_proj].float(), dim=-1)
-        text_feat = F.normalize(heard[model.text_proj].float(), dim=-1)
-        sim = image_feat @ text_feat.T
-        pair = inputs.get("image_ids")  # pairs of one image may stand for one another
-        pair = torch.arange(len(ids), device=ids.device) if pair is None else pair
-        measures["itc_i2t_acc"] = (pair[sim.argmax(1)] == pair).float().mean()
-        measures["itc_t2i_acc"] = (pair[sim.argmax(0)] == pair).float().mean()
+    pairs, measures = len(ids), {}
+    if model.text_proj in heard and model.vision_proj in heard:
+        image_feat = F.normalize(heard[model.vision_proj][0].float(), dim=-1)
+        text_feat = F.normalize(heard[model.text_proj][0].float(), dim=-1)
+        if len(image_feat) == len(text_feat) == pairs:
+            sim = image_feat @ text_feat.T
+            pair = inputs.get("image_ids")  # pairs of one image may stand for one another
+            pair = torch.arange(pairs, device=ids.device) if pair is None else pair
+            measures["itc_i2t_acc"] = (pair[sim.argmax(1)] == pair).float().mean()
+            measures["itc_t2i_acc"] = (pair[sim.argmax(0)] == pair).float().mean()
     if model.itm_head in heard:
-        says_match = (heard[model.itm_head][:, 1] > heard[model.itm_head][:, 0]).float()
-        measures["itm_pos_acc"] = says_match[:len(ids)].mean()
-        measures["itm_neg_acc"] = 1 - says_match[len(ids):].mean()
+        logits = torch.cat(heard[model.itm_head])[:3 * pairs]
+        if len(logits) == 3 * pairs:
+            says_match = (logits[:, 1] > logits[:, 0]).float()
+            measures["itm_pos_acc"] = says_match[:pairs].mean()
+            measures["itm_neg_acc"] = 1 - says_match[pairs:].mean()
     if model.med.lm_head in heard:
-        logits = heard[model.med.lm_head].float()
+        logits = heard[model.med.lm_head][0].float()
         targets = next_token_targets(ids, mask, inputs.get("prompt_length", 0))
-        measures["lm_nll"] = F.cross_entropy(logits.flatten(0, 1), targets.flatten(),
-                                             ignore_index=-100)
+        if logits.shape[:2] == targets.shape:
+            measures["lm_nll"] = F.cross_entropy(logits.flatten(0, 1), targets.flatten(),
+                                                 ignore_index=-100)
     return measures
 
 
@@ -136,22 +143,39 @@ def last_means(log: list[dict]) -> dict[str, float]:
 
 
 def final_lines(log: list[dict], chance: dict[str, float]) -> list[str]:
-    """The measures at the end of a run, with chance beside each, and a hint where it is needed."""
+    """The measures at the end of a run, with chance beside each, and hints where needed."""
     log = [line for line in log if "lr" in line]  # the others judge an epoch
     last, lines = last_means(log), []
     for name, about in ABOUT.items():
         if name in last and chance:
-            percent, unit = (100, " %") if name.endswith("acc") else (1, "")
-            level = f" (chance {percent * chance[name]:.2f})" if name in chance else ""
-            lines.append(f"{percent * last[name]:7.2f}{unit}  {about}{level}")
+            factor, unit = (100, " %") if name.endswith("acc") else (1, "")
+            level = f" (chance {factor * chance[name]:.2f})" if name in chance else ""
+            lines.append(f"{factor * last[name]:7.2f}{unit}  {about}{level}")
     if lines:
         steps = log[-1]["step"] - (log[-SHOWN - 1]["step"] if len(log) > SHOWN else 0)
         lines.insert(0, f"in the training batches of the last {steps} steps:")
-    return lines + [hint(name, last[name], chance[name]) for name in ("itc", "itm", "lm")
-                    if name in last and name in chance and last[name] > NEAR_CHANCE * chance[name]]
+    return lines + [hint(name, last, chance) for name in ("itc", "itm", "lm")
+                    if name in last and name in chance and stands_at_chance(name, last, chance)]
 
 
-def hint(name: str, value: float, level: float) -> str:
-    """What it means that a loss still stands at its chance level."""
-    return (f"{name} still stands at chance ({value:.3f}, chance {level:.3f}): the model has not "
-            f"learnt this objective yet; docs/healthy.md says what to look at")
+def stands_at_chance(name: str, last: dict[str, float], chance: dict[str, float]) -> bool:
+    """Whether an objective has learnt next to nothing, by its loss or by its accuracies.
+
+    The loss alone does not tell: ITC's falls below chance as soon as the queue's random vectors are
+    told from texts, and ITM's may stand above it for a model that is sure and wrong.
+    """
+    if last[name] > NEAR_CHANCE * chance[name]:
+        return True
+    accuracies = [accuracy for accuracy in ACCURACIES.get(name, ()) if accuracy in last]
+    if not accuracies:
+        return False
+    level = sum(chance[accuracy] for accuracy in accuracies) / len(accuracies)
+    reached = sum(last[accuracy] for accuracy in accuracies) / len(accuracies)
+    return reached < level + 0.1 * (1 - level)
+
+
+def hint(name: str, last: dict[str, float], chance: dict[str, float]) -> str:
+    """What it means that an objective still stands at its chance level."""
+    return (f"{name} still stands at chance (loss {last[name]:.3f}; of one that knows nothing: "
+            f"{chance[name]:.3f}): it has learnt next to nothing yet; docs/healthy.md says what "
+            "to look at")

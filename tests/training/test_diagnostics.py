@@ -60,6 +60,13 @@ def test_pairs_of_one_image_stand_for_one_another():
     assert found["itc_i2t_acc"] == found["itc_t2i_acc"] == 1
 
 
+def test_a_forward_that_was_changed_is_measured_as_far_as_it_is_known():
+    model, batch = toy_model().train(), toy_batch(4)
+    heard = {model.text_proj: [torch.eye(4), torch.eye(9)], model.vision_proj: [torch.eye(4)],
+             model.itm_head: [torch.zeros(4, 2)], model.med.lm_head: [torch.zeros(4, 3, 40)]}
+    assert diagnostics.measure(model, heard, batch) == {"itc_i2t_acc": 1, "itc_t2i_acc": 1}
+
+
 def test_an_evaluation_and_another_model_are_not_listened_to():
     model, batch = toy_model().eval(), toy_batch()
     heard = Diagnostics(model)
@@ -91,5 +98,19 @@ def test_chance_is_printed_and_a_loss_that_stands_there_is_told():
     assert lines[0] == "in the training batches of the last 100 steps:"
     assert "50.00 %" in lines[1] and "(chance 50.00)" in lines[1] and "3.00" in lines[2]
     assert len(lines) == 4 and "docs/healthy.md" in lines[3]
-    assert lines[3].startswith("itc still stands at chance (2.460, chance 2.485)")
+    assert lines[3].startswith("itc still stands at chance (loss 2.460; of one that knows nothing")
     assert final_lines(log, {}) == []
+
+
+def test_the_loss_alone_does_not_tell_chance():
+    """ITC's falls as soon as the queue's random vectors are told from texts."""
+    chance = {"itc": 6.96, "itc_i2t_acc": 0.03, "itc_t2i_acc": 0.03, "itm": 0.6365,
+              "itm_pos_acc": 0.5, "itm_neg_acc": 0.5}
+    stuck = {"itc": 5.5, "itc_i2t_acc": 0.04, "itc_t2i_acc": 0.05, "itm": 0.6,
+             "itm_pos_acc": 0.03, "itm_neg_acc": 0.99}
+    assert diagnostics.stands_at_chance("itc", stuck, chance)
+    assert diagnostics.stands_at_chance("itm", stuck, chance)  # it says no to everything
+    learnt = stuck | {"itc_i2t_acc": 0.6, "itc_t2i_acc": 0.8, "itm_pos_acc": 0.8}
+    assert not diagnostics.stands_at_chance("itc", learnt, chance)
+    assert not diagnostics.stands_at_chance("itm", learnt, chance)
+    assert not diagnostics.stands_at_chance("itc", {"itc": 5.5}, chance)  # an older log
