@@ -171,7 +171,7 @@ def judge_epoch(run: Run) -> dict:
 def evaluate(run: Run) -> Evaluation:
     """The final judgement of the best model, shared out over all ranks.
 
-    Rank 0 writes its numbers to metrics.json and its sheet to samples.png.
+    Rank 0 writes its numbers to metrics.json, its sheet to samples.png and the curves.
     """
     numbers = {"train_minutes": round(run.seconds / 60, 2), "steps": run.step}
     counts = distributed.gather([(run.broken, run.seen)])
@@ -194,6 +194,8 @@ def evaluate(run: Run) -> Evaluation:
                       asdict(run.config) | {"model": asdict(run.model.config)})
         if evaluation.sections:
             draw_sheet(run.out / "samples.png", evaluation.sections)
+        draw_curves(run.out / "curves.png", {run.out.name: read_log(run.out)},
+                    chance_levels(run.model.config, run.config))
     return Evaluation(numbers | evaluation.numbers, evaluation.sections)
 
 
@@ -335,11 +337,8 @@ def report(run: Run, numbers: dict) -> None:
               f"were replaced by others: {reasons}")
     if not print_highlights(run.task.highlights, numbers):
         print_numbers({name: value for name, value in numbers.items() if name != "train_minutes"})
-    chance = chance_levels(run.model.config, run.config, distributed.world_size())
-    log = read_log(run.out)
-    for line in final_lines(log, chance):
+    for line in final_lines(read_log(run.out), chance_levels(run.model.config, run.config)):
         print(line)
-    draw_curves(run.out / "curves.png", {run.out.name: log}, chance)
     files = sorted(path.name for path in run.out.iterdir() if path.is_file())
     print(f"wrote {run.out}/{', '.join(files)} (all numbers: metrics.json; pictures: samples.png)")
     if run.config.task == "pretrain":

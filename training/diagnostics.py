@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from blip import BLIP
 from config import BLIPConfig, TrainConfig
 from losses import next_token_targets
+from training import distributed
 
 ITM_CHANCE = 0.6365  # H(1/3): one own pair to two negatives, nothing but their number is known
 NEAR_CHANCE = 0.97  # a loss above this part of its chance level has learnt next to nothing
@@ -119,8 +120,7 @@ def measure(model: BLIP, heard: dict[nn.Module, list[Tensor]],
 
 # ---- what chance gives ---------------------------------------------------------------------------
 
-def chance_levels(model_config: object, config: TrainConfig,
-                  processes: int = 1) -> dict[str, float]:
+def chance_levels(model_config: object, config: TrainConfig) -> dict[str, float]:
     """What a model that knows nothing has, for each loss and measure of the log.
 
     Empty for other models than BLIP. The ITC accuracies count the pairs of one process and
@@ -129,7 +129,7 @@ def chance_levels(model_config: object, config: TrainConfig,
     if not isinstance(model_config, BLIPConfig) or config.task not in (
             "pretrain", "retrieval", "caption"):
         return {}
-    pairs = config.batch_size // (processes * config.accumulate)
+    pairs = config.batch_size // (distributed.world_size() * config.accumulate)
     words = math.log(model_config.vocab_size)
     return {"itc": math.log(pairs + model_config.queue_size), "itm": ITM_CHANCE, "lm": words,
             "itc_i2t_acc": 1 / pairs, "itc_t2i_acc": 1 / pairs, "itm_pos_acc": 0.5,
