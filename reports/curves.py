@@ -44,8 +44,8 @@ def draw_curves(path: str | Path, logs: dict[str, list[dict]],
                 levels: dict[str, float] | None = None) -> None:
     """Write a PNG of the curves of one or several runs.
 
-    logs: a run's name -> the lines of its log.jsonl, {step, ...}; levels: what chance gives, a
-    dashed line.
+    logs: a run's name -> the lines of its log.jsonl, {step, ...}; after ten runs the colours
+    repeat. levels: what chance gives, a dashed line.
     """
     titles, levels = panel_titles(logs), levels or {}
     page = Page(2 * MARGIN + COLUMNS * WIDTH, "Training curves", "Across: steps. A point is the "

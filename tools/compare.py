@@ -60,20 +60,23 @@ def open_run(folder: str) -> RunFolder:
 def group_runs(runs: list[RunFolder]) -> dict[str, list[RunFolder]]:
     """The finished runs by their settings, the seed left aside -> a group's name -> its runs.
 
-    A name is what differs between the groups, as flags.
+    A name is what differs between the groups, as flags. A setting that some of the runs do not have
+    (they are of another version) makes another group, but is not in the name.
     """
-    by_settings = {}
-    for run in runs:
-        if run.numbers:
-            key = tuple(sorted((name, str(value)) for name, value in run.settings.items()
-                               if name not in SAME_RUN))
-            by_settings.setdefault(key, []).append(run)
-    every_pair = [set(key) for key in by_settings]
+    finished, by_settings = [run for run in runs if run.numbers], {}
+    for run in finished:
+        key = tuple(sorted((name, str(value)) for name, value in run.settings.items()
+                           if name not in SAME_RUN))
+        by_settings.setdefault(key, []).append(run)
     groups = {}
     for key, members in by_settings.items():
         own = [f"{flag_name(name)} {value}" for name, value in key
-               if any((name, value) not in other for other in every_pair)]
-        groups[" ".join(own) or "all runs"] = sorted(members, key=lambda run: run.seed)
+               if all(name in run.settings for run in finished)
+               and any((name, value) not in other for other in by_settings)]
+        name = " ".join(own) or "all runs"
+        while name in groups:
+            name += ", other version"
+        groups[name] = sorted(members, key=lambda run: run.seed)
     return groups
 
 

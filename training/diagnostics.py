@@ -56,6 +56,7 @@ class Diagnostics:
     def begin(self, model: BLIP, arguments: tuple, inputs: dict) -> None:
         """A forward pass of the training begins. An evaluation is not listened to."""
         self.listening = model.training
+        self.heard.clear()  # of a pass that an error has ended
 
     def hear(self, part: nn.Module, arguments: tuple, output: Tensor) -> None:
         """Keep what a part of the model has computed."""

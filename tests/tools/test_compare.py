@@ -60,6 +60,14 @@ def test_other_seeds_are_not_paired_and_an_unfinished_run_is_named(tmp_path, cap
     assert "`--lr 0.1` (seed 0)" in table and "| 50.0 | 60.0 |" in table
 
 
+def test_a_run_of_another_version_is_another_group(tmp_path):
+    folders = [make_run(tmp_path / "a", 0, 0.5), make_run(tmp_path / "b", 0, 0.6, new_setting=3),
+               make_run(tmp_path / "c", 1, 0.6, new_setting=3)]
+    groups = compare.group_runs([compare.open_run(folder) for folder in folders])
+    assert [(name, compare.seeds_of(members)) for name, members in groups.items()] == [
+        ("all runs", [0]), ("all runs, other version", [0, 1])]
+
+
 def test_what_is_no_run_is_one_sentence(tmp_path, capsys):
     assert compare.main([str(tmp_path / "nothing")]) == 2
     error = capsys.readouterr().err
