@@ -132,7 +132,9 @@ def draw_panel(page: Page, x: int, y: int, width: int, height: int, title: str,
         at = place((x_low, level))[1]
         for start in range(left, right, 8):
             page.draw.line((start, at, min(start + 4, right), at), GREY)
-        page.write(right - 4, at - 2, "chance", GREY, FONT - 1, "rd")
+        near_top = at - top < LINE  # then the word stands below the line
+        page.write(right - 4, at + (2 if near_top else -2), "chance", GREY, FONT - 1,
+                   "ra" if near_top else "rd")
     for colour, points in curves:
         if len(points) == 1:
             px, py = place(points[0])

@@ -48,8 +48,9 @@ def draw_curves(path: str | Path, logs: dict[str, list[dict]],
     repeat. levels: what chance gives, a dashed line.
     """
     titles, levels = panel_titles(logs), levels or {}
+    dashed = "Dashed: what a model has that knows nothing." if levels else ""
     page = Page(2 * MARGIN + COLUMNS * WIDTH, "Training curves", "Across: steps. A point is the "
-                "mean over the steps since the point before. Dashed: what chance gives.")
+                f"mean over the steps since the point before. {dashed}")
     for number, name in enumerate(logs):
         colour = COLOURS[number % len(COLOURS)]
         page.draw.line((MARGIN, page.y + 8, MARGIN + 30, page.y + 8), colour, 4)
