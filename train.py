@@ -12,10 +12,11 @@
 
 Every field of BLIPConfig and TrainConfig (config.py) is a flag; `--help` lists them. In the run's
 folder: log.jsonl (one line per logged step), checkpoint.pt (everything), best.pt (finetuning: the
-model after the epoch that did best on the validation split), metrics.json and samples.png (at the
-end).
+model after the epoch that did best on the validation split), metrics.json, samples.png and
+curves.png (at the end).
 """
 
+import math
 import os
 import sys
 import time
@@ -28,11 +29,13 @@ from tqdm import tqdm
 
 from config import TrainConfig, alpha_at, learning_rate, objectives_at
 from data.files import InputError
+from reports.curves import draw_curves, read_log
 from reports.numbers import print_highlights, print_numbers, write_numbers
 from reports.sheets import draw_sheet
 from tasks.registry import TASKS, preset_settings
 from tasks.task import EvalSettings, Evaluation
 from training import checkpoints, distributed, plan
+from training.diagnostics import Diagnostics, chance_levels, final_lines
 from training.distributed import print0
 from training.log import Log
 from training.precision import autocast, use_bf16
@@ -50,6 +53,7 @@ def train(run: Run) -> bool:
     """
     config, model = run.config, run.model
     log = Log(run.out, run.step, config.log_every)
+    diagnostics = Diagnostics(model)
     net, objectives = None, None
     if config.compile:  # the ViT alone: it is most of the work, and its shapes never change
         model.vit.compile()
@@ -73,8 +77,8 @@ def train(run: Run) -> bool:
                 group["lr"] = lr
 
             losses, keys = forward_backward(run, net, micro_batches, alpha)
-            if config.grad_clip:
-                torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
+            grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(),
+                                                       config.grad_clip or math.inf)
             run.optimizer.step()
             run.optimizer.zero_grad(set_to_none=True)
             # What changes after the optimizer's step (BLIP sec. 3.2; MoCo, algorithm 1). A model
@@ -88,7 +92,8 @@ def train(run: Run) -> bool:
             values = {"lr": lr, "alpha": alpha, "minutes": round(run.seconds / 60, 3)}
             if hasattr(model, "temp"):
                 values["temp"] = model.temp.detach()
-            log.add(losses, bar, run.step, run.step == run.steps, config.batch_size, **values)
+            log.add(losses, bar, run.step, run.step == run.steps, config.batch_size,
+                    diagnostics.take(grad_norm), **values)
             if ends_an_epoch_to_judge(run):
                 log.write(judge_epoch(run))
             stopping, due = decide_together(run, signals, saved)
@@ -166,7 +171,7 @@ def judge_epoch(run: Run) -> dict:
 def evaluate(run: Run) -> Evaluation:
     """The final judgement of the best model, shared out over all ranks.
 
-    Rank 0 writes its numbers to metrics.json and its sheet to samples.png.
+    Rank 0 writes its numbers to metrics.json, its sheet to samples.png and the curves.
     """
     numbers = {"train_minutes": round(run.seconds / 60, 2), "steps": run.step}
     counts = distributed.gather([(run.broken, run.seen)])
@@ -185,9 +190,12 @@ def evaluate(run: Run) -> Evaluation:
         settings = EvalSettings(training=run.datasets.train)
         evaluation = run.task.evaluate(run.trained_model(), run.datasets.final, settings)
     if distributed.rank() == 0:
-        write_numbers(run.out / "metrics.json", numbers | evaluation.numbers, asdict(run.config))
+        write_numbers(run.out / "metrics.json", numbers | evaluation.numbers,
+                      asdict(run.config) | {"model": asdict(run.model.config)})
         if evaluation.sections:
             draw_sheet(run.out / "samples.png", evaluation.sections)
+        draw_curves(run.out / "curves.png", {run.out.name: read_log(run.out)},
+                    chance_levels(run.model.config, run.config))
     return Evaluation(numbers | evaluation.numbers, evaluation.sections)
 
 
@@ -329,6 +337,8 @@ def report(run: Run, numbers: dict) -> None:
               f"were replaced by others: {reasons}")
     if not print_highlights(run.task.highlights, numbers):
         print_numbers({name: value for name, value in numbers.items() if name != "train_minutes"})
+    for line in final_lines(read_log(run.out), chance_levels(run.model.config, run.config)):
+        print(line)
     files = sorted(path.name for path in run.out.iterdir() if path.is_file())
     print(f"wrote {run.out}/{', '.join(files)} (all numbers: metrics.json; pictures: samples.png)")
     if run.config.task == "pretrain":

@@ -52,10 +52,14 @@ def print_highlights(highlights: tuple, numbers: dict) -> bool:
 
 def number_line(name: str, value: float, level: float | None, level_name: str) -> str:
     """A measure with its trivial level; ranks as they are, the rest in percent."""
-    factor = 1 if "_rank" in name.removesuffix("_rerank") else 100
-    digits = 2 if factor == 1 else 1
+    factor, digits = factor_and_digits(name)
     beside = "" if level is None else f"   ({level_name} {factor * level:.1f})"
     return f"{name:24}{factor * value:8.{digits}f}{beside}"
+
+
+def factor_and_digits(name: str) -> tuple[int, int]:
+    """How a measure is shown: ranks as they are, the rest in percent."""
+    return (1, 2) if "_rank" in name.removesuffix("_rerank") else (100, 1)
 
 
 def write_numbers(path: Path, numbers: dict, settings: dict) -> None:

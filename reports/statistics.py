@@ -57,8 +57,8 @@ def verdict(differences: list[float]) -> str:
     return "yes" if statistics.mean(differences) > 0 else "no"
 
 
-def mean_and_spread(values: list[float]) -> str:
+def mean_and_spread(values: list[float], factor: float = 100, digits: int = 1) -> str:
     """In percent: "97.3 ± 1.2"; the standard deviation is left out for a single value."""
-    percent = [100 * value for value in values]
-    spread = f" ± {statistics.stdev(percent):.1f}" if len(percent) > 1 else ""
-    return f"{statistics.mean(percent):.1f}{spread}"
+    shown = [factor * value for value in values]
+    spread = f" ± {statistics.stdev(shown):.{digits}f}" if len(shown) > 1 else ""
+    return f"{statistics.mean(shown):.{digits}f}{spread}"

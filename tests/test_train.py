@@ -169,10 +169,13 @@ def test_a_run_on_the_world_writes_what_it_says(tmp_path, capsys):
         level = metrics["constant" if name == "caption_true" else "chance"]
         assert 0 <= metrics[name] <= 1 and name.removesuffix("_rerank") in level
     assert set(metrics["itm_swap_by"]) == {"background", "colour", "shape", "size", "place"}
-    assert Image.open(tmp_path / "a/samples.png").size[0] > 500
+    assert all(Image.open(tmp_path / "a" / name).size[0] > 500
+               for name in ("samples.png", "curves.png"))
+    assert metrics["settings"]["model"]["queue_size"] == 20
     model, tokenizer = checkpoints.load_model(tmp_path / "a/checkpoint.pt")
     assert model.config.vocab_size == len(tokenizer.vocab)
     out = capsys.readouterr().out
+    assert "hard negatives judged not to match (chance 50.00)" in out
     assert "chance" in out and str(tmp_path / "a") in out and "'batch_size': 8" in out
     # A second run does not write over the first.
     assert run(tmp_path / "a", "--scenes", 16) == 0

@@ -3,6 +3,7 @@
 import json
 import math
 import time
+from collections import Counter
 from pathlib import Path
 
 from torch import Tensor
@@ -21,6 +22,7 @@ class Log:
     def __init__(self, out: Path, step: int, every: int):
         """out: the run's folder; step: where it stands; every: steps between two lines."""
         self.every, self.sums, self.count, self.since = every, {}, 0, time.perf_counter()
+        self.counts = Counter()
         self.file = self.board = None
         self.announced: set[str] = set()  # losses whose rate was told
         if distributed.rank():
@@ -39,25 +41,33 @@ class Log:
             pass
 
     def add(self, losses: dict[str, Tensor], bar: tqdm, step: int, last: bool, batch_size: int,
-            **values: float) -> None:
-        """Called after every step; the losses stay on the device until a line is due."""
-        for name, loss in losses.items():
-            self.sums[name] = self.sums.get(name, 0) + loss.detach()
+            measures: dict[str, Tensor], **values: float) -> None:
+        """Called after every step; losses and measures stay on the device until a line is due.
+
+        A line holds their means over the steps since the line before, and `values` as they are.
+        """
+        for name, value in (losses | measures).items():
+            self.sums[name] = self.sums.get(name, 0) + value.detach()
+            self.counts[name] += 1  # an objective may begin between two lines
         self.count += 1
         if step % self.every and not last:
             return
-        means = {name: round(total.item() / self.count, 4) for name, total in self.sums.items()}
+        all_means = {name: round(total.item() / self.counts[name], 4)
+                     for name, total in self.sums.items()}
+        means = {name: all_means[name] for name in losses}
+        measured = {name: all_means[name] for name in measures}
         if not all(map(math.isfinite, means.values())):
             raise InputError(f"the loss is no longer finite at step {step} ({means}); try a "
                              "smaller --lr or --grad-clip 1, or --precision fp32")
         rate = self.count * batch_size / (time.perf_counter() - self.since)
         self.sums, self.count, self.since = {}, 0, time.perf_counter()
+        self.counts.clear()
         if self.file and set(means) != self.announced:  # other losses: another rate
             self.announced, left = set(means), (bar.total - step) * batch_size / rate / 60
             bar.write(f"step {step}: {rate:.0f} pairs a second with {' + '.join(means)}; at this "
                       f"rate about {left:.1f} minutes to the end")
-        bar.set_postfix(means | {"pairs/s": round(rate)})
-        self.write({"step": step, **means, **{k: float(v) for k, v in values.items()},
+        bar.set_postfix(means | {"pairs/s": round(rate)} | measured)
+        self.write({"step": step, **all_means, **{k: float(v) for k, v in values.items()},
                     "pairs_per_s": round(rate, 1)})
 
     def write(self, line: dict) -> None:
