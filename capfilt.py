@@ -38,7 +38,7 @@ from tasks.captioning import Decoding, write_captions
 from tasks.registry import TASKS
 from tasks.task import TrainedModel
 from tools.judge import compare_in_world, print_report, print_truth
-from training import distributed
+from training import devices, distributed
 from training.checkpoints import open_model
 from training.distributed import print0
 from training.precision import autocast, use_bf16
@@ -162,7 +162,7 @@ def decide(texts: list[dict], config: CapFiltConfig, rng: random.Random) -> None
 
 def run(o: argparse.Namespace) -> None:
     """Do what the command line asks."""
-    out, device, world = Path(o.out), distributed.init(o.device), None
+    out, device, world = Path(o.out), devices.start(o.device), None
     if not o.web:
         world = WorldSets(**given_for(WorldSets, vars(o)))
         print0(f"== the world's web and human pairs, as files in {out}/data")

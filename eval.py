@@ -48,7 +48,7 @@ from tasks.captioning import Decoding, read_scored
 from tasks.registry import BENCHMARKS, TASKS
 from tasks.task import Benchmark, EvalSettings, Source, TrainedModel
 from tools import demo
-from training import distributed
+from training import devices, distributed
 from training.checkpoints import open_model
 from training.program import exit_status
 from training.settings import add_flags, given_for
@@ -58,7 +58,7 @@ def open_checkpoint(o: argparse.Namespace, needs: tuple[str, ...], kind: type = 
                     ) -> TrainedModel:
     """The command line's model, which must be of a kind and trained with what it `needs`."""
     heads = {name: getattr(o, name) for name in ("vit_heads", "text_heads") if getattr(o, name)}
-    return open_model(o.checkpoint, needs, o.vocab, distributed.init(o.device), (kind,), heads)
+    return open_model(o.checkpoint, needs, o.vocab, devices.start(o.device), (kind,), heads)
 
 
 # ---- benchmarks ----------------------------------------------------------------------------------

@@ -32,7 +32,7 @@ from reports.numbers import print_highlights, print_numbers, write_numbers
 from reports.sheets import draw_sheet
 from tasks.registry import TASKS, preset_settings
 from tasks.task import EvalSettings, Evaluation
-from training import checkpoints, distributed, plan
+from training import checkpoints, devices, distributed, plan
 from training.distributed import print0
 from training.log import Log
 from training.precision import autocast, use_bf16
@@ -43,6 +43,7 @@ from training.settings import FREE_ON_RESUME, flag_name, flags_of, parse, resolv
 
 # ---- the loop ------------------------------------------------------------------------------------
 
+@devices.memory_watched()
 def train(run: Run) -> bool:
     """Train to the end -> True, or until a signal asks to stop -> False.
 
@@ -210,7 +211,7 @@ def start(given: dict, resume: bool = False) -> Run:
         model_config, config = resumed_config(given, state, out)
     else:
         model_config, config, source = new_config(given)
-    device = distributed.init(config.device)
+    device = devices.start(config.device)
     chunks = distributed.world_size() * config.accumulate
     if config.batch_size % chunks:
         raise InputError(f"--batch-size {config.batch_size} is not a multiple of {chunks}, which "

@@ -1,7 +1,9 @@
 """Everything about several processes: the rest of the code is the same with and without torchrun.
 
 Without a process group each collective returns its input.
-`torchrun --nproc_per_node=8 train.py ...` makes a group: NCCL on CUDA, gloo on CPU.
+`torchrun --nproc_per_node=8 train.py ...` makes two groups. Tensors go through the first one, NCCL
+on CUDA and gloo on a CPU; NCCL gives up when a rank lets the others wait for ten minutes. So ranks
+wait for one another, and exchange Python objects, in the second one: a patient gloo group.
 """
 
 import contextlib
@@ -16,25 +18,15 @@ from torch import Tensor
 from tqdm import tqdm
 
 
-def init(device: str = "auto") -> torch.device:
-    """Join torchrun's process group if there is one -> this process's device.
-
-    "auto": CUDA, then MPS, then CPU.
-    """
-    if device == "auto":
-        mps = torch.backends.mps.is_available()
-        device = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
+def init(device: torch.device) -> None:
+    """Join torchrun's process group if there is one. device: this process's."""
     if "RANK" in os.environ and not dist.is_initialized():
-        if device == "cuda":
-            device = f"cuda:{os.environ['LOCAL_RANK']}"
-            torch.cuda.set_device(device)
         # Under torchrun --max-restarts the new processes meet in the store of the old ones, and
         # would wait at their dead addresses: each attempt has names of its own.
         store, number, processes = next(dist.rendezvous("env://"))
         store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
-        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", store=store,
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store,
                                 rank=number, world_size=processes)
-    return torch.device(device)
 
 
 def finish() -> None:

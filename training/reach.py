@@ -5,6 +5,7 @@ from torch import nn
 
 from config import OBJECTIVES
 from data.files import InputError
+from training import devices
 
 
 def reached_parameters(model: nn.Module, inputs: dict) -> set[str]:
@@ -16,7 +17,7 @@ def reached_parameters(model: nn.Module, inputs: dict) -> set[str]:
     device = next(model.parameters()).device
     was_training = model.training
     model.eval()  # so that no statistics are updated
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+    with devices.generators_kept(device):
         losses, _ = model(**inputs)
     gradients = torch.autograd.grad(sum(losses.values()), list(named.values()), allow_unused=True)
     model.train(was_training)

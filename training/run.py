@@ -23,7 +23,7 @@ from data.images import batch_to
 from data.text import Tokenizer, clean_caption
 from tasks.registry import TASKS, make_model
 from tasks.task import Datasets, Source, Task, TrainedModel
-from training import checkpoints, distributed, plan
+from training import checkpoints, devices, distributed, plan
 from weights.files import shorten
 from weights.starting import start_from
 from world.datasets import all_texts
@@ -238,8 +238,8 @@ class Run:
 
         The schedules are functions of `step`: nothing else is needed to go on.
         """
-        cuda = torch.cuda.get_rng_state() if self.device.type == "cuda" else None
-        ranks = distributed.gather([{"rng": torch.get_rng_state(), "rng_cuda": cuda,
+        ranks = distributed.gather([{"rng": torch.get_rng_state(),
+                                     "rng_device": devices.generator_state(self.device),
                                      "seen": self.seen, "broken": self.broken}])
         if distributed.rank() == 0:
             broken = sum((rank["broken"] for rank in ranks), Counter())
@@ -248,7 +248,7 @@ class Run:
                 "seconds": self.seconds, "best": self.best, "broken": dict(broken),
                 "seen": sum(rank["seen"] for rank in ranks),
                 "rng": [rank["rng"] for rank in ranks],
-                "rng_cuda": [rank["rng_cuda"] for rank in ranks]}, self.config.keep)
+                "rng_device": [rank["rng_device"] for rank in ranks]}, self.config.keep)
 
     def restore(self, state: dict) -> None:
         """Model, optimizer and counters of a checkpoint."""
@@ -264,9 +264,10 @@ class Run:
         With another number of processes they start anew, as a function of seed, step and rank.
         """
         rank = distributed.rank()
+        # The device's too, for a checkpoint of another kind of device.
+        torch.manual_seed(self.config.seed + rank + 1_000_003 * self.step)
         if state is None or len(state["rng"]) != distributed.world_size():
-            torch.manual_seed(self.config.seed + rank + 1_000_003 * self.step)
             return
         torch.set_rng_state(state["rng"][rank])
-        if self.device.type == "cuda" and state["rng_cuda"][rank] is not None:
-            torch.cuda.set_rng_state(state["rng_cuda"][rank])
+        if "rng_device" in state:
+            devices.set_generator_state(self.device, state["rng_device"][rank])
