@@ -10,6 +10,7 @@ import contextlib
 import inspect
 import os
 from collections.abc import Callable
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -17,9 +18,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
+# While rank 0 indexes a large set, or one rank has the slowest shard, the others wait.
+PATIENCE = timedelta(days=1)
+patient_group = None  # None: the group of tensors serves both
+
 
 def init(device: torch.device) -> None:
     """Join torchrun's process group if there is one. device: this process's."""
+    global patient_group
     if "RANK" in os.environ and not dist.is_initialized():
         # Under torchrun --max-restarts the new processes meet in the store of the old ones, and
         # would wait at their dead addresses: each attempt has names of its own.
@@ -27,10 +33,13 @@ def init(device: torch.device) -> None:
         store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store,
                                 rank=number, world_size=processes)
+        patient_group = dist.new_group(backend="gloo", timeout=PATIENCE)
 
 
 def finish() -> None:
     """Leave the process group."""
+    global patient_group
+    patient_group = None
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -108,7 +117,7 @@ def gather(items: list) -> list:
     if world_size() == 1:
         return items
     parts = [None] * world_size()
-    dist.all_gather_object(parts, items)
+    dist.all_gather_object(parts, items, patient_group)
     return [item for part in parts for item in part]
 
 
@@ -126,7 +135,7 @@ def any_rank(flag: bool) -> bool:
 def barrier() -> None:
     """Wait for all ranks."""
     if world_size() > 1:
-        dist.barrier()
+        dist.barrier(patient_group)
 
 
 def progress(iterable=None, about: str = "", **options) -> tqdm:
