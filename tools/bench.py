@@ -186,7 +186,7 @@ def step_speed(size: str, batch: int, device: str, bf16: bool, compiled: bool,
     mask = torch.ones_like(ids)
 
     def step():
-        with autocast(torch.device(device), bf16):
+        with autocast(torch.device(device), "bf16" if bf16 else "fp32"):
             losses, keys = model(image, ids, mask, 0.4)
         sum(losses.values()).backward()
         optimizer.step()

@@ -24,6 +24,7 @@ from data.text import Tokenizer, clean_caption
 from tasks.registry import TASKS, make_model
 from tasks.task import Datasets, Source, Task, TrainedModel
 from training import checkpoints, devices, distributed, plan
+from training.precision import choose_precision
 from weights.files import shorten
 from weights.starting import start_from
 from world.datasets import all_texts
@@ -147,6 +148,9 @@ class Run:
         self.datasets = self.task.prepare(self.datasets, self.tokenizer, config)
         self.model = self.make_model(model_config, state, source)
         self.optimizer = make_optimizer(self.model, config)
+        self.precision = choose_precision(config.precision, device)
+        # float16 holds nothing below 6e-8: losses are scaled up so that gradients do not vanish.
+        self.scaler = torch.amp.GradScaler(device.type, enabled=self.precision == "fp16")
         self.trainable = trainable_names(self.model)
         self.step, self.seconds, self.best = 0, 0.0, -math.inf
         self.seen, self.broken = 0, Counter()  # images, and why some of them could not be read
@@ -244,7 +248,8 @@ class Run:
         if distributed.rank() == 0:
             broken = sum((rank["broken"] for rank in ranks), Counter())
             checkpoints.save(self.out / "checkpoint.pt", self.weights() | {
-                "optimizer": self.optimizer.state_dict(), "step": self.step,
+                "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(),
+                "step": self.step,
                 "seconds": self.seconds, "best": self.best, "broken": dict(broken),
                 "seen": sum(rank["seen"] for rank in ranks),
                 "rng": [rank["rng"] for rank in ranks],
@@ -254,6 +259,8 @@ class Run:
         """Model, optimizer and counters of a checkpoint."""
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
+        if state.get("scaler"):  # empty in other precisions than fp16
+            self.scaler.load_state_dict(state["scaler"])
         self.step, self.seconds, self.best = state["step"], state["seconds"], state["best"]
         if distributed.rank() == 0:  # of all ranks together
             self.seen, self.broken = state["seen"], Counter(state["broken"])
