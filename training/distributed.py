@@ -113,7 +113,10 @@ def own_part(items: list) -> list:
 
 
 def gather(items: list) -> list:
-    """Lists of anything that can be pickled -> one list, in rank order."""
+    """Lists of anything that can be pickled -> one list, in rank order.
+
+    A tensor that is a view of a larger one is sent with all of the larger one: give a copy.
+    """
     if world_size() == 1:
         return items
     parts = [None] * world_size()
