@@ -166,4 +166,5 @@ def wrap(model: torch.nn.Module) -> torch.nn.Module:
         return model
     kind = torch.nn.parallel.DistributedDataParallel
     newer = "forward_sync_buffers" in inspect.signature(kind.__init__).parameters  # torch 2.13
-    return kind(model, **{"forward_sync_buffers" if newer else "broadcast_buffers": False})
+    return kind(model, gradient_as_bucket_view=True,  # no second copy of the gradients
+                **{"forward_sync_buffers" if newer else "broadcast_buffers": False})

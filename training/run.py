@@ -110,7 +110,7 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
     trained = [p for p in model.parameters() if p.requires_grad]
     groups = [{"params": [p for p in trained if p.ndim > 1], "weight_decay": config.weight_decay},
               {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0}]
-    fused = next(model.parameters()).device.type in ("cuda", "cpu")
+    fused = next(model.parameters()).device.type in ("cuda", "mps", "cpu")
     return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, config.beta2), fused=fused)
 
 
