@@ -249,7 +249,7 @@ def new_config(given: dict) -> tuple[object, TrainConfig, object]:
         kinds = tuple({TASKS[name].model for name in (*task.starts_from, task.name)})
         heads = {name: given[name] for name in ("vit_heads", "text_heads") if name in given}
         source = checkpoints.open_model(given["init"], task.needs, given.get("vocab", ""),
-                                        kinds=kinds, heads=heads)
+                                        kinds=kinds, heads=heads, to_train=True)
         start_settings = {"model_config": asdict(source.model.config),
                           "train_config": source.settings}
     model_config, config = resolve(given, start_settings)
