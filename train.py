@@ -52,8 +52,8 @@ def train(run: Run) -> bool:
     config, model = run.config, run.model
     log = Log(run.out, run.step, config.log_every)
     net, objectives = None, None
-    if config.compile:  # the ViT alone: it is most of the work, and its shapes never change
-        model.vit.compile()
+    if config.compile:
+        devices.compile_forward(model, run.device)
     model.train()
     saved = time.perf_counter()
     began = saved - run.seconds

@@ -1,10 +1,11 @@
-"""The device that a process works on: which one, its random generator, its memory."""
+"""The device that a process works on: which one, its random generator, its memory, its compiler."""
 
 import contextlib
 import os
 from collections.abc import Iterator
 
 import torch
+from torch import nn
 
 from data.files import InputError
 from training import distributed
@@ -94,3 +95,17 @@ def memory_watched() -> Iterator[None]:
             raise
         raise InputError("the device is out of memory; give a larger --accumulate (this also with "
                          "--resume), a smaller --batch-size, or --grad-checkpoint true")
+
+
+# ---- compiler ------------------------------------------------------------------------------------
+
+def compile_forward(model: nn.Module, device: torch.device) -> None:
+    """torch.compile the model's forward, for texts of any length; on a CPU the ViT alone.
+
+    The ViT is most of the work, and its shapes never change. On a CPU the rest does not pay for the
+    minutes that it takes to compile.
+    """
+    if device.type == "cpu":
+        model.vit.compile()
+    else:
+        model.compile(dynamic=True)

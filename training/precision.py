@@ -78,6 +78,7 @@ def evaluation_precision(precision: str, device: torch.device):
 # ---- a few rows on a CPU -------------------------------------------------------------------------
 
 ROWS = 32  # fewer than this go through oneDNN
+HAS_ONEDNN = torch.backends.mkldnn.is_available()  # asked here: torch.compile cannot follow it
 
 
 def linear_of_few_rows(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -88,7 +89,7 @@ def linear_of_few_rows(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor
     1.4 instead of 1.65 times the ViT with it.
     """
     if (not torch.is_grad_enabled() and x.device.type == "cpu" and x.dtype == torch.float32
-            and x.numel() <= ROWS * x.shape[-1] and torch.backends.mkldnn.is_available()):
+            and x.numel() <= ROWS * x.shape[-1] and HAS_ONEDNN):
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return F.linear(x, weight, bias)
 
