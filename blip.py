@@ -256,8 +256,8 @@ class BLIP(nn.Module):
         the same, but for the first step from other weights; Run.make_model calls it before that.
         """
         m = self.config.momentum if momentum is None else momentum
-        for p, p_m in self.twin_parameters:
-            p_m.lerp_(p, 1 - m)
+        online, twin = zip(*self.twin_parameters)
+        torch._foreach_lerp_(twin, online, 1 - m)  # p_m.lerp_(p, 1 - m), in one launch on a GPU
 
     @torch.no_grad()
     def enqueue(self, keys: dict[str, Tensor]) -> None:

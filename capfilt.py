@@ -38,10 +38,10 @@ from tasks.captioning import Decoding, write_captions
 from tasks.registry import TASKS
 from tasks.task import TrainedModel
 from tools.judge import compare_in_world, print_report, print_truth
-from training import distributed
+from training import devices, distributed
 from training.checkpoints import open_model
 from training.distributed import print0
-from training.precision import autocast, use_bf16
+from training.precision import autocast, choose_precision
 from training.program import exit_status
 from training.settings import add_flags, given_for, training_flags
 from world.web import WORLD_PAIRS, WorldSets, stand_in, truth_of_set
@@ -82,7 +82,7 @@ def caption_and_filter(shard: Shard, captioners: list[Captioner], filters: list[
     records = []
     for pairs, images, seed in shard.batches(sizes, config.batch_size, workers):
         images = {size: prepare_images(image, device) for size, image in images.items()}
-        with autocast(device, config.bf16):
+        with autocast(device, config.precision):
             texts = [[{"caption": text, "source": "web"} for text in pair.captions]
                      for pair in pairs]
             for number, captioner in enumerate(captioners):
@@ -127,8 +127,7 @@ def add_itm_scores(texts: list[list[dict]], filter: TrainedModel,
 def itm_scores(trained: TrainedModel, images: Tensor, texts: list[list[str]]) -> list[list[float]]:
     """ITM's probability that an image and a text match.
 
-    images (B, 3, S, S), normalised, and texts of each. An image is encoded and projected once,
-    however many texts look at it.
+    images (B, 3, S, S), normalised, and texts of each. An image is projected once for all texts.
     """
     most = max(len(of_image) for of_image in texts)
     # As many texts for each image: a shorter row repeats its last one.
@@ -162,7 +161,7 @@ def decide(texts: list[dict], config: CapFiltConfig, rng: random.Random) -> None
 
 def run(o: argparse.Namespace) -> None:
     """Do what the command line asks."""
-    out, device, world = Path(o.out), distributed.init(o.device), None
+    out, device, world = Path(o.out), devices.start(o.device), None
     if not o.web:
         world = WorldSets(**given_for(WorldSets, vars(o)))
         print0(f"== the world's web and human pairs, as files in {out}/data")
@@ -226,7 +225,8 @@ def bootstrap_from(o: argparse.Namespace, folder: Path, device: torch.device) ->
     print0(f"== caption and filter {len(web)} web texts, writing to {folder}")
     captioners = [open_captioner(path, vars(o), device) for path in o.captioner]
     filters = [open_filter(path, vars(o), device) for path in o.filter]
-    config = CapFiltConfig(**given_for(CapFiltConfig, vars(o)), bf16=use_bf16(o.precision, device))
+    precision = {"precision": choose_precision(o.precision, device)}
+    config = CapFiltConfig(**given_for(CapFiltConfig, vars(o) | precision))
     report = bootstrap(web, human, captioners, filters, config, folder, o.seed, o.workers)
     if distributed.rank() == 0:
         draw_judged_texts(folder / "sheet.png", report["examples"], Path(web.root))
@@ -276,7 +276,7 @@ def command_line() -> argparse.ArgumentParser:
                    f"whatever the set's size (default 0: the set; world {WORLD_PAIRS})")
     p.add_argument("--vocab", default="", help="vocab.txt, for released weights")
     p.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
-    p.add_argument("--precision", default="auto", choices=["auto", "bf16", "fp32"])
+    p.add_argument("--precision", default="auto", choices=["auto", "bf16", "fp16", "fp32"])
     p.add_argument("--workers", type=int, default=0, help="processes that load images (default 0)")
     add_flags(p.add_argument_group("what is kept"), CapFiltConfig, {})
     add_flags(p.add_argument_group("how the captioner writes"), Decoding, {"method": "nucleus"})

@@ -189,10 +189,12 @@ class TrainConfig:
     max_broken: float = setting(0.1, "stop when more than this share of images cannot be read",
                                 least=0, most=1)
     workers: int = setting(4, "processes that load photographs", least=0)
-    device: str = setting("auto", "auto, cuda, mps or cpu")
-    precision: str = setting("auto", "auto, bf16 or fp32; auto is bf16 on CUDA and on a CPU with "
-                                     "AMX", choices=("auto", "bf16", "fp32"))
-    compile: bool = setting(False, "torch.compile the ViT: minutes at the start, then faster steps")
+    device: str = setting("auto", "auto, cuda, cuda:1, mps or cpu")
+    precision: str = setting("auto", "auto, bf16, fp16 or fp32; auto is bf16 on GPUs since Ampere "
+                                     "and on a CPU with AMX, fp16 on older GPUs",
+                             choices=("auto", "bf16", "fp16", "fp32"))
+    compile: bool = setting(False, "torch.compile the forward pass, on a CPU the ViT alone: "
+                                   "minutes at the start, then faster steps")
     log_every: int = setting(20, "steps", least=1)
     save_every: int = setting(500, "steps between checkpoints", least=1)
     save_minutes: float = setting(10.0, "a checkpoint at least so often, at a logged step", least=0)
@@ -232,7 +234,7 @@ class CapFiltConfig:
     shard_size: int = setting(1000, "web texts in a shard, which is what an interruption costs at "
                                     "most", least=1)
     batch_size: int = setting(32, "images at a time", least=1)
-    bf16: bool = setting(False, "bfloat16 autocast", flag=False)
+    precision: str = setting("fp32", "of matrix products", flag=False)
 
     def __post_init__(self):
         check_settings(self)

@@ -48,8 +48,9 @@ from tasks.captioning import Decoding, read_scored
 from tasks.registry import BENCHMARKS, TASKS
 from tasks.task import Benchmark, EvalSettings, Source, TrainedModel
 from tools import demo
-from training import distributed
+from training import devices, distributed
 from training.checkpoints import open_model
+from training.precision import evaluation_precision
 from training.program import exit_status
 from training.settings import add_flags, given_for
 
@@ -58,7 +59,7 @@ def open_checkpoint(o: argparse.Namespace, needs: tuple[str, ...], kind: type = 
                     ) -> TrainedModel:
     """The command line's model, which must be of a kind and trained with what it `needs`."""
     heads = {name: getattr(o, name) for name in ("vit_heads", "text_heads") if getattr(o, name)}
-    return open_model(o.checkpoint, needs, o.vocab, distributed.init(o.device), (kind,), heads)
+    return open_model(o.checkpoint, needs, o.vocab, devices.start(o.device), (kind,), heads)
 
 
 # ---- benchmarks ----------------------------------------------------------------------------------
@@ -90,7 +91,9 @@ def run_benchmark(o: argparse.Namespace, benchmark: Benchmark) -> None:
     source = Source(o.data, o.image_root, split, size, trained.image_size,
                     frames=getattr(o, "frames", 0), need_labels=benchmark.need_labels)
     dataset = benchmark.open_data(source)
-    evaluation = benchmark.evaluate(trained, dataset, eval_settings(o, benchmark, trained))
+    settings = eval_settings(o, benchmark, trained)
+    with evaluation_precision(trained.settings["precision"], trained.device):
+        evaluation = benchmark.evaluate(trained, dataset, settings)
     if distributed.rank() == 0:
         out = make_folder(o.out)
         print_numbers(evaluation.numbers)

@@ -34,11 +34,11 @@ from reports.numbers import print_highlights, print_numbers, write_numbers
 from reports.sheets import draw_sheet
 from tasks.registry import TASKS, preset_settings
 from tasks.task import EvalSettings, Evaluation
-from training import checkpoints, distributed, plan
+from training import checkpoints, devices, distributed, plan
 from training.diagnostics import Diagnostics, chance_levels, final_lines
 from training.distributed import print0
 from training.log import Log
-from training.precision import autocast, use_bf16
+from training.precision import autocast, evaluation_precision
 from training.program import exit_status, signals_noted
 from training.reach import freeze_unreached, require_reached
 from training.run import Run
@@ -46,6 +46,7 @@ from training.settings import FREE_ON_RESUME, flag_name, flags_of, parse, resolv
 
 # ---- the loop ------------------------------------------------------------------------------------
 
+@devices.memory_watched()
 def train(run: Run) -> bool:
     """Train to the end -> True, or until a signal asks to stop -> False.
 
@@ -55,8 +56,8 @@ def train(run: Run) -> bool:
     log = Log(run.out, run.step, config.log_every)
     diagnostics = Diagnostics(model)
     net, objectives = None, None
-    if config.compile:  # the ViT alone: it is most of the work, and its shapes never change
-        model.vit.compile()
+    if config.compile:
+        devices.compile_forward(model, run.device)
     model.train()
     saved = time.perf_counter()
     began = saved - run.seconds
@@ -77,9 +78,11 @@ def train(run: Run) -> bool:
                 group["lr"] = lr
 
             losses, keys = forward_backward(run, net, micro_batches, alpha)
+            run.scaler.unscale_(run.optimizer)  # (the scaler acts with --precision fp16 alone)
             grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(),
                                                        config.grad_clip or math.inf)
-            run.optimizer.step()
+            run.scaler.step(run.optimizer)
+            run.scaler.update()
             run.optimizer.zero_grad(set_to_none=True)
             # What changes after the optimizer's step (BLIP sec. 3.2; MoCo, algorithm 1). A model
             # without twins, queue or temperature does nothing here.
@@ -113,16 +116,15 @@ def forward_backward(run: Run, net: torch.nn.Module, micro_batches: list[dict],
     stands, its gradient is one part of the mean, and twins and queue change once, after the step.
     So 1 process x 2 micro-batches computes what 2 processes x 1 do.
     """
-    config, device, count = run.config, run.device, len(micro_batches)
-    weights, bf16 = config.objective_weights(), use_bf16(config.precision, device)
+    count, weights = len(micro_batches), run.config.objective_weights()
     means, all_keys = {}, []
     for number, batch in enumerate(micro_batches):
         run.count(batch)
         with distributed.no_sync(net, number < count - 1):
-            with autocast(device, bf16):
+            with autocast(run.device, run.precision):
                 losses, keys = net(**run.inputs(batch, alpha))
             total = sum(weights.get(name, 1.0) * loss for name, loss in losses.items())
-            (total / count).backward()
+            run.scaler.scale(total / count).backward()
         for name, loss in losses.items():
             means[name] = means.get(name, 0) + loss.detach() / count
         all_keys.append(keys)
@@ -158,7 +160,8 @@ def judge_epoch(run: Run) -> dict:
     Returns what goes into the log. All ranks call it.
     """
     settings = EvalSettings(baselines=False)
-    evaluation = run.task.evaluate(run.trained_model(), run.datasets.val, settings)
+    with evaluation_precision(run.config.precision, run.device):
+        evaluation = run.task.evaluate(run.trained_model(), run.datasets.val, settings)
     score = run.task.score(evaluation.numbers)
     if score > run.best:
         run.best = score
@@ -188,7 +191,8 @@ def evaluate(run: Run) -> Evaluation:
     evaluation = Evaluation({}, [])
     if run.datasets.final is not None:
         settings = EvalSettings(training=run.datasets.train)
-        evaluation = run.task.evaluate(run.trained_model(), run.datasets.final, settings)
+        with evaluation_precision(run.config.precision, run.device):
+            evaluation = run.task.evaluate(run.trained_model(), run.datasets.final, settings)
     if distributed.rank() == 0:
         write_numbers(run.out / "metrics.json", numbers | evaluation.numbers,
                       asdict(run.config) | {"model": asdict(run.model.config)})
@@ -218,7 +222,7 @@ def start(given: dict, resume: bool = False) -> Run:
         model_config, config = resumed_config(given, state, out)
     else:
         model_config, config, source = new_config(given)
-    device = distributed.init(config.device)
+    device = devices.start(config.device)
     chunks = distributed.world_size() * config.accumulate
     if config.batch_size % chunks:
         raise InputError(f"--batch-size {config.batch_size} is not a multiple of {chunks}, which "
@@ -253,7 +257,7 @@ def new_config(given: dict) -> tuple[object, TrainConfig, object]:
         kinds = tuple({TASKS[name].model for name in (*task.starts_from, task.name)})
         heads = {name: given[name] for name in ("vit_heads", "text_heads") if name in given}
         source = checkpoints.open_model(given["init"], task.needs, given.get("vocab", ""),
-                                        kinds=kinds, heads=heads)
+                                        kinds=kinds, heads=heads, to_train=True)
         start_settings = {"model_config": asdict(source.model.config),
                           "train_config": source.settings}
     model_config, config = resolve(given, start_settings)
@@ -283,10 +287,9 @@ def describe(run: Run) -> None:
     c, processes = run.config, distributed.world_size()
     parameters = sum(p.numel() for name, p in run.model.named_parameters()
                      if name in run.trainable)
-    precision = "bf16" if use_bf16(c.precision, run.device) else "fp32"
     share = c.batch_size // (processes * c.accumulate)
     print0(f"model    {flags_of(run.model.config)}\ntraining {flags_of(c)}")
-    print0(f"{parameters / 1e6:.2f}M parameters without twins, on {run.device} ({precision}), "
+    print0(f"{parameters / 1e6:.2f}M parameters without twins, on {run.device} ({run.precision}), "
            f"writing to {c.out}")
     print0(f"batch {c.batch_size} = {processes} processes x {c.accumulate} micro-batches x {share} "
            f"pairs, learning rate up to {c.lr:g}")

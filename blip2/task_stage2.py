@@ -182,7 +182,7 @@ def answer_questions(trained: TrainedModel, dataset: Dataset, settings: EvalSett
     if shift:
         dataset = Shifted(dataset, shift)
     collate, records = Collate(lambda items: {}), []
-    for batch in evaluation_batches(dataset, collate, trained.device, "answers", grey=grey):
+    for batch in evaluation_batches(dataset, collate, trained, "answers", grey=grey):
         questions = [clean_question(example.question, trained.max_words)
                      for example in batch["examples"]]
         answers = answer(trained, batch["image"], questions)

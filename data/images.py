@@ -1,6 +1,7 @@
 """Pictures: read, augmented, normalised."""
 
 import contextlib
+import functools
 import os
 import random
 import re
@@ -23,6 +24,13 @@ CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)  # released code
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)  # released code
 
 
+@functools.cache  # to the device once: each copy would make the host wait for it
+def mean_and_std(device: torch.device) -> tuple[Tensor, Tensor]:
+    """CLIP's mean and standard deviation of the bytes 0 to 255, each (3, 1, 1)."""
+    return tuple(torch.tensor(value, device=device).view(3, 1, 1) * 255
+                 for value in (CLIP_MEAN, CLIP_STD))
+
+
 def prepare_images(images: Tensor, device: torch.device | str) -> Tensor:
     """What the ViT reads: images (..., 3, S, S) uint8 -> the same on the device, normalised.
 
@@ -30,8 +38,7 @@ def prepare_images(images: Tensor, device: torch.device | str) -> Tensor:
     device: bytes travel, not floats.
     """
     images = images.to(device, non_blocking=True)
-    mean = torch.tensor(CLIP_MEAN, device=images.device).view(3, 1, 1) * 255
-    std = torch.tensor(CLIP_STD, device=images.device).view(3, 1, 1) * 255
+    mean, std = mean_and_std(images.device)
     return (images.float() - mean) / std
 
 

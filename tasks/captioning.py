@@ -120,7 +120,7 @@ def caption_all(trained: TrainedModel, dataset: Dataset, decoding: Decoding,
     records, broken = [], []
     for batch in evaluation_batches(dataset, caption_collate(tokenizer, trained.max_words,
                                                              trained.max_tokens),
-                                    trained.device, "captions", broken):
+                                    trained, "captions", broken):
         captions = write(batch["image"], decoding)
         for index, example, hypotheses in zip(batch["index"], batch["examples"], captions):
             records.append({"index": index, "caption": hypotheses[0][0], "example": example})

@@ -192,7 +192,7 @@ def judge_statements(trained: TrainedModel, dataset: Dataset, grey: bool = False
     model = trained.model.eval()
     records = []
     collate = statement_collate(trained.tokenizer, trained.max_words, trained.max_tokens)
-    for batch in evaluation_batches(dataset, collate, trained.device, "statements", grey=grey):
+    for batch in evaluation_batches(dataset, collate, trained, "statements", grey=grey):
         answers = model.logits(batch["image"], batch["ids"], batch["mask"]).argmax(1).tolist()
         for example, answer, index in zip(batch["examples"], answers, batch["index"]):
             records.append({"identifier": example.identifier, "sentence": example.sentence,

@@ -39,7 +39,7 @@ def swap_preference(trained: TrainedModel, world: World) -> dict[str, float]:
     wins = []
     for batch in evaluation_batches(world, caption_collate(tokenizer, trained.max_words,
                                                              trained.max_tokens),
-                                    trained.device, "swaps"):
+                                    trained, "swaps"):
         texts = []
         for index in batch["index"]:
             scene = world.scene(index)

@@ -97,30 +97,31 @@ def encode(trained: TrainedModel, dataset: Dataset) -> Gallery:
     """
     model, tokenizer, device = trained.model.eval(), trained.tokenizer, trained.device
     batch_size = max(1, BATCH // getattr(dataset, "frames", 1))
-    encoded, broken = [], []  # (index, captions, feature) of each image
+    encoded, broken = [], []  # of each batch: indices, captions, features (B, E)
     collate = caption_collate(tokenizer, trained.max_words, trained.max_tokens)
-    for batch in evaluation_batches(dataset, collate, device, "images", broken, batch_size):
+    for batch in evaluation_batches(dataset, collate, trained, "images", broken, batch_size):
         image_feat = model.encode_image(batch["image"])[1].cpu()
         captions = [example.captions for example in batch["examples"]]
-        encoded += zip(batch["index"], captions, image_feat)
+        encoded.append((batch["index"], captions, image_feat))
     encoded, broken = distributed.gather(encoded), distributed.gather(broken)
     if not encoded:
         raise InputError(f"none of the {len(dataset)} images could be read; the first: {broken[0]}")
-    encoded.sort(key=lambda item: item[0])
-    texts = [text for _, captions, _ in encoded for text in captions]
-    counts = torch.tensor([len(captions) for _, captions, _ in encoded])
+    encoded.sort(key=lambda batch: batch[0][0])
+    index = [number for numbers, _, _ in encoded for number in numbers]
+    captions = [of_image for _, of_batch, _ in encoded for of_image in of_batch]
+    texts = [text for of_image in captions for text in of_image]
+    counts = torch.tensor([len(of_image) for of_image in captions])
     ids, mask = tokenizer.encode([clean_caption(text, trained.max_words) for text in texts],
                                  trained.max_tokens)
     text_feat = []
     for rows in distributed.progress(shared_batches(len(texts)), "texts"):
         some_ids, some_mask = crop_padding(ids[rows], mask[rows])
         feat = model.encode_text(some_ids.to(device), some_mask.to(device))
-        text_feat += zip(rows, feat.cpu())
-    text_feat = sorted(distributed.gather(text_feat), key=lambda item: item[0])
-    return Gallery(dataset, [index for index, _, _ in encoded], texts,
-                   torch.arange(len(encoded)).repeat_interleave(counts), ids, mask,
-                   torch.stack([feat for _, _, feat in encoded]),
-                   torch.stack([feat for _, feat in text_feat]), broken)
+        text_feat.append((rows[0], feat.cpu()))
+    text_feat = sorted(distributed.gather(text_feat), key=lambda batch: batch[0])
+    return Gallery(dataset, index, texts, torch.arange(len(index)).repeat_interleave(counts), ids,
+                   mask, torch.cat([feat for _, _, feat in encoded]),
+                   torch.cat([feat for _, feat in text_feat]), broken)
 
 
 def crop_padding(ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -159,7 +160,8 @@ def rerank(model: BLIP, gallery: Gallery, top_k: int, device: torch.device,
                 chosen = part.flatten()
                 ids, mask = crop_padding(gallery.ids[chosen], gallery.mask[chosen])
                 logits = model.match(kv, ids.to(device), mask.to(device)).float().cpu()
-                scored.append((part, block, logits.view(*part.shape, 2)))
+                # Copies: a view would be sent to the other ranks with the whole of what it views.
+                scored.append((part.clone(), block.clone(), logits.view(*part.shape, 2)))
             bar.update(int(counts[block].sum()))
     both = torch.zeros_like(sim)
     for part, block, logits in distributed.gather(scored):

@@ -67,6 +67,11 @@ class TrainedModel:
         """The number of tokens at which texts are cut, [CLS] and [SEP] included."""
         return self.settings["max_tokens"]
 
+    @property
+    def workers(self) -> int:
+        """Processes that load photographs: as many as in training, if there are as many cores."""
+        return min(self.settings.get("workers", 0), os.cpu_count() or 1)
+
     def digest(self) -> str:
         """Of the weights: under the same file name there may be others tomorrow."""
         content = hashlib.sha256()
@@ -244,16 +249,18 @@ def shared_batches(count: int, batch_size: int = BATCH) -> list[list[int]]:
     return distributed.own_part([rows.tolist() for rows in torch.arange(count).split(batch_size)])
 
 
-def evaluation_batches(dataset: Dataset, collate: Collate, device: torch.device, about: str,
+def evaluation_batches(dataset: Dataset, collate: Collate, trained: TrainedModel, about: str,
                        broken: list[str] | None = None, batch_size: int = BATCH,
                        grey: bool = False) -> Iterator[dict]:
-    """This rank's batches on the device, images normalised (data.images.batch_to).
+    """This rank's batches on the model's device, images normalised (data.images.batch_to).
 
     Images that cannot be read are left out; their names go into `broken`. grey: a model that sees
     nothing, every image is grey.
     """
     loader = DataLoader(dataset, collate_fn=collate,
-                        batch_sampler=shared_batches(len(dataset), batch_size))
+                        batch_sampler=shared_batches(len(dataset), batch_size),
+                        num_workers=trained.workers if isinstance(dataset, ImageDataset) else 0,
+                        pin_memory=trained.device.type == "cuda")
     for batch in distributed.progress(loader, about, unit="batch"):
         if broken is not None:
             broken += batch["broken"]
@@ -261,7 +268,7 @@ def evaluation_batches(dataset: Dataset, collate: Collate, device: torch.device,
             continue
         if grey:
             batch["image"] = torch.full_like(batch["image"], GREY_LEVEL)
-        yield batch_to(batch, device)
+        yield batch_to(batch, trained.device)
 
 
 def broken_images(dataset: Dataset, records: list[dict]) -> int:

@@ -333,7 +333,7 @@ def answer_questions(trained: TrainedModel, dataset: Dataset, settings: EvalSett
         ids, mask = (x.to(device) for x in tokenizer.encode(answers, trained.max_tokens))
     records = []
     collate = question_collate(tokenizer, trained.max_words, trained.max_tokens)
-    for batch in evaluation_batches(dataset, collate, device, "answers", grey=grey):
+    for batch in evaluation_batches(dataset, collate, trained, "answers", grey=grey):
         kv = model.encode_question(batch["image"], batch["ids"], batch["mask"])
         if answers:
             candidates, nll = model.rank(kv, ids, mask, settings.top_k or 128)

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -69,6 +70,26 @@ def test_negatives_from_all_ranks_with_gradient_through_the_images(tmp_path):
         losses.append(torch.nn.functional.cross_entropy(torch.cat(logits), torch.tensor(matched)))
     expected, = torch.autograd.grad(sum(losses) / WORLD, model.vit.patch_embed.weight)
     assert torch.allclose(torch.load(tmp_path / "g.pt"), expected, atol=1e-6)
+
+
+def wait_for_a_slow_rank(rank: int, port: int) -> None:
+    """Tensors may wait for one second, as NCCL's for ten minutes; rank 0 works for three."""
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(WORLD), "MASTER_ADDR": "127.0.0.1",
+                   "MASTER_PORT": str(port)}
+    init = dist.init_process_group
+    def init_impatiently(*arguments, **options):
+        init(*arguments, timeout=timedelta(seconds=1), **options)
+    dist.init_process_group = init_impatiently
+    distributed.init(torch.device("cpu"))
+    for wait in (distributed.barrier, lambda: distributed.gather([rank])):
+        if rank == 0:
+            time.sleep(3)
+        wait()
+    distributed.finish()
+
+
+def test_ranks_wait_for_a_slow_one():
+    mp.spawn(wait_for_a_slow_rank, (29547,), WORLD)
 
 
 # ---- whole runs under torchrun ----

@@ -36,6 +36,7 @@ from data.datasets import ImageDataset
 from data.sources import open_mixture
 from tasks.visdial import VisDial
 from tasks.vqa import VQA
+from training.devices import compile_forward
 from training.precision import autocast, speed_up_generation
 from training.run import make_optimizer
 from weights.transformers_library import transformers_configs
@@ -180,13 +181,13 @@ def step_speed(size: str, batch: int, device: str, bf16: bool, compiled: bool,
     model = BLIP(config).train().to(device)
     optimizer = make_optimizer(model, TrainConfig())
     if compiled:
-        model.vit.compile()
+        compile_forward(model, torch.device(device))
     image = torch.randn(batch, 3, config.image_size, config.image_size, device=device)
     ids = torch.randint(5, config.vocab_size - 2, (batch, 14), device=device)
     mask = torch.ones_like(ids)
 
     def step():
-        with autocast(torch.device(device), bf16):
+        with autocast(torch.device(device), "bf16" if bf16 else "fp32"):
             losses, keys = model(image, ids, mask, 0.4)
         sum(losses.values()).backward()
         optimizer.step()
@@ -232,7 +233,7 @@ def main() -> None:
     parser.add_argument("--device", help="flops: default none, counts without computing; else "
                                          "default cpu")
     parser.add_argument("--bf16", action="store_true", help="step: bfloat16 autocast")
-    parser.add_argument("--compile", action="store_true", help="step: compile the ViT")
+    parser.add_argument("--compile", action="store_true", help="step: torch.compile")
     parser.add_argument("--grad-checkpoint", action="store_true", help="step: of the ViT")
     parser.add_argument("--data", help="data: as for train.py")
     parser.add_argument("--image-size", type=int, default=224, help="data: pixels, default 224")

@@ -10,6 +10,7 @@ from tasks.task import EvalSettings, Source
 from training import distributed
 from training.checkpoints import open_model
 from training.distributed import print0
+from training.precision import evaluation_precision
 
 MEASURES = {"t2i_r1": "text-to-image R@1, ITC", "i2t_r1": "image-to-text R@1, ITC",
             "t2i_r1_rerank": "text-to-image R@1, re-ranked",
@@ -25,7 +26,8 @@ def judge_in_world(checkpoint: str, device: torch.device, size: int) -> dict[str
     trained = open_model(checkpoint, device=device)
     task = TASKS["pretrain"]
     held_out = task.open_data(Source("", "", "held-out", size, trained.image_size))
-    return task.evaluate(trained, held_out, EvalSettings()).numbers
+    with evaluation_precision(trained.settings["precision"], device):
+        return task.evaluate(trained, held_out, EvalSettings()).numbers
 
 
 def compare_in_world(checkpoints: dict[str, str], device: torch.device, size: int,

@@ -107,19 +107,19 @@ def known_fields(config_class: type, values: dict) -> dict:
 
 def load_model(path: str | Path, device: str | torch.device = "cpu") -> tuple[nn.Module, Tokenizer]:
     """-> the model, in eval mode, and its tokenizer. Raises InputError."""
-    trained = open_model(path, device=device)
+    trained = open_model(path, device=device, to_train=True)
     return trained.model, trained.tokenizer
 
 
 def open_model(path: str | Path, needs: Iterable[str] = (), vocab: str = "",
                device: str | torch.device = "cpu", kinds: tuple[type, ...] = (BLIP,),
-               heads: dict[str, int] | None = None) -> TrainedModel:
+               heads: dict[str, int] | None = None, to_train: bool = False) -> TrainedModel:
     """A checkpoint of this project, or released weights, with a model in eval mode.
 
     Released weights need BERT's vocab.txt as `vocab`, and of unusual widths {"vit_heads",
     "text_heads"} as `heads`. `needs` names the objectives that must have been trained: a model
-    finetuned for captions can no longer match. kinds: the classes that the model may have. Raises
-    InputError.
+    finetuned for captions can no longer match. kinds: the classes that the model may have. Without
+    to_train it lacks what only training reads (`for_use`). Raises InputError.
     """
     state = read_tensors(path)
     if is_ours(state):
@@ -147,8 +147,23 @@ def open_model(path: str | Path, needs: Iterable[str] = (), vocab: str = "",
         raise InputError(f"{path} is a checkpoint of another task ({task}): it was trained without "
                          f"{losses}, which this needs; give one of pretraining, or one finetuned "
                          "for this")
+    if not to_train:
+        for_use(model)
     model = speed_up_generation(model.to(device).eval())
     return TrainedModel(model, tokenizer, settings, answers)
+
+
+def for_use(model: nn.Module) -> None:
+    """Take a model's momentum twins and queues away: they are half of it at base size.
+
+    Only BLIP has them. What is left encodes, matches and writes, and cannot be trained.
+    """
+    if isinstance(model, BLIP):
+        for name in ("vit_m", "med_m", "vision_proj_m", "text_proj_m"):
+            setattr(model, name, nn.Identity())
+        model.twin_parameters = []
+        for name in ("image_queue", "text_queue", "queue_ids"):
+            setattr(model, name, getattr(model, name)[:0].clone())
 
 
 def initialise(model: nn.Module, source: nn.Module) -> list[str]:

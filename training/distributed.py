@@ -1,13 +1,16 @@
 """Everything about several processes: the rest of the code is the same with and without torchrun.
 
 Without a process group each collective returns its input.
-`torchrun --nproc_per_node=8 train.py ...` makes a group: NCCL on CUDA, gloo on CPU.
+`torchrun --nproc_per_node=8 train.py ...` makes two groups. Tensors go through the first one, NCCL
+on CUDA and gloo on a CPU; NCCL gives up when a rank lets the others wait for ten minutes. So ranks
+wait for one another, and exchange Python objects, in the second one: a patient gloo group.
 """
 
 import contextlib
 import inspect
 import os
 from collections.abc import Callable
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -15,30 +18,28 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
+# While rank 0 indexes a large set, or one rank has the slowest shard, the others wait.
+PATIENCE = timedelta(days=1)
+patient_group = None  # None: the group of tensors serves both
 
-def init(device: str = "auto") -> torch.device:
-    """Join torchrun's process group if there is one -> this process's device.
 
-    "auto": CUDA, then MPS, then CPU.
-    """
-    if device == "auto":
-        mps = torch.backends.mps.is_available()
-        device = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
+def init(device: torch.device) -> None:
+    """Join torchrun's process group if there is one. device: this process's."""
+    global patient_group
     if "RANK" in os.environ and not dist.is_initialized():
-        if device == "cuda":
-            device = f"cuda:{os.environ['LOCAL_RANK']}"
-            torch.cuda.set_device(device)
         # Under torchrun --max-restarts the new processes meet in the store of the old ones, and
         # would wait at their dead addresses: each attempt has names of its own.
         store, number, processes = next(dist.rendezvous("env://"))
         store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
-        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", store=store,
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store,
                                 rank=number, world_size=processes)
-    return torch.device(device)
+        patient_group = dist.new_group(backend="gloo", timeout=PATIENCE)
 
 
 def finish() -> None:
     """Leave the process group."""
+    global patient_group
+    patient_group = None
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -112,11 +113,14 @@ def own_part(items: list) -> list:
 
 
 def gather(items: list) -> list:
-    """Lists of anything that can be pickled -> one list, in rank order."""
+    """Lists of anything that can be pickled -> one list, in rank order.
+
+    A tensor that is a view of a larger one is sent with all of the larger one: give a copy.
+    """
     if world_size() == 1:
         return items
     parts = [None] * world_size()
-    dist.all_gather_object(parts, items)
+    dist.all_gather_object(parts, items, patient_group)
     return [item for part in parts for item in part]
 
 
@@ -134,7 +138,7 @@ def any_rank(flag: bool) -> bool:
 def barrier() -> None:
     """Wait for all ranks."""
     if world_size() > 1:
-        dist.barrier()
+        dist.barrier(patient_group)
 
 
 def progress(iterable=None, about: str = "", **options) -> tqdm:
@@ -162,4 +166,5 @@ def wrap(model: torch.nn.Module) -> torch.nn.Module:
         return model
     kind = torch.nn.parallel.DistributedDataParallel
     newer = "forward_sync_buffers" in inspect.signature(kind.__init__).parameters  # torch 2.13
-    return kind(model, **{"forward_sync_buffers" if newer else "broadcast_buffers": False})
+    return kind(model, gradient_as_bucket_view=True,  # no second copy of the gradients
+                **{"forward_sync_buffers" if newer else "broadcast_buffers": False})

@@ -1,4 +1,4 @@
-"""bfloat16 or float32, and kernels that CPUs need."""
+"""bfloat16, float16 or float32, and kernels that CPUs need."""
 
 import contextlib
 
@@ -9,50 +9,76 @@ from torch.overrides import TorchFunctionMode
 
 from med import LMHead
 
+TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
-def use_bf16(precision: str, device: torch.device) -> bool:
-    """Whether to run under bfloat16 autocast.
 
-    auto says yes where the hardware multiplies it fast, which among CPUs means AMX (without, it
-    measured four times slower than float32).
+def choose_precision(precision: str, device: torch.device) -> str:
+    """What --precision means on a device: bf16, fp16 or fp32.
+
+    auto is bfloat16 where the hardware multiplies it fast: on GPUs since Ampere, and on CPUs with
+    AMX (without, it measured four times slower than float32). GPUs before Ampere emulate bfloat16
+    and multiply float16 fast.
     NOTE(differs from salesforce/BLIP): there, all is float32; --precision fp32.
     """
     if precision != "auto":
-        return precision == "bf16"
+        return precision
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported()
+        return "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp16"
     capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # not in every torch
-    return device.type == "cpu" and bool(capabilities.get("amx_bf16"))
+    return "bf16" if device.type == "cpu" and capabilities.get("amx_bf16") else "fp32"
 
 
 class Float32Attention(TorchFunctionMode):
     """Within it attention runs in float32, whatever the precision around it.
 
-    For bfloat16 on a CPU: there, the kernel's bfloat16 backward is several times slower than its
-    float32 one (it took half of a training step).
+    For a CPU: there, the kernel's bfloat16 backward is several times slower than its float32 one
+    (it took half of a training step).
     """
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if func is not F.scaled_dot_product_attention or args[0].dtype != torch.bfloat16:
+        if func is not F.scaled_dot_product_attention or args[0].dtype == torch.float32:
             return func(*args, **kwargs)
         q, k, v, *rest = args
         with torch.autocast("cpu", enabled=False):
-            return func(q.float(), k.float(), v.float(), *rest, **kwargs).bfloat16()
+            return func(q.float(), k.float(), v.float(), *rest, **kwargs).to(q.dtype)
 
 
 @contextlib.contextmanager
-def autocast(device: torch.device, bf16: bool):
-    """bfloat16 where it is asked for, else as it is."""
-    on_cpu = bf16 and device.type == "cpu"
-    with (torch.autocast(device.type, torch.bfloat16, enabled=bf16),
-          Float32Attention() if on_cpu else contextlib.nullcontext()):
+def autocast(device: torch.device, precision: str):
+    """Within it matrices are multiplied in this precision: bf16, fp16 or fp32."""
+    if precision == "fp32":
         yield
+        return
+    with (torch.autocast(device.type, TYPES[precision]),
+          Float32Attention() if device.type == "cpu" else contextlib.nullcontext()):
+        yield
+
+
+@contextlib.contextmanager
+def evaluation_precision(precision: str, device: torch.device):
+    """Within it a model is evaluated: on CUDA in the precision that it was trained in.
+
+    There, what is float32 is multiplied as TF32. ITC's similarities are not touched: they are
+    computed on the CPU. On other devices all is float32, and numbers can be compared to the last
+    digit.
+    """
+    if device.type != "cuda":
+        yield
+        return
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        with autocast(device, choose_precision(precision, device)):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 # ---- a few rows on a CPU -------------------------------------------------------------------------
 
 ROWS = 32  # fewer than this go through oneDNN
+HAS_ONEDNN = torch.backends.mkldnn.is_available()  # asked here: torch.compile cannot follow it
 
 
 def linear_of_few_rows(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -63,7 +89,7 @@ def linear_of_few_rows(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor
     1.4 instead of 1.65 times the ViT with it.
     """
     if (not torch.is_grad_enabled() and x.device.type == "cpu" and x.dtype == torch.float32
-            and x.numel() <= ROWS * x.shape[-1] and torch.backends.mkldnn.is_available()):
+            and x.numel() <= ROWS * x.shape[-1] and HAS_ONEDNN):
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return F.linear(x, weight, bias)
 

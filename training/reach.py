@@ -5,6 +5,7 @@ from torch import nn
 
 from config import OBJECTIVES
 from data.files import InputError
+from training import devices
 
 
 def reached_parameters(model: nn.Module, inputs: dict) -> set[str]:
@@ -16,8 +17,8 @@ def reached_parameters(model: nn.Module, inputs: dict) -> set[str]:
     device = next(model.parameters()).device
     was_training = model.training
     model.eval()  # so that no statistics are updated
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        losses, _ = model(**inputs)
+    with devices.generators_kept(device):
+        losses, _ = model.forward(**inputs)  # not model(...): nothing is compiled for this once
     gradients = torch.autograd.grad(sum(losses.values()), list(named.values()), allow_unused=True)
     model.train(was_training)
     return {name for name, gradient in zip(named, gradients) if gradient is not None}

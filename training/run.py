@@ -23,7 +23,8 @@ from data.images import batch_to
 from data.text import Tokenizer, clean_caption
 from tasks.registry import TASKS, make_model
 from tasks.task import Datasets, Source, Task, TrainedModel
-from training import checkpoints, distributed, plan
+from training import checkpoints, devices, distributed, plan
+from training.precision import choose_precision
 from weights.files import shorten
 from weights.starting import start_from
 from world.datasets import all_texts
@@ -109,7 +110,7 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
     trained = [p for p in model.parameters() if p.requires_grad]
     groups = [{"params": [p for p in trained if p.ndim > 1], "weight_decay": config.weight_decay},
               {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0}]
-    fused = next(model.parameters()).device.type in ("cuda", "cpu")
+    fused = next(model.parameters()).device.type in ("cuda", "mps", "cpu")
     return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, config.beta2), fused=fused)
 
 
@@ -147,6 +148,9 @@ class Run:
         self.datasets = self.task.prepare(self.datasets, self.tokenizer, config)
         self.model = self.make_model(model_config, state, source)
         self.optimizer = make_optimizer(self.model, config)
+        self.precision = choose_precision(config.precision, device)
+        # float16 holds nothing below 6e-8: losses are scaled up so that gradients do not vanish.
+        self.scaler = torch.amp.GradScaler(device.type, enabled=self.precision == "fp16")
         self.trainable = trainable_names(self.model)
         self.step, self.seconds, self.best = 0, 0.0, -math.inf
         self.seen, self.broken = 0, Counter()  # images, and why some of them could not be read
@@ -238,22 +242,25 @@ class Run:
 
         The schedules are functions of `step`: nothing else is needed to go on.
         """
-        cuda = torch.cuda.get_rng_state() if self.device.type == "cuda" else None
-        ranks = distributed.gather([{"rng": torch.get_rng_state(), "rng_cuda": cuda,
+        ranks = distributed.gather([{"rng": torch.get_rng_state(),
+                                     "rng_device": devices.generator_state(self.device),
                                      "seen": self.seen, "broken": self.broken}])
         if distributed.rank() == 0:
             broken = sum((rank["broken"] for rank in ranks), Counter())
             checkpoints.save(self.out / "checkpoint.pt", self.weights() | {
-                "optimizer": self.optimizer.state_dict(), "step": self.step,
+                "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(),
+                "step": self.step,
                 "seconds": self.seconds, "best": self.best, "broken": dict(broken),
                 "seen": sum(rank["seen"] for rank in ranks),
                 "rng": [rank["rng"] for rank in ranks],
-                "rng_cuda": [rank["rng_cuda"] for rank in ranks]}, self.config.keep)
+                "rng_device": [rank["rng_device"] for rank in ranks]}, self.config.keep)
 
     def restore(self, state: dict) -> None:
         """Model, optimizer and counters of a checkpoint."""
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
+        if state.get("scaler"):  # empty in other precisions than fp16
+            self.scaler.load_state_dict(state["scaler"])
         self.step, self.seconds, self.best = state["step"], state["seconds"], state["best"]
         if distributed.rank() == 0:  # of all ranks together
             self.seen, self.broken = state["seen"], Counter(state["broken"])
@@ -264,9 +271,10 @@ class Run:
         With another number of processes they start anew, as a function of seed, step and rank.
         """
         rank = distributed.rank()
+        # The device's too, for a checkpoint of another kind of device.
+        torch.manual_seed(self.config.seed + rank + 1_000_003 * self.step)
         if state is None or len(state["rng"]) != distributed.world_size():
-            torch.manual_seed(self.config.seed + rank + 1_000_003 * self.step)
             return
         torch.set_rng_state(state["rng"][rank])
-        if self.device.type == "cuda" and state["rng_cuda"][rank] is not None:
-            torch.cuda.set_rng_state(state["rng_cuda"][rank])
+        if "rng_device" in state:
+            devices.set_generator_state(self.device, state["rng_device"][rank])

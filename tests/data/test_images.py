@@ -12,7 +12,14 @@ import torch
 from PIL import Image
 
 from data import images
-from data.images import load_image, open_member, prepare_images, rand_augment, random_crop
+from data.images import (
+    load_image,
+    mean_and_std,
+    open_member,
+    prepare_images,
+    rand_augment,
+    random_crop,
+)
 
 
 def picture(path, size=(40, 30), colour=(200, 30, 30)):
@@ -85,6 +92,11 @@ def test_normalise_uses_clips_statistics():
                                             (0.26862954, 0.26130258, 0.27577711))]
     assert torch.allclose(prepare_images(image, "cpu")[0, :, 0, 0], torch.tensor(expected),
                           atol=1e-5)
+
+
+def test_the_statistics_go_to_the_device_once():
+    """Copying them in each micro-batch would make the host wait for the device each time."""
+    assert mean_and_std(torch.device("cpu"))[0] is mean_and_std(torch.device("cpu"))[0]
 
 
 # ---- unusual and broken pictures ----

@@ -53,7 +53,7 @@ def collate(tokenizer, config, model_config):
 def evaluate(trained, dataset, settings):
     """accuracy."""
     right = []
-    for batch in evaluation_batches(dataset, collate(None, None, None), trained.device, "counting"):
+    for batch in evaluation_batches(dataset, collate(None, None, None), trained, "counting"):
         with torch.no_grad():
             logits = trained.model.eval().head(trained.model.vit(batch["image"])[:, 0])
         right += (logits.argmax(1) == batch["number"]).tolist()

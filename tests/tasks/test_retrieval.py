@@ -138,3 +138,19 @@ def test_several_captions_of_an_image(monkeypatch):
 def test_median_and_mean_rank():
     assert rank_statistics(torch.tensor([0, 0, 3, 9]), "t2i") == {
         "t2i_median_rank": 2.5, "t2i_mean_rank": 4.0}
+
+
+def test_what_ranks_send_one_another_is_no_view_of_something_larger(monkeypatch):
+    """A view is pickled with all that it views: a row of a batch of 64 would be 64 times as large.
+    """
+    sent = []
+    def gather(items):
+        sent.extend(items)
+        return items
+    monkeypatch.setattr(retrieval.distributed, "gather", gather)
+    trained, _, gallery = small_gallery()
+    rerank(trained.model, gallery, 6, torch.device("cpu"), images=2, texts=4)
+    tensors = [value for item in sent for value in item if isinstance(value, torch.Tensor)]
+    assert len(tensors) > 4
+    for tensor in tensors:
+        assert tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()

@@ -7,6 +7,8 @@ import pytest
 import torch
 from conftest import toy_batch, toy_model
 
+from blip import BLIP
+from config import BLIPConfig
 from data.files import InputError
 from data.text import Tokenizer
 from training import checkpoints
@@ -79,3 +81,25 @@ def test_a_finetuning_starts_from_all_of_the_weights():
     initialise(other_queue, source)
     assert other_queue.queue_ptr == 0 and torch.equal(other_queue.vit.norm.weight,
                                                       source.vit.norm.weight)
+
+
+def test_a_model_that_is_loaded_to_be_used_has_no_twins_and_no_queues(pretrained):
+    """It encodes as before, and in half of the memory at base size."""
+    whole = checkpoints.open_model(pretrained, to_train=True).model
+    used = checkpoints.open_model(pretrained).model
+    parts = {name.partition(".")[0] for name in used.state_dict()}
+    assert not any(part.endswith("_m") for part in parts)
+    assert sum(value.numel() for name, value in used.state_dict().items() if "queue" in name) == 1
+    for name, value in used.named_parameters():
+        assert torch.equal(value, whole.get_parameter(name))
+    used.eval()
+    image = torch.randn(2, 3, 32, 32)
+    assert torch.equal(used.encode_image(image)[1], whole.encode_image(image)[1])
+    with torch.device("meta"):
+        model = BLIP(BLIPConfig())
+    sizes = []
+    for _ in range(2):
+        tensors = [*model.parameters(), *model.buffers()]
+        sizes.append(sum(tensor.numel() * tensor.element_size() for tensor in tensors) / 1e9)
+        checkpoints.for_use(model)
+    assert sizes[0] > 1.8 and sizes[1] < 1.02, sizes

@@ -1,0 +1,111 @@
+"""The device that a process works on: which one, its random generator, its memory, its compiler."""
+
+import contextlib
+import os
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+
+from data.files import InputError
+from training import distributed
+
+
+def start(name: str = "auto") -> torch.device:
+    """Join torchrun's process group if there is one -> this process's device.
+
+    name: what --device says. "auto": CUDA, then MPS, then CPU. Raises InputError for a device that
+    does not exist, or that several processes cannot use.
+    """
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(),
+             "cpu": True}
+    if name == "auto":
+        name = next(kind for kind in there if there[kind])
+    kind, colon, number = name.partition(":")
+    if kind not in there or (colon and (kind != "cuda" or not number.isdecimal())):
+        raise InputError(f"--device is {name!r}; choose auto, cuda, cuda:NUMBER, mps or cpu")
+    if not there[kind]:
+        raise InputError(f"--device {name}: torch {torch.__version__} finds no such device on this "
+                         "machine; leave --device out, or install a torch that is built for it")
+    if "RANK" in os.environ and kind == "mps":
+        raise InputError("--device mps works for one process alone; give --device cpu under "
+                         "torchrun")
+    if kind == "cuda":
+        name = f"cuda:{number_of_gpu(number)}"
+        torch.cuda.set_device(name)
+    device = torch.device(name)
+    distributed.init(device)
+    return device
+
+
+def number_of_gpu(asked: str) -> int:
+    """The GPU that this process uses: `asked`, or under torchrun the one of its local rank.
+
+    Raises InputError where there is no such GPU.
+    """
+    count = torch.cuda.device_count()
+    if "RANK" not in os.environ:
+        if int(asked or 0) >= count:
+            raise InputError(f"--device cuda:{asked}: there are {count} GPUs, and the first is "
+                             "cuda:0")
+        return int(asked or 0)
+    if asked:
+        raise InputError(f"--device cuda:{asked} would put all processes of torchrun on one GPU; "
+                         "give --device cuda, which gives each its own")
+    local_rank = int(os.environ["LOCAL_RANK"])
+    if local_rank >= count:
+        raise InputError(f"torchrun has started more processes than there are GPUs: process "
+                         f"{local_rank + 1} of {count}; give --nproc_per_node={count}")
+    return local_rank
+
+
+# ---- random numbers: dropout and mining draw on the device ---------------------------------------
+
+def generator_state(device: torch.device) -> dict[str, torch.Tensor]:
+    """{kind of device: the state of its own generator}; nothing on a CPU, which has torch's."""
+    if device.type == "cpu":
+        return {}
+    return {device.type: torch.get_device_module(device).get_rng_state()}
+
+
+def set_generator_state(device: torch.device, state: dict[str, torch.Tensor]) -> None:
+    """Set the device's generator, if `state` (of generator_state) is of this kind of device."""
+    if device.type in state:
+        torch.get_device_module(device).set_rng_state(state[device.type])
+
+
+@contextlib.contextmanager
+def generators_kept(device: torch.device) -> Iterator[None]:
+    """Within it random numbers may be drawn; behind it all generators stand as before."""
+    state = generator_state(device)
+    with torch.random.fork_rng([]):
+        yield
+    set_generator_state(device, state)
+
+
+# ---- memory --------------------------------------------------------------------------------------
+
+@contextlib.contextmanager
+def memory_watched() -> Iterator[None]:
+    """Within it a device that is out of memory is one sentence: an InputError."""
+    try:
+        yield
+    except RuntimeError as error:  # CUDA's is torch.OutOfMemoryError; MPS has none of its own
+        if "out of memory" not in str(error):
+            raise
+        raise InputError("the device is out of memory; give a larger --accumulate (this also with "
+                         "--resume), a smaller --batch-size, or --grad-checkpoint true")
+
+
+# ---- compiler ------------------------------------------------------------------------------------
+
+def compile_forward(model: nn.Module, device: torch.device) -> None:
+    """torch.compile the model's forward, for texts of any length; on a CPU the ViT alone.
+
+    The ViT is most of the work, and its shapes never change. On a CPU the rest does not pay for the
+    minutes that it takes to compile.
+    """
+    if device.type == "cpu":
+        model.vit.compile()
+    else:
+        model.compile(dynamic=True)
