@@ -8,6 +8,7 @@ import contextlib
 import json
 import os
 import pickle
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -91,13 +92,14 @@ def stream_list(path: str | Path) -> Iterator:
 def read_tensors(path: str | Path) -> dict:
     """What a file of weights holds, without running any code in it.
 
-    A file that holds anything but tensors and plain values is refused. A .safetensors file needs
-    the package of that name. Raises InputError.
+    A file that holds anything but tensors and plain values is refused, and so is one whose
+    checksums do not fit. A .safetensors file needs the package of that name. Raises InputError.
     """
     try:
         if str(path).endswith(".safetensors"):
             from safetensors.torch import load_file
             return load_file(path)
+        check_checksums(path)
         return torch.load(path, map_location="cpu", weights_only=True)
     except ImportError:
         raise InputError(f"{path} needs the package safetensors: pip install safetensors, or give "
@@ -110,7 +112,21 @@ def read_tensors(path: str | Path) -> dict:
                          "tensors instead")
     except Exception as error:  # whatever a cut or damaged file makes the readers raise
         reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise InputError(f"checkpoint {path} cannot be read ({reason}); it may be cut short")
+        raise InputError(f"checkpoint {path} cannot be read ({reason}); it is damaged or cut "
+                         "short: copy it again, or give an older one")
+
+
+def check_checksums(path: str | Path) -> None:
+    """Raise BadZipFile where the content of torch's zip archive is not what was written.
+
+    torch.save stores a checksum for each tensor, which torch.load does not look at. A second for
+    each gigabyte. Files of old versions of torch are no zip archives and have none.
+    """
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+        if damaged:
+            raise zipfile.BadZipFile(f"the checksum of {damaged} does not fit")
 
 
 @contextlib.contextmanager

@@ -147,8 +147,17 @@ def open_model(path: str | Path, needs: Iterable[str] = (), vocab: str = "",
         raise InputError(f"{path} is a checkpoint of another task ({task}): it was trained without "
                          f"{losses}, which this needs; give one of pretraining, or one finetuned "
                          "for this")
+    require_finite(model, path)
     model = speed_up_generation(model.to(device).eval())
     return TrainedModel(model, tokenizer, settings, answers)
+
+
+def require_finite(model: nn.Module, path: str | Path) -> None:
+    """InputError where a weight is infinite or no number: every score would be nan."""
+    for name, value in model.state_dict().items():
+        if not value.isfinite().all():
+            raise InputError(f"{path}: {name} holds numbers that are not finite; its training went "
+                             "wrong: give an older checkpoint, or train again with a smaller --lr")
 
 
 def initialise(model: nn.Module, source: nn.Module) -> list[str]:

@@ -1,14 +1,16 @@
 """Checkpoints and released weights."""
 
 import pickle
+import random
 from dataclasses import asdict
 
 import pytest
 import torch
 from conftest import toy_batch, toy_model
 
-from data.files import InputError
+from data.files import InputError, read_tensors
 from data.text import Tokenizer
+from eval import main as eval_main
 from training import checkpoints
 from training.checkpoints import initialise
 from vit import resize_positions
@@ -37,6 +39,39 @@ def test_missing_cut_short_and_foreign_checkpoints(tmp_path):
         checkpoints.load(tmp_path / "short.pt")
     with pytest.raises(InputError, match="not a checkpoint of this project"):
         checkpoints.load(tmp_path / "whole.pt")
+
+
+def test_a_flipped_bit_is_noticed(tmp_path):
+    """Wherever it lies in what was saved: torch.load accepts five of six."""
+    state = {"model": {"weight": torch.randn(3000)}, "model_config": {"vit_depth": 2},
+             "tokenizer": ["a"] * 500, "optimizer": {"exp_avg": torch.randn(3000)}}
+    checkpoints.save(tmp_path / "whole.pt", state)
+    content = (tmp_path / "whole.pt").read_bytes()
+    rng, accepted = random.Random(0), 0
+    for _ in range(100):
+        damaged = bytearray(content)
+        damaged[rng.randrange(len(damaged))] ^= 1 << rng.randrange(8)
+        (tmp_path / "flip.pt").write_bytes(damaged)
+        try:
+            again = read_tensors(tmp_path / "flip.pt")
+            accepted += not (torch.equal(again["model"]["weight"], state["model"]["weight"])
+                             and torch.equal(again["optimizer"]["exp_avg"],
+                                             state["optimizer"]["exp_avg"])
+                             and again["model_config"] == state["model_config"]
+                             and again["tokenizer"] == state["tokenizer"])
+        except InputError as error:
+            assert "flip.pt" in str(error)
+    assert accepted == 0
+
+
+def test_weights_that_are_not_finite_are_refused(tmp_path, pretrained, capsys):
+    state = checkpoints.load(pretrained)
+    state["model"]["itm_head.weight"][0, 0] = float("nan")
+    checkpoints.save(tmp_path / "nan.pt", state)
+    assert eval_main(["retrieval", "--checkpoint", str(tmp_path / "nan.pt")]) == 2
+    error = capsys.readouterr().err
+    assert "nan.pt: itm_head.weight holds numbers that are not finite" in error
+    assert error.count("\n") == 1
 
 
 def test_a_failed_write_leaves_the_previous_checkpoint(tmp_path, monkeypatch):
