@@ -28,7 +28,7 @@ from torch import Tensor
 
 import train
 from config import CapFiltConfig
-from data.files import InputError, make_folder
+from data.files import InputError, lock_folder, make_folder
 from data.images import prepare_images
 from data.shards import Shard, merge, pending, write
 from data.sources import PairIndex, open_index, with_shares
@@ -163,6 +163,7 @@ def decide(texts: list[dict], config: CapFiltConfig, rng: random.Random) -> None
 def run(o: argparse.Namespace) -> None:
     """Do what the command line asks."""
     out, device, world = Path(o.out), distributed.init(o.device), None
+    distributed.from_rank_0(lambda: lock_folder(out))
     if not o.web:
         world = WorldSets(**given_for(WorldSets, vars(o)))
         print0(f"== the world's web and human pairs, as files in {out}/data")
@@ -270,8 +271,7 @@ def command_line() -> argparse.ArgumentParser:
                    "train.py for both, given as --finetune=\"--epochs 5\"")
     p.add_argument("--pretrain", nargs="?", const={}, type=training_flags, metavar="FLAGS",
                    help="pretrain a new model on the bootstrapped set; FLAGS of train.py likewise")
-    p.add_argument("--rounds", type=int, default=1, help="so many times: finetune, bootstrap, "
-                   "pretrain (default 1, as in the paper)")
+    p.add_argument("--rounds", type=int, default=1, help="finetune, bootstrap, pretrain (paper: 1)")
     p.add_argument("--pairs", type=int, default=0, help="pairs that --pretrain sees in an epoch, "
                    f"whatever the set's size (default 0: the set; world {WORLD_PAIRS})")
     p.add_argument("--vocab", default="", help="vocab.txt, for released weights")

@@ -123,11 +123,13 @@ class Run:
 
     def __init__(self, model_config, config: TrainConfig, device: torch.device,
                  state: dict | None = None, source: TrainedModel | None = None,
-                 given: dict | None = None):
+                 given: dict | None = None, run_id: str = ""):
         """state: a checkpoint to continue; source: a model to start from. Raises InputError.
 
-        given: what the user set: training/plan.py does not change it.
+        given: what the user set: training/plan.py does not change it. run_id: of this run and no
+        other; it stands in its checkpoints.
         """
+        self.run_id = run_id
         self.device, self.out, self.task = device, Path(config.out), TASKS[config.task]
         image_size = getattr(model_config, "image_size", 0)  # 0: of a model of texts alone
         self.datasets = open_datasets(self.task, config, image_size)
@@ -230,7 +232,8 @@ class Run:
     def weights(self) -> dict:
         """What rebuilds the model and its tokenizer, and says how they were trained."""
         state = {"model": self.model.state_dict(), "model_config": asdict(self.model.config),
-                 "tokenizer": self.tokenizer.state(), "train_config": asdict(self.config)}
+                 "tokenizer": self.tokenizer.state(), "train_config": asdict(self.config),
+                 "run_id": self.run_id}
         return state | ({"answers": self.datasets.answers} if self.datasets.answers else {})
 
     def save(self) -> None:
