@@ -28,7 +28,7 @@ import torch
 from tqdm import tqdm
 
 from config import TrainConfig, alpha_at, learning_rate, objectives_at
-from data.files import InputError, lock_folder, make_folder, note_in_lock
+from data.files import InputError, lock_folder, make_folder, note_in_lock, read_json
 from reports.numbers import print_highlights, print_numbers, write_numbers
 from reports.sheets import draw_sheet
 from tasks.registry import TASKS, preset_settings
@@ -192,6 +192,8 @@ def evaluate(run: Run) -> Evaluation:
         numbers["best_step"] = best["step"]
     evaluation = Evaluation({}, [])
     if run.datasets.final is not None:
+        # The world asks something else in each epoch: also a resumed run counts the last one's.
+        run.datasets.train.set_epoch(run.config.epochs - 1)
         settings = EvalSettings(training=run.datasets.train)
         evaluation = run.task.evaluate(run.trained_model(), run.datasets.final, settings)
     if distributed.rank() == 0:
@@ -342,10 +344,18 @@ def train_into(folder: Path, given: dict) -> str:
     print0(f"{run.steps} steps into {folder}")
     if not train(run):
         raise KeyboardInterrupt
-    if not (folder / "metrics.json").exists():
+    if not distributed.from_rank_0(lambda: is_evaluated(run)):
         evaluate(run)
     distributed.barrier()
     return str(folder / ("best.pt" if best_of(run) else "checkpoint.pt"))
+
+
+def is_evaluated(run: Run) -> bool:
+    """Whether metrics.json is there and whole."""
+    try:
+        return bool(read_json(run.out / "metrics.json"))
+    except InputError:
+        return False
 
 
 def report(run: Run, numbers: dict) -> None:

@@ -10,7 +10,6 @@ from config import SettingError
 from data.files import InputError, unlock_folders
 from training import distributed
 
-
 # Full and read-only disks, a full quota, folders of somebody else.
 NO_ROOM = (errno.ENOSPC, errno.EROFS, errno.EDQUOT, errno.EACCES, errno.EPERM)
 
