@@ -37,7 +37,7 @@ from training import checkpoints, distributed, plan
 from training.distributed import print0
 from training.log import Log
 from training.precision import autocast, use_bf16
-from training.program import exit_status, signals_noted
+from training.program import exit_status, open_device, signals_noted
 from training.reach import freeze_unreached, require_reached
 from training.run import Run
 from training.settings import FREE_ON_RESUME, flag_name, flags_of, parse, resolve
@@ -215,7 +215,7 @@ def start(given: dict, resume: bool = False) -> Run:
     out = Path(given.get("out", preset_settings(task, "base").get("out", TrainConfig.out)))
     state = checkpoints.load(out / "checkpoint.pt") if resume else None
     settings = state["train_config"] | given if state else given
-    device = distributed.init(settings.get("device", TrainConfig.device))
+    device = open_device(settings.get("device", TrainConfig.device))
     # torchrun --max-restarts starts the same command again after a crash.
     restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
     run_id = distributed.from_rank_0(lambda: begin(out, state, restarted))

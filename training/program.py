@@ -6,6 +6,8 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 
+import torch
+
 from config import SettingError
 from data.files import InputError, unlock_folders
 from training import distributed
@@ -25,6 +27,28 @@ def signals_noted() -> Iterator[list]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def leave_signals_to_the_run(worker: int) -> None:
+    """Called in a new worker of a loader: signals to the whole group are for the run alone.
+
+    It stops its workers when it has written its checkpoint.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def open_device(name: str) -> torch.device:
+    """Join the process group if there is one -> the device. InputError where there is none such."""
+    kind, _, number = name.partition(":")
+    there = {"auto": 1, "cpu": 1, "cuda": torch.cuda.device_count(),
+             "mps": int(torch.backends.mps.is_available())}
+    if kind not in there or (":" in name and not number.isdecimal()):
+        raise InputError(f"--device is {name!r}; choose one of auto, cuda, cuda:NUMBER, mps, cpu")
+    if int(number or 0) >= there[kind]:
+        raise InputError(f"--device {name} is not there (torch finds {there[kind]} of {kind}); "
+                         "leave the flag out to take what there is")
+    return distributed.init(name)
 
 
 def exit_status(program: Callable[[], int | None], interrupted: str = "interrupted") -> int:

@@ -16,14 +16,17 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from blip import BLIP
 from config import TrainConfig
 from data.datasets import ImageDataset, some_examples
 from data.files import InputError, is_list
 from data.images import batch_to
 from data.text import Tokenizer, clean_caption
+from tasks.captioning import Decoding
 from tasks.registry import TASKS, make_model
 from tasks.task import Datasets, Source, Task, TrainedModel
 from training import checkpoints, distributed, plan
+from training.program import leave_signals_to_the_run
 from weights.files import shorten
 from weights.starting import start_from
 from world.datasets import all_texts
@@ -148,6 +151,8 @@ class Run:
             self.tokenizer = make_tokenizer(config, self.datasets.train)
         self.datasets = self.task.prepare(self.datasets, self.tokenizer, config)
         self.model = self.make_model(model_config, state, source)
+        if isinstance(self.model, BLIP) and config.lm_weight:  # it will write captions
+            Decoding.choose({}, asdict(config)).prompt_ids(self.model, self.tokenizer)
         self.optimizer = make_optimizer(self.model, config)
         self.trainable = trainable_names(self.model)
         self.step, self.seconds, self.best = 0, 0.0, -math.inf
@@ -197,7 +202,7 @@ class Run:
             collate = self.task.collate(self.tokenizer, c, self.model.config)
             loader = iter(DataLoader(
                 train, collate_fn=collate, batch_sampler=sampler, num_workers=workers,
-                pin_memory=self.device.type == "cuda",
+                worker_init_fn=leave_signals_to_the_run, pin_memory=self.device.type == "cuda",
                 # its own: else each start of a loader would move the run's generator
                 generator=torch.Generator()))
             for _ in range(first, self.steps_per_epoch):
