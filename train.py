@@ -188,8 +188,9 @@ def evaluate(run: Run) -> Evaluation:
     distributed.barrier()
     best = best_of(run)
     if best:
-        run.model.load_state_dict(best["model"])
-        numbers["best_step"] = best["step"]
+        with checkpoints.understood(run.out / "best.pt"):
+            run.model.load_state_dict(best["model"])
+            numbers["best_step"] = best["step"]
     evaluation = Evaluation({}, [])
     if run.datasets.final is not None:
         # The world asks something else in each epoch: also a resumed run counts the last one's.
@@ -225,7 +226,8 @@ def start(given: dict, resume: bool = False) -> Run:
             state = None
     source = None
     if state:
-        model_config, config = resumed_config(given, state, out)
+        with checkpoints.understood(out / "checkpoint.pt"):
+            model_config, config = resumed_config(given, state, out)
     else:
         model_config, config, source = new_config(given)
     chunks = distributed.world_size() * config.accumulate
@@ -287,7 +289,7 @@ def new_config(given: dict) -> tuple[object, TrainConfig, object]:
 def prepare_folder(out: Path, resume: bool) -> None:
     """Make the run's folder. An earlier run in it is moved aside, not overwritten."""
     try:
-        if not resume and any((out / name).exists() for name in ("checkpoint.pt", "best.pt")):
+        if not resume and any(out.glob("*.pt")):
             number = 1
             while Path(f"{out}.old{number}").exists():
                 number += 1

@@ -144,7 +144,8 @@ class Run:
             config, self.plan = plan.fit(config, given or {}, len(self.datasets.train))
         self.config = config
         if state:
-            self.tokenizer = Tokenizer(state["tokenizer"])
+            with checkpoints.understood(self.out / "checkpoint.pt"):
+                self.tokenizer = Tokenizer(state["tokenizer"])
         elif source:
             self.tokenizer = source.tokenizer
         else:
@@ -159,9 +160,10 @@ class Run:
         self.seen, self.broken = 0, Counter()  # images, and why some of them could not be read
         self.steps_per_epoch = len(self.datasets.train) // config.batch_size
         self.steps = self.steps_per_epoch * config.epochs
-        if state:
-            self.restore(state)
-        self.set_generators(state)
+        with checkpoints.understood(self.out / "checkpoint.pt"):
+            if state:
+                self.restore(state)
+            self.set_generators(state)
 
     def make_model(self, model_config, state: dict | None,
                    source: TrainedModel | None) -> nn.Module:
@@ -262,7 +264,8 @@ class Run:
         """Model, optimizer and counters of a checkpoint."""
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.step, self.seconds, self.best = state["step"], state["seconds"], state["best"]
+        self.step, self.seconds = int(state["step"]), float(state["seconds"])
+        self.best = float(state["best"])
         if distributed.rank() == 0:  # of all ranks together
             self.seen, self.broken = state["seen"], Counter(state["broken"])
 

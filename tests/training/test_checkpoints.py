@@ -6,8 +6,10 @@ from dataclasses import asdict
 
 import pytest
 import torch
-from conftest import toy_batch, toy_model
+from conftest import run, toy_batch, toy_model
+from PIL import Image
 
+import train
 from data.files import InputError, read_tensors
 from data.text import Tokenizer
 from eval import main as eval_main
@@ -114,3 +116,84 @@ def test_a_finetuning_starts_from_all_of_the_weights():
     initialise(other_queue, source)
     assert other_queue.queue_ptr == 0 and torch.equal(other_queue.vit.norm.weight,
                                                       source.vit.norm.weight)
+
+
+def without(name):
+    def change(state):
+        part, _, field = name.rpartition(".") if name[:6] != "model." else ("model", "", name[6:])
+        del (state[part] if part else state)[field]
+    return change
+
+
+def other(name, value):
+    def change(state):
+        part, _, field = name.rpartition(".")
+        (state[part] if part else state)[field] = value
+    return change
+
+
+@pytest.mark.parametrize("change, message", [
+    (without("model_config.vit_depth"), "lacks the field 'vit_depth'"),
+    (other("model_config.vit_depth", 3), "Missing key"),
+    (other("model_config.vit_depth", "two"), "--vit-depth is 'two'; it must be of type int"),
+    (other("model_config", [1, 2]), ""), (other("train_config", None), ""),
+    (other("train_config.task", "dance"), "its task 'dance' is unknown"),
+    (other("train_config.lr", "fast"), "--lr is 'fast'"),
+    (other("model", {}), "Missing key"), (other("model", 5), ""), (other("tokenizer", 5), ""),
+    (other("tokenizer", ["a"]), ""), (without("model.itm_head.weight"), "Missing key")])
+def test_a_checkpoint_of_another_form_is_one_sentence(tmp_path, pretrained, capsys, change,
+                                                      message):
+    (tmp_path / "a").mkdir()
+    path = tmp_path / "a/checkpoint.pt"
+    state = read_tensors(pretrained)
+    change(state)
+    checkpoints.save(path, state)
+    for status in (lambda: eval_main(["retrieval", "--checkpoint", str(path)]),
+                   lambda: train.main(["--resume", "--out", str(tmp_path / "a")])):
+        capsys.readouterr()
+        assert status() == 2
+        error = capsys.readouterr().err
+        assert error.startswith("error: ") and error.count("\n") == 1
+        assert message in error
+
+
+@pytest.mark.parametrize("name", "optimizer step seconds best rng rng_cuda seen broken".split())
+@pytest.mark.parametrize("wrong", ["absent", "text", None])
+def test_a_run_that_lacks_something_is_one_sentence(tmp_path, pretrained, capsys, name, wrong):
+    if name in ("rng", "rng_cuda", "seen", "broken") and wrong != "absent":
+        return
+    (tmp_path / "a").mkdir()
+    state = read_tensors(pretrained)
+    state.pop(name) if wrong == "absent" else state.update({name: wrong})
+    checkpoints.save(tmp_path / "a/checkpoint.pt", state)
+    status = train.main(["--resume", "--out", str(tmp_path / "a")])
+    error = capsys.readouterr().err
+    if name == "rng_cuda":  # not needed on a CPU
+        return
+    assert status == 2 and "checkpoint.pt" in error.splitlines()[-1], error
+
+
+@pytest.mark.parametrize("content", [{}, [1], {"stamps": ["a"], "features": None},
+                                     {"stamps": ["a", "b"], "features": torch.zeros(1, 8)}])
+def test_a_search_cache_of_another_form_is_one_sentence(tmp_path, pretrained, capsys, content):
+    Image.new("RGB", (40, 40), "red").save(tmp_path / "p.png")
+    flags = ["search", "a circle", "--images", str(tmp_path / "p.png"), "--checkpoint",
+             str(pretrained), "--out", str(tmp_path / "out")]
+    assert eval_main(flags) == 0
+    store, = (tmp_path / "out").glob("features-*.pt")
+    torch.save(content, store)
+    assert eval_main(flags) == 2
+    assert f"{store} holds no features of pictures; delete it" in capsys.readouterr().err
+
+
+def test_keep_counts_this_runs_checkpoints_only(tmp_path):
+    """Neither those of an earlier run, nor later ones, from before it was set back."""
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a/checkpoint-00009000.pt").write_bytes(b"of another run")
+    assert run(tmp_path / "a", "--scenes", 48, "--save-every", 2, "--keep", 2) == 0
+    names = sorted(path.name for path in (tmp_path / "a").glob("checkpoint-*.pt"))
+    assert names == ["checkpoint-00000004.pt", "checkpoint-00000006.pt"]
+    assert (tmp_path / "a.old1/checkpoint-00009000.pt").exists()
+    checkpoints.save(tmp_path / "a/checkpoint.pt", {"step": 5}, keep=2)
+    assert sorted(path.name for path in (tmp_path / "a").glob("checkpoint-*.pt")) == [
+        "checkpoint-00000004.pt", "checkpoint-00000005.pt", "checkpoint-00000006.pt"]
