@@ -142,7 +142,10 @@ def tokenize(trained: TrainedModel, text: str, max_tokens: int = 0) -> tuple[Ten
 
 
 def read_features(store: Path) -> dict[str, Tensor]:
-    """The kept features of pictures: stamp -> (E,). Raises InputError for another kind of file."""
+    """The kept features of pictures: stamp -> (E,).
+
+    Raises InputError for a file that holds something else.
+    """
     try:
         cached = read_tensors(store)
         stamps, features = cached["stamps"], cached["features"]

@@ -39,7 +39,10 @@ def leave_signals_to_the_run(worker: int) -> None:
 
 
 def open_device(name: str) -> torch.device:
-    """Join the process group if there is one -> the device. InputError where there is none such."""
+    """Join the process group if there is one -> the device that is asked for.
+
+    Raises InputError where there is no such device.
+    """
     kind, _, number = name.partition(":")
     there = {"auto": 1, "cpu": 1, "cuda": torch.cuda.device_count(),
              "mps": int(torch.backends.mps.is_available())}
