@@ -42,8 +42,9 @@ from data.files import read_json, whole_file, write_json
 from data.sources import PairIndex, with_shares
 from reports.tables import cell_table, set_lines, verdict_table, verdicts
 from tools.judge import MEASURES, judge_in_world
+from training import devices
 from training.program import exit_status
-from training.settings import add_flags, given_for, training_flags
+from training.settings import add_flags, at_least, given_for, training_flags
 from world.web import (
     WORLD_FINETUNE,
     WORLD_PAIRS,
@@ -380,15 +381,15 @@ def command_line() -> argparse.ArgumentParser:
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("experiments", nargs="+", choices=[*EXPERIMENTS, "all"], metavar="EXPERIMENT",
                    help=f"{', '.join(EXPERIMENTS)} or all")
-    p.add_argument("--seeds", type=int, default=3, help="how many (default 3)")
-    p.add_argument("--jobs", type=int, default=1, help="cells at a time (default 1); on a CPU one "
-                   "for each core is fastest")
+    p.add_argument("--seeds", type=at_least(1), default=3, help="how many (default 3)")
+    p.add_argument("--jobs", type=at_least(1), default=1,
+                   help="cells at a time (default 1); on a CPU one for each core is fastest")
     p.add_argument("--device", default="", help="cuda, mps or cpu (default: cuda if there is one, "
                    "else cpu)")
     p.add_argument("--out", default="runs/ablate", help="default runs/ablate")
     p.add_argument("--results", default="results", help="folder for the tables (default results)")
-    p.add_argument("--pairs", type=int, default=WORLD_PAIRS, help="pairs that every pretraining "
-                   f"sees (default {WORLD_PAIRS})")
+    p.add_argument("--pairs", type=at_least(1), default=WORLD_PAIRS,
+                   help=f"pairs that every pretraining sees (default {WORLD_PAIRS})")
     for flag, recipe, about in (("--pretrain", WORLD_PRETRAIN, "every pretraining"),
                                 ("--finetune", WORLD_FINETUNE, "every finetuning"),
                                 ("--losses", WORLD_RECIPE, "the experiment `losses`")):
@@ -403,6 +404,8 @@ def run(o: argparse.Namespace, command: str) -> None:
     regime = Regime(str(Path(o.out).resolve()), WorldSets(**given_for(WorldSets, vars(o))), o.pairs,
                     o.pretrain, o.finetune, o.losses)
     names = list(EXPERIMENTS) if "all" in o.experiments else o.experiments
+    if o.device:
+        devices.start(o.device)  # says what is wrong before anything is trained
     seeds, device = list(range(o.seeds)), o.device or (
         "cuda" if torch.cuda.is_available() else "cpu")
     for name, cells in run_all(regime, names, seeds, device, o.jobs):

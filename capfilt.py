@@ -28,7 +28,7 @@ from torch import Tensor
 
 import train
 from config import CapFiltConfig
-from data.files import InputError, make_folder
+from data.files import InputError, lock_folder, make_folder
 from data.images import prepare_images
 from data.shards import Shard, merge, pending, write
 from data.sources import PairIndex, open_index, with_shares
@@ -43,7 +43,7 @@ from training.checkpoints import open_model
 from training.distributed import print0
 from training.precision import autocast, choose_precision
 from training.program import exit_status
-from training.settings import add_flags, given_for, training_flags
+from training.settings import add_flags, at_least, given_for, training_flags
 from world.web import WORLD_PAIRS, WorldSets, stand_in, truth_of_set
 
 
@@ -162,6 +162,7 @@ def decide(texts: list[dict], config: CapFiltConfig, rng: random.Random) -> None
 def run(o: argparse.Namespace) -> None:
     """Do what the command line asks."""
     out, device, world = Path(o.out), devices.start(o.device), None
+    distributed.from_rank_0(lambda: lock_folder(out))
     if not o.web:
         world = WorldSets(**given_for(WorldSets, vars(o)))
         print0(f"== the world's web and human pairs, as files in {out}/data")
@@ -203,18 +204,18 @@ def run(o: argparse.Namespace) -> None:
 
 
 def check(o: argparse.Namespace) -> None:
-    """InputError for what cannot go together."""
+    """InputError or SettingError for what cannot be, or cannot go together."""
+    for kind in (CapFiltConfig, Decoding):
+        kind(**given_for(kind, vars(o)))
     if o.finetune is not None and not o.human:
         raise InputError("--finetune needs --human: pairs of good quality, as COCO's")
     if o.finetune is None and not o.captioner + o.filter:
         raise InputError("give --captioner and --filter (checkpoints of `train.py caption` and "
                          "`train.py retrieval`), or --init and --finetune to make them")
     if o.rounds > 1 and None in (o.finetune, o.pretrain):
-        raise InputError("--rounds needs --finetune and --pretrain: each round starts from the "
-                         "model that was pretrained in the one before")
+        raise InputError("--rounds needs --finetune and --pretrain: each starts from the last")
     if o.finetune is not None and not o.init and o.pretrain is None:
-        raise InputError("--finetune needs a pretrained model: give --init, or --pretrain to make "
-                         "one from --web and --human")
+        raise InputError("--finetune needs a pretrained model: give --init, or --pretrain for one")
 
 
 def bootstrap_from(o: argparse.Namespace, folder: Path, device: torch.device) -> dict:
@@ -257,8 +258,7 @@ def command_line() -> argparse.ArgumentParser:
     """The flags of the module docstring."""
     p = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--web", default="", help="json list of {image, caption}, or tar shards (a "
-                   "file, a folder, a pattern); default: the world's")
+    p.add_argument("--web", default="", help="json list or tar shards; default: the world's")
     p.add_argument("--human", default="", help="json of pairs of good quality")
     p.add_argument("--image-root", default="", help="default: the folder of each source")
     p.add_argument("--captioner", nargs="+", default=[], help="checkpoints of train.py caption")
@@ -270,14 +270,14 @@ def command_line() -> argparse.ArgumentParser:
                    "train.py for both, given as --finetune=\"--epochs 5\"")
     p.add_argument("--pretrain", nargs="?", const={}, type=training_flags, metavar="FLAGS",
                    help="pretrain a new model on the bootstrapped set; FLAGS of train.py likewise")
-    p.add_argument("--rounds", type=int, default=1, help="so many times: finetune, bootstrap, "
-                   "pretrain (default 1, as in the paper)")
-    p.add_argument("--pairs", type=int, default=0, help="pairs that --pretrain sees in an epoch, "
-                   f"whatever the set's size (default 0: the set; world {WORLD_PAIRS})")
+    p.add_argument("--rounds", type=at_least(1), default=1, help="so many times: finetune, "
+                   "bootstrap, pretrain (default 1, as in the paper)")
+    p.add_argument("--pairs", type=at_least(0), default=0, help="pairs that --pretrain sees in an "
+                   f"epoch, whatever the set's size (default 0: the set; world {WORLD_PAIRS})")
     p.add_argument("--vocab", default="", help="vocab.txt, for released weights")
     p.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
     p.add_argument("--precision", default="auto", choices=["auto", "bf16", "fp16", "fp32"])
-    p.add_argument("--workers", type=int, default=0, help="processes that load images (default 0)")
+    p.add_argument("--workers", type=at_least(0), default=0, help="that load images (default 0)")
     add_flags(p.add_argument_group("what is kept"), CapFiltConfig, {})
     add_flags(p.add_argument_group("how the captioner writes"), Decoding, {"method": "nucleus"})
     add_flags(p.add_argument_group("the built-in world"), WorldSets, {})

@@ -30,13 +30,23 @@ def setting(default, about: str = "", least: float | None = None, above: float |
                                             "in_weights": in_weights})
 
 
+MOST = 1e12  # of a number whose field names no other bound
+
+
 def check_settings(config) -> None:
-    """Raise SettingError where a field is outside of what it may be."""
+    """Raise SettingError where fields are outside of what they may be; it names all of them."""
+    sentences = []
     for f in fields(config):
         value, rules = getattr(config, f.name), f.metadata
         least, above, most = (rules.get(name) for name in ("least", "above", "most"))
+        types = {int: int, float: (int, float), str: str, bool: bool}.get(f.type, object)
+        if f.type in (int, float):
+            most = MOST if most is None else most
+            least = -MOST if least is None and above is None else least
         wrong = ""
-        if rules.get("choices") and value not in rules["choices"]:
+        if not isinstance(value, types):
+            wrong = f"it must be of type {f.type.__name__}"
+        elif rules.get("choices") and value not in rules["choices"]:
             wrong = f"choose one of {', '.join(rules['choices'])}"
         elif isinstance(value, float) and not math.isfinite(value):
             wrong = "give a number"
@@ -47,33 +57,36 @@ def check_settings(config) -> None:
         elif most is not None and value > most:
             wrong = f"it must be at most {most:g}"
         if wrong:
-            raise SettingError(f"--{f.name.replace('_', '-')} is {value!r}; {wrong}")
+            sentences.append(f"--{f.name.replace('_', '-')} is {value!r}; {wrong}")
+    if sentences:
+        raise SettingError(", and ".join(sentences))
 
 
 @dataclass(frozen=True)
 class BLIPConfig:
     """Architecture and objectives. The defaults are the paper's ViT-B/16 + BERT-base."""
 
-    image_size: int = setting(224, "pixels, square (BLIP sec. 4.1)", least=1)
-    patch_size: int = setting(16, "pixels", least=1, in_weights=True)
-    vit_width: int = setting(768, "ViT-B", least=1, in_weights=True)
-    vit_depth: int = setting(12, "ViT-B", least=1, in_weights=True)
-    vit_heads: int = setting(12, "ViT-B", least=1, in_weights=True)
+    image_size: int = setting(224, "pixels, square (BLIP sec. 4.1)", least=1, most=8192)
+    patch_size: int = setting(16, "pixels", least=1, most=8192, in_weights=True)
+    vit_width: int = setting(768, "ViT-B", least=1, most=16384, in_weights=True)
+    vit_depth: int = setting(12, "ViT-B", least=1, most=1000, in_weights=True)
+    vit_heads: int = setting(12, "ViT-B", least=1, most=16384, in_weights=True)
     drop_path: float = setting(0.0, "of the last ViT block; 0 for B, 0.1 for L", least=0, most=0.99)
     grad_checkpoint: bool = setting(False, "recompute ViT activations in the backward pass: less "
                                            "memory, more time")
-    text_width: int = setting(768, "BERT-base", least=1, in_weights=True)
-    text_depth: int = setting(12, "BERT-base", least=1, in_weights=True)
-    text_heads: int = setting(12, "BERT-base", least=1, in_weights=True)
-    text_ffn: int = setting(3072, "BERT-base", least=1, in_weights=True)
-    max_positions: int = setting(512, "BERT-base", least=4, in_weights=True)
+    text_width: int = setting(768, "BERT-base", least=1, most=16384, in_weights=True)
+    text_depth: int = setting(12, "BERT-base", least=1, most=1000, in_weights=True)
+    text_heads: int = setting(12, "BERT-base", least=1, most=16384, in_weights=True)
+    text_ffn: int = setting(3072, "BERT-base", least=1, most=65536, in_weights=True)
+    max_positions: int = setting(512, "BERT-base", least=4, most=65536, in_weights=True)
     dropout: float = setting(0.1, "in MED; the ViT has none", least=0, most=0.99)
     share: str = setting("all_but_sa", "what encoder and decoder share: all_but_sa, all, "
                          "all_but_ca or none (Table 3)",
                          choices=SHARE, in_weights=True)
-    embed_dim: int = setting(256, "joint space of the contrastive loss", least=1, in_weights=True)
+    embed_dim: int = setting(256, "joint space of the contrastive loss",
+                             least=1, most=16384, in_weights=True)
     queue_size: int = setting(57600, "momentum features as further negatives (released code; "
-                                     "ALBEF sec. 3.5: 65,536)", least=0)
+                                     "ALBEF sec. 3.5: 65,536)", least=0, most=10_000_000)
     momentum: float = setting(0.995, "of the momentum twins (ALBEF sec. 3.5)", least=0, most=1)
     temp: float = setting(0.07, "initial temperature, learned", above=0, in_weights=True)
     temp_min: float = setting(0.001, "released code", above=0)
@@ -142,10 +155,10 @@ class TrainConfig:
     vocab: str = setting("", "BERT's vocab.txt; none: train a WordPiece vocabulary, or take "
                              "--init's")
     vocab_pieces: int = setting(30524, "at most so many pieces when the vocabulary is trained",
-                                least=100)
+                                least=100, most=1_000_000)
     out: str = setting("runs/pretrain", "folder of the run")
     seed: int = setting(0, "of weights, data order, augmentation and dropout", least=0)
-    epochs: int = setting(20, "passes over the data", least=1)
+    epochs: int = setting(20, "passes over the data", least=1, most=1_000_000)
     min_steps: int = setting(0, "on own data: at least so many steps; epochs are added until there "
                                 "are", least=0)
     batch_size: int = setting(2880, "pairs a step, over all processes and micro-batches", least=1)
@@ -183,12 +196,13 @@ class TrainConfig:
     crop_min: float = setting(0.2, "smallest share of the area in a random crop", above=0, most=1)
     max_words: int = setting(30, "a longer text is cut to so many words", least=1)
     max_tokens: int = setting(30, "and to so many tokens, [CLS] and [SEP] included", least=3)
-    scenes: int = setting(60000, "train scenes in the built-in world", least=1)
+    scenes: int = setting(60000, "train scenes in the built-in world", least=1,
+                          most=100_000_000)
     noise: float = setting(0.0, "share of bad texts in the built-in world (web style)", least=0,
                            most=1)
     max_broken: float = setting(0.1, "stop when more than this share of images cannot be read",
                                 least=0, most=1)
-    workers: int = setting(4, "processes that load photographs", least=0)
+    workers: int = setting(4, "processes that load photographs", least=0, most=1024)
     device: str = setting("auto", "auto, cuda, cuda:1, mps or cpu")
     precision: str = setting("auto", "auto, bf16, fp16 or fp32; auto is bf16 on GPUs since Ampere "
                                      "and on a CPU with AMX, fp16 on older GPUs",

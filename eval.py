@@ -52,7 +52,7 @@ from training import devices, distributed
 from training.checkpoints import open_model
 from training.precision import evaluation_precision
 from training.program import exit_status
-from training.settings import add_flags, given_for
+from training.settings import add_flags, at_least, given_for
 
 
 def open_checkpoint(o: argparse.Namespace, needs: tuple[str, ...], kind: type = BLIP,
@@ -65,8 +65,8 @@ def open_checkpoint(o: argparse.Namespace, needs: tuple[str, ...], kind: type = 
 # ---- benchmarks ----------------------------------------------------------------------------------
 
 FLAGS = {  # of benchmarks, beside those that all have
-    "top_k": dict(type=int, default=None, help="candidates that ITM re-ranks (0: none; the paper: "
-                  "COCO 256, Flickr 128), or answers whose likelihood is computed (128); default: "
+    "top_k": dict(type=at_least(0), help="candidates that ITM re-ranks (0: none; the paper: COCO "
+                  " 256, Flickr 128), or answers whose likelihood is computed (128); default: "
                   "the checkpoint's"),
     "rerank_score": dict(default="", choices=["", "released", "posterior"], help="released: ITC "
                          "cosine + ITM's matched logit; posterior: ITC cosine / temperature + "
@@ -74,7 +74,7 @@ FLAGS = {  # of benchmarks, beside those that all have
     "generate": dict(action="store_true", help="answer freely; default: rank the answers of the "
                      "checkpoint, or of --answers"),
     "answers": dict(default="", help="json list of the answers that are ranked"),
-    "frames": dict(type=int, help="drawn uniformly from a clip (1: the first one)"),
+    "frames": dict(type=at_least(1), help="drawn uniformly from a clip (1: the first one)"),
     "constant_from": dict(default="", help="json of training captions: the commonest is the "
                           "constant answer to compare with (default: the references' own)"),
 }
@@ -117,9 +117,6 @@ def all_settings(o: argparse.Namespace, benchmark: Benchmark, trained: TrainedMo
 def eval_settings(o: argparse.Namespace, benchmark: Benchmark,
                   trained: TrainedModel) -> EvalSettings:
     """What the flags say. Raises InputError."""
-    top_k = getattr(o, "top_k", None)
-    if top_k is not None and top_k < 0:
-        raise InputError(f"--top-k is {top_k}; it must be at least 0")
     training, answers = None, ()
     if getattr(o, "constant_from", ""):
         training = ImageDataset(read_pairs(o.constant_from, "/"), "", 0)
@@ -128,7 +125,8 @@ def eval_settings(o: argparse.Namespace, benchmark: Benchmark,
     if getattr(o, "answers", ""):
         answers = vqa.read_answers(o.answers)
     # No baseline on grey images for files: it doubles the time.
-    return EvalSettings(top_k=top_k, rerank_score=getattr(o, "rerank_score", ""),
+    return EvalSettings(top_k=getattr(o, "top_k", None),
+                        rerank_score=getattr(o, "rerank_score", ""),
                         decoding=benchmark.defaults | given_for(Decoding, vars(o)),
                         generate=getattr(o, "generate", False), answers=tuple(answers),
                         training=training, baselines=not o.data)
@@ -222,8 +220,9 @@ def command_line() -> argparse.ArgumentParser:
             p.add_argument("--checkpoint", required=True, help="of train.py, or released weights")
             p.add_argument("--vocab", default="", help="vocab.txt, for released weights")
             for part, about in (("vit", "image encoder"), ("text", "text transformer")):
-                p.add_argument(f"--{part}-heads", type=int, default=0, help="attention heads of "
-                               f"the {about}, for released weights of an unusual width")
+                p.add_argument(f"--{part}-heads", type=at_least(0), default=0,
+                               help=f"attention heads of the {about}, for released weights of an "
+                               "unusual width")
             p.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
         return p
 
@@ -238,8 +237,8 @@ def command_line() -> argparse.ArgumentParser:
                    help="allow references without a prediction: leave them out")
     p = add("describe", "captions, and samples with their log-likelihoods", describe)
     p.add_argument("picture", nargs="+", help="picture or folder")
-    p.add_argument("--captions", type=int, default=1, help="by beam search (default 1)")
-    p.add_argument("--samples", type=int, default=3, help="by nucleus sampling (default 3)")
+    p.add_argument("--captions", type=at_least(1), default=1, help="by beam search (default 1)")
+    p.add_argument("--samples", type=at_least(0), default=3, help="by nucleus sampling (default 3)")
     add_flags(p, Decoding, {}, skip=("method",))
     p = add("ask", "an answer to a question about a picture", ask)
     p.add_argument("picture")
@@ -248,14 +247,14 @@ def command_line() -> argparse.ArgumentParser:
     p = add("search", "the pictures of a folder that fit a text best", search)
     p.add_argument("text")
     p.add_argument("--images", nargs="+", required=True, help="folder or pictures")
-    p.add_argument("--top-k", type=int, default=10, help="how many (default 10)")
+    p.add_argument("--top-k", type=at_least(1), default=10, help="how many (default 10)")
     p = add("match", "ITC similarity and ITM probability of a picture and a text", match)
     p.add_argument("picture")
     p.add_argument("text")
     p = add("attend", "where cross-attention looks, word by word", attend)
     p.add_argument("picture")
     p.add_argument("text")
-    p.add_argument("--layer", type=int, default=0,
+    p.add_argument("--layer", type=at_least(0), default=0,
                    help="cross-attention layer, 1 is the first (default: two thirds of the depth)")
     p = add("chat", "BLIP-2: questions about a picture, one after the other", chat)
     p.add_argument("picture")
@@ -272,7 +271,8 @@ def add_benchmark_flags(p: argparse.ArgumentParser, benchmark: Benchmark) -> Non
     p.add_argument("--data", default="", help=f"json files ({world})")
     p.add_argument("--image-root", default="", help="default: the folder of the json")
     p.add_argument("--split", default="test", help="of a Karpathy file (default test)")
-    p.add_argument("--size", type=int, default=0, help="only the first so many items (default all)")
+    p.add_argument("--size", type=at_least(0), default=0,
+                   help="only the first so many items (default all)")
     for name in benchmark.flags:
         if name == "decoding":
             add_flags(p, Decoding, benchmark.defaults)

@@ -20,6 +20,7 @@ import math
 import os
 import sys
 import time
+import uuid
 from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
@@ -28,7 +29,7 @@ import torch
 from tqdm import tqdm
 
 from config import TrainConfig, alpha_at, learning_rate, objectives_at
-from data.files import InputError
+from data.files import InputError, lock_folder, make_folder, note_in_lock, read_json
 from reports.curves import draw_curves, read_log
 from reports.numbers import print_highlights, print_numbers, write_numbers
 from reports.sheets import draw_sheet
@@ -171,6 +172,16 @@ def judge_epoch(run: Run) -> dict:
     return {"step": run.step, "val_score": round(score, 5), "best": round(run.best, 5)}
 
 
+def best_of(run: Run) -> dict | None:
+    """The content of best.pt, if it is this run's."""
+    path = run.out / "best.pt"
+    if not path.exists():
+        return None
+    best = checkpoints.load(path)
+    is_own = best.get("run_id", run.run_id) == run.run_id
+    return best if is_own else None
+
+
 def evaluate(run: Run) -> Evaluation:
     """The final judgement of the best model, shared out over all ranks.
 
@@ -182,14 +193,16 @@ def evaluate(run: Run) -> Evaluation:
     if broken:
         numbers |= {"train_broken": broken.total(), "train_broken_by": dict(broken),
                     "train_seen": sum(seen for _, seen in counts)}
-    best = run.out / "best.pt"
     distributed.barrier()
-    if best.exists():
-        state = checkpoints.load(best)
-        run.model.load_state_dict(state["model"])
-        numbers["best_step"] = state["step"]
+    best = best_of(run)
+    if best:
+        with checkpoints.understood(run.out / "best.pt"):
+            run.model.load_state_dict(best["model"])
+            numbers["best_step"] = best["step"]
     evaluation = Evaluation({}, [])
     if run.datasets.final is not None:
+        # The world asks something else in each epoch: also a resumed run counts the last one's.
+        run.datasets.train.set_epoch(run.config.epochs - 1)
         settings = EvalSettings(training=run.datasets.train)
         with evaluation_precision(run.config.precision, run.device):
             evaluation = run.task.evaluate(run.trained_model(), run.datasets.final, settings)
@@ -213,25 +226,46 @@ def start(given: dict, resume: bool = False) -> Run:
     """
     task = given.get("task", "pretrain")
     out = Path(given.get("out", preset_settings(task, "base").get("out", TrainConfig.out)))
+    state = checkpoints.load(out / "checkpoint.pt") if resume else None
+    settings = state["train_config"] | given if state else given
+    device = devices.start(settings.get("device", TrainConfig.device))
     # torchrun --max-restarts starts the same command again after a crash.
     restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
-    resume = resume or (restarted and (out / "checkpoint.pt").exists())
-    state = source = None
-    if resume:
+    run_id = distributed.from_rank_0(lambda: begin(out, state, restarted))
+    if restarted and not resume and (out / "checkpoint.pt").exists():
         state = checkpoints.load(out / "checkpoint.pt")
-        model_config, config = resumed_config(given, state, out)
+        if state.get("run_id") != run_id:  # an earlier run's, which was to be moved aside
+            state = None
+    source = None
+    if state:
+        with checkpoints.understood(out / "checkpoint.pt"):
+            model_config, config = resumed_config(given, state, out)
     else:
         model_config, config, source = new_config(given)
-    device = devices.start(config.device)
     chunks = distributed.world_size() * config.accumulate
     if config.batch_size % chunks:
         raise InputError(f"--batch-size {config.batch_size} is not a multiple of {chunks}, which "
                          f"are {distributed.world_size()} processes x {config.accumulate} "
                          "micro-batches")
-    run = Run(model_config, config, device, state, source, given)
+    run = Run(model_config, config, device, state, source, given, run_id)
     if distributed.rank() == 0:
-        prepare_folder(run.out, resume)
+        prepare_folder(run.out, resume=state is not None)
     return run
+
+
+def begin(out: Path, state: dict | None, restarted: bool) -> str:
+    """Lock the run's folder -> the id of the run that it belongs to from now on.
+
+    The id stands in the lock's file before anything slow begins. So a run that is restarted knows
+    which checkpoint is its own. Raises InputError where another process trains into the folder.
+    """
+    earlier = lock_folder(out)
+    if state:
+        run_id = state.get("run_id") or uuid.uuid4().hex
+    else:
+        run_id = earlier if restarted and earlier else uuid.uuid4().hex
+    note_in_lock(out, run_id)
+    return run_id
 
 
 def resumed_config(given: dict, state: dict, out: Path) -> tuple[object, TrainConfig]:
@@ -267,7 +301,7 @@ def new_config(given: dict) -> tuple[object, TrainConfig, object]:
 def prepare_folder(out: Path, resume: bool) -> None:
     """Make the run's folder. An earlier run in it is moved aside, not overwritten."""
     try:
-        if not resume and (out / "checkpoint.pt").exists():
+        if not resume and any(out.glob("*.pt")):
             number = 1
             while Path(f"{out}.old{number}").exists():
                 number += 1
@@ -275,7 +309,7 @@ def prepare_folder(out: Path, resume: bool) -> None:
             out.rename(aside)
             print(f"{out} holds an earlier run: moved to {aside} (--resume would have continued "
                   "it)")
-        out.mkdir(parents=True, exist_ok=True)
+        make_folder(out)
         for leftover in out.glob("*.tmp"):  # of a process that was killed while it wrote
             leftover.unlink()
     except OSError as error:
@@ -323,11 +357,18 @@ def train_into(folder: Path, given: dict) -> str:
     print0(f"{run.steps} steps into {folder}")
     if not train(run):
         raise KeyboardInterrupt
-    if not (folder / "metrics.json").exists():
+    if not distributed.from_rank_0(lambda: is_evaluated(run)):
         evaluate(run)
     distributed.barrier()
-    best = folder / "best.pt"
-    return str(best if best.exists() else folder / "checkpoint.pt")
+    return str(folder / ("best.pt" if best_of(run) else "checkpoint.pt"))
+
+
+def is_evaluated(run: Run) -> bool:
+    """Whether metrics.json is there and whole."""
+    try:
+        return bool(read_json(run.out / "metrics.json"))
+    except InputError:
+        return False
 
 
 def report(run: Run, numbers: dict) -> None:

@@ -16,30 +16,33 @@ class Blip2Config:
     vision: str = setting("eva", "image encoder: eva (ViT-g/14 of EVA-CLIP), clip (ViT-L/14), vit "
                                  "(this project's)", choices=("eva", "clip", "vit"),
                           in_weights=True)
-    image_size: int = setting(224, "pixels, square (BLIP-2 sec. 3.4)", least=1)
-    patch_size: int = setting(14, "pixels", least=1, in_weights=True)
-    vit_width: int = setting(1408, "ViT-g", least=1, in_weights=True)
+    image_size: int = setting(224, "pixels, square (BLIP-2 sec. 3.4)", least=1, most=8192)
+    patch_size: int = setting(14, "pixels", least=1, most=8192, in_weights=True)
+    vit_width: int = setting(1408, "ViT-g", least=1, most=16384, in_weights=True)
     vit_depth: int = setting(39, "ViT-g has 40 blocks: the last one is not used (BLIP-2 sec. 3.4); "
-                                 "0: no image encoder, tokens are given", least=0, in_weights=True)
-    vit_heads: int = setting(16, "ViT-g", least=1, in_weights=True)
-    vit_ffn: int = setting(6144, "ViT-g", least=1, in_weights=True)
+                                 "0: no image encoder, tokens are given", least=0, most=1000,
+                           in_weights=True)
+    vit_heads: int = setting(16, "ViT-g", least=1, most=16384, in_weights=True)
+    vit_ffn: int = setting(6144, "ViT-g", least=1, most=65536, in_weights=True)
     drop_path: float = setting(0.0, "of the last block, where the image encoder is trained",
                                least=0, most=0.99)
     grad_checkpoint: bool = setting(False, "recompute the image encoder's activations, where it is "
                                            "trained")
     train_vision: bool = setting(False, "train the image encoder too (finetuning, BLIP-2 sec. 4.2)")
-    queries: int = setting(32, "learned queries (BLIP-2 sec. 3.1)", least=1, in_weights=True)
-    width: int = setting(768, "of the Q-Former: BERT-base", least=1, in_weights=True)
-    depth: int = setting(12, "BERT-base", least=1, in_weights=True)
-    heads: int = setting(12, "BERT-base", least=1, in_weights=True)
-    ffn: int = setting(3072, "BERT-base", least=1, in_weights=True)
+    queries: int = setting(32, "learned queries (BLIP-2 sec. 3.1)", least=1, most=65536,
+                         in_weights=True)
+    width: int = setting(768, "of the Q-Former: BERT-base", least=1, most=16384, in_weights=True)
+    depth: int = setting(12, "BERT-base", least=1, most=1000, in_weights=True)
+    heads: int = setting(12, "BERT-base", least=1, most=16384, in_weights=True)
+    ffn: int = setting(3072, "BERT-base", least=1, most=65536, in_weights=True)
     look_every: int = setting(2, "cross-attention in every so many layers, from the first",
                               least=1, in_weights=True)
-    max_positions: int = setting(512, "BERT-base", least=4, in_weights=True)
+    max_positions: int = setting(512, "BERT-base", least=4, most=65536, in_weights=True)
     dropout: float = setting(0.1, "in the Q-Former", least=0, most=0.99)
     init_std: float = setting(0.02, "of the initial weights (BERT; released code); 0: by width, "
                                     "for narrow models", least=0)
-    embed_dim: int = setting(256, "joint space of the contrastive loss", least=1, in_weights=True)
+    embed_dim: int = setting(256, "joint space of the contrastive loss", least=1, most=16384,
+                           in_weights=True)
     temp: float = setting(0.07, "initial temperature, learned, not clamped", above=0,
                           in_weights=True)
     label_smoothing: float = setting(0.1, "of ITC and ITG (released code)", least=0, most=0.99)

@@ -10,10 +10,17 @@ import os
 import pickle
 import re
 import stat
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TextIO
 
 import torch
+
+try:
+    import fcntl
+except ImportError:  # Windows: there, nothing is locked
+    fcntl = None
 
 
 class InputError(ValueError):
@@ -161,14 +168,15 @@ def stream_list(path: str | Path) -> Iterator:
 def read_tensors(path: str | Path) -> dict:
     """What a file of weights holds, without running any code in it.
 
-    A file that holds anything but tensors and plain values is refused. A .safetensors file needs
-    the package of that name. Raises InputError.
+    A file that holds anything but tensors and plain values is refused, and so is one whose
+    checksums do not fit. A .safetensors file needs the package of that name. Raises InputError.
     """
     try:
         if str(path).endswith(".safetensors"):
             from safetensors.torch import load_file
             return load_file(regular_file(path))
-        return torch.load(regular_file(path), map_location="cpu", weights_only=True)
+        check_checksums(regular_file(path))
+        return torch.load(path, map_location="cpu", weights_only=True)
     except ImportError:
         raise InputError(f"{path} needs the package safetensors: pip install safetensors, or give "
                          "the .bin or .pth file")
@@ -180,7 +188,21 @@ def read_tensors(path: str | Path) -> dict:
                          "tensors instead")
     except Exception as error:  # whatever a cut or damaged file makes the readers raise
         reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise InputError(f"checkpoint {path} cannot be read ({reason}); it may be cut short")
+        raise InputError(f"checkpoint {path} cannot be read ({reason}); it is damaged or cut "
+                         "short: copy it again, or give an older one")
+
+
+def check_checksums(path: str | Path) -> None:
+    """Raise BadZipFile where the content of torch's zip archive is not what was written.
+
+    torch.save stores a checksum for each tensor, which torch.load does not look at. A second for
+    each gigabyte. Files of old versions of torch are no zip archives and have none.
+    """
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+        if damaged:
+            raise zipfile.BadZipFile(f"the checksum of {damaged} does not fit")
 
 
 @contextlib.contextmanager
@@ -203,6 +225,57 @@ def whole_file(path: str | Path, mode: str = "w") -> Iterator:
                          "was: make room or give another folder, and give the same command again")
     finally:
         temporary.unlink(missing_ok=True)
+
+
+# ---- one process in a folder at a time -----------------------------------------------------------
+
+HELD: dict[Path, TextIO] = {}  # the lock files of this process: folder -> open file
+
+
+def lock_folder(folder: str | Path) -> str:
+    """Keep other processes out of a folder until this one ends -> what is noted in the lock.
+
+    The lock lies beside the folder (.NAME.lock), so that the folder can be moved; in it where the
+    place beside it cannot be written. It ends with its process, whatever ends that; a note in it
+    stays for the next process. Raises InputError where another process works in the folder.
+    """
+    folder = Path(folder).resolve()
+    if folder in HELD:
+        HELD[folder].seek(0)
+        return HELD[folder].read()
+    path = make_folder(folder.parent) / f".{folder.name}.lock"
+    if not os.access(folder.parent, os.W_OK):
+        path = make_folder(folder) / ".lock"
+    try:
+        file = open(path, "a+", encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"{path} cannot be written ({error.strerror}); give another --out")
+    try:
+        if fcntl:
+            # lockf, not flock: a loader's workers do not inherit it, so none of them outlives it.
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        file.close()
+        raise InputError(f"another process works in {folder}; wait until it ends, or give another "
+                         "--out")
+    except OSError:  # a file system without locks
+        pass
+    HELD[folder] = file
+    return lock_folder(folder)
+
+
+def note_in_lock(folder: str | Path, note: str) -> None:
+    """What the next process that locks this folder is told."""
+    file = HELD[Path(folder).resolve()]
+    file.truncate(0)
+    file.write(note)
+    file.flush()
+
+
+def unlock_folders() -> None:
+    """Let other processes into the folders that this one locked."""
+    while HELD:
+        HELD.popitem()[1].close()
 
 
 def write_json(path: str | Path, content, indent: int | None = 1) -> None:

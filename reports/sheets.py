@@ -9,6 +9,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 
+from data.files import whole_file
 from data.images import load_whole, open_member
 
 LIGHT = (240, 240, 240)  # beside a picture that is no square
@@ -67,7 +68,7 @@ def pictures_of(dataset, index: int) -> Tensor | list[Tensor]:
 
 
 def draw_sheet(path: str | Path, sections: Sections) -> None:
-    """Write a PNG: for each section a heading and rows of cells."""
+    """Write a PNG: for each section a heading and rows of cells. Raises InputError."""
     font = ImageFont.load_default(FONT)
     rows = [row for _, section_rows in sections for row in section_rows]
     width = GAP + max(len(row) for row in rows) * (SIDE + GAP)
@@ -81,7 +82,8 @@ def draw_sheet(path: str | Path, sections: Sections) -> None:
             for x, cell in zip(range(GAP, width, SIDE + GAP), row):
                 draw_cell(sheet, draw, cell, x, y, font)
             y += row_height(row)
-    sheet.save(path)
+    with whole_file(path, "wb") as file:
+        sheet.save(file, "PNG")
 
 
 def row_height(row: Row) -> int:

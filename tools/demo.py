@@ -141,6 +141,22 @@ def tokenize(trained: TrainedModel, text: str, max_tokens: int = 0) -> tuple[Ten
     return ids.to(trained.device), mask.to(trained.device)
 
 
+def read_features(store: Path) -> dict[str, Tensor]:
+    """The kept features of pictures: stamp -> (E,).
+
+    Raises InputError for a file that holds something else.
+    """
+    try:
+        cached = read_tensors(store)
+        stamps, features = cached["stamps"], cached["features"]
+        if features.ndim != 2 or len(stamps) != len(features):
+            raise ValueError("there must be a row of features for each picture")
+        return dict(zip(stamps, features))
+    except (KeyError, TypeError, AttributeError, ValueError):
+        raise InputError(f"{store} holds no features of pictures; delete it, and the pictures are "
+                         "encoded again")
+
+
 @torch.no_grad()
 def encode_pictures(trained: TrainedModel, paths: list[Path], checkpoint: Path,
                     folder: Path) -> tuple[list[Path], Tensor]:
@@ -155,8 +171,7 @@ def encode_pictures(trained: TrainedModel, paths: list[Path], checkpoint: Path,
     key = hashlib.sha256(stamp(checkpoint).encode()).hexdigest()[:12]
     store, features = folder / f"features-{key}.pt", {}
     if store.exists():
-        cached = read_tensors(store)
-        features = dict(zip(cached["stamps"], cached["features"]))
+        features = read_features(store)
     stamps = {path: stamp(path) for path in paths}
     missing = [path for path in paths if stamps[path] not in features]
     for readable, images in picture_batches(missing, trained.image_size, "encoding"):

@@ -10,10 +10,11 @@
 """
 
 import argparse
+import contextlib
 import os
 import shutil
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, fields
 from pathlib import Path
 
@@ -51,7 +52,9 @@ def save(path: str | Path, state: dict, keep: int = 1) -> None:
     with whole_file(numbered, "wb") as file:
         torch.save(state, file)
     second_name(numbered, path)
-    for old in sorted(path.parent.glob(f"{path.stem}-*{path.suffix}"))[:-keep]:
+    until_now = [other for other in sorted(path.parent.glob(f"{path.stem}-*{path.suffix}"))
+                 if other.name <= numbered.name]  # later ones are of a run that went on otherwise
+    for old in until_now[:-keep]:
         old.unlink()
 
 
@@ -75,7 +78,22 @@ def load(path: str | Path) -> dict:
     if not is_ours(state):
         raise InputError(f"{path} is not a checkpoint of this project; released weights go through "
                          "load_released")
-    return with_new_names(state)
+    with understood(path):
+        return with_new_names(state)
+
+
+@contextlib.contextmanager
+def understood(path: str | Path) -> Iterator[None]:
+    """Within it, what a checkpoint of another form makes the code raise becomes an InputError."""
+    try:
+        yield
+    except InputError:
+        raise
+    except (KeyError, TypeError, AttributeError, ValueError, IndexError, RuntimeError) as error:
+        reason = " ".join((str(error) or type(error).__name__).split())[:200]
+        reason = f"it lacks the field {reason}" if isinstance(error, KeyError) else reason
+        raise InputError(f"{path} cannot be used ({reason}); it was written by another version or "
+                         "changed since: give another checkpoint, or train again")
 
 
 def is_ours(state) -> bool:
@@ -93,6 +111,11 @@ def with_new_names(state: dict) -> dict:
     settings = {OLD_FIELDS.get(name, name): value
                 for name, value in state.get("train_config", {}).items()}
     task, preset = settings.get("task", "pretrain"), settings.get("preset", "base")
+    if task not in TASKS:
+        raise ValueError(f"its task {task!r} is unknown")
+    for f in fields(TASKS[task].config):  # what is not in the weights may have its default
+        if f.metadata.get("in_weights") and f.name not in state["model_config"]:
+            raise KeyError(f.name)
     settings = preset_settings(task, preset) | known_fields(TrainConfig, settings)
     settings = asdict(TrainConfig(**settings))
     return state | {"model": model, "train_config": settings,
@@ -123,12 +146,13 @@ def open_model(path: str | Path, needs: Iterable[str] = (), vocab: str = "",
     """
     state = read_tensors(path)
     if is_ours(state):
-        state = with_new_names(state)
-        settings, tokenizer = state["train_config"], Tokenizer(state["tokenizer"])
-        task = settings.get("task", "pretrain")
-        model = make_model(task, TASKS[task].config(**state["model_config"]))
-        model.load_state_dict(state["model"])
-        answers = state.get("answers", [])
+        with understood(path):
+            state = with_new_names(state)
+            settings, tokenizer = state["train_config"], Tokenizer(state["tokenizer"])
+            task = settings.get("task", "pretrain")
+            model = make_model(task, TASKS[task].config(**state["model_config"]))
+            model.load_state_dict(state["model"])
+            answers = list(state.get("answers", []))
     elif vocab:
         tokenizer = Tokenizer.from_file(vocab)
         model, report = load_released(path, tokenizer=tokenizer, **(heads or {}))
@@ -147,6 +171,7 @@ def open_model(path: str | Path, needs: Iterable[str] = (), vocab: str = "",
         raise InputError(f"{path} is a checkpoint of another task ({task}): it was trained without "
                          f"{losses}, which this needs; give one of pretraining, or one finetuned "
                          "for this")
+    require_finite(model, path)
     if not to_train:
         for_use(model)
     model = speed_up_generation(model.to(device).eval())
@@ -164,6 +189,14 @@ def for_use(model: nn.Module) -> None:
         model.twin_parameters = []
         for name in ("image_queue", "text_queue", "queue_ids"):
             setattr(model, name, getattr(model, name)[:0].clone())
+
+
+def require_finite(model: nn.Module, path: str | Path) -> None:
+    """InputError where a weight is infinite or no number: every score would be nan."""
+    for name, value in model.state_dict().items():
+        if not value.isfinite().all():
+            raise InputError(f"{path}: {name} holds numbers that are not finite; its training went "
+                             "wrong: give an older checkpoint, or train again with a smaller --lr")
 
 
 def initialise(model: nn.Module, source: nn.Module) -> list[str]:

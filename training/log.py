@@ -9,8 +9,20 @@ from pathlib import Path
 from torch import Tensor
 from tqdm import tqdm
 
-from data.files import InputError
+from data.files import InputError, whole_file
 from training import distributed
+
+
+def lines_until(path: Path, step: int) -> list[str]:
+    """The lines of a log.jsonl up to a step, without what a crash or a full disk has damaged."""
+    lines = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                lines.append(line)
+        except (ValueError, TypeError, KeyError):
+            pass
+    return lines
 
 
 class Log:
@@ -27,13 +39,12 @@ class Log:
         self.announced: set[str] = set()  # losses whose rate was told
         if distributed.rank():
             return
-        path, kept = out / "log.jsonl", []
+        path = out / "log.jsonl"
         # resumed: what was logged after the checkpoint happens again
-        if step and path.exists():
-            kept = [line for line in path.read_text().splitlines()
-                    if json.loads(line)["step"] <= step]
-        self.file = open(path, "w", buffering=1)
-        self.file.writelines(line + "\n" for line in kept)
+        kept = lines_until(path, step) if step and path.exists() else []
+        with whole_file(path) as file:
+            file.writelines(line + "\n" for line in kept)
+        self.file = open(path, "a", encoding="utf-8", buffering=1)
         try:
             from torch.utils.tensorboard import SummaryWriter
             self.board = SummaryWriter(out / "tensorboard")
@@ -74,7 +85,11 @@ class Log:
         """One line of log.jsonl, {step, ...}; nothing on other ranks than 0."""
         if not self.file:
             return
-        self.file.write(json.dumps(line) + "\n")
+        try:
+            self.file.write(json.dumps(line) + "\n")
+        except OSError as error:
+            raise InputError(f"{self.file.name} could not be written ({error.strerror}); make room "
+                             "and continue with --resume")
         if self.board:
             for name, value in line.items():
                 self.board.add_scalar(name, value, line["step"])

@@ -1,13 +1,17 @@
 """How a program begins and ends: signals, exit status, one sentence for a user's mistake."""
 
 import contextlib
+import errno
 import signal
 import sys
 from collections.abc import Callable, Iterator
 
 from config import SettingError
-from data.files import InputError
+from data.files import InputError, unlock_folders
 from training import distributed
+
+# Full and read-only disks, a full quota, folders of somebody else.
+NO_ROOM = (errno.ENOSPC, errno.EROFS, errno.EDQUOT, errno.EACCES, errno.EPERM)
 
 
 @contextlib.contextmanager
@@ -23,6 +27,15 @@ def signals_noted() -> Iterator[list]:
             signal.signal(number, handler)
 
 
+def leave_signals_to_the_run(worker: int) -> None:
+    """Called in a new worker of a loader: signals to the whole group are for the run alone.
+
+    It stops its workers when it has written its checkpoint.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+
 def exit_status(program: Callable[[], int | None], interrupted: str = "interrupted") -> int:
     """Run a program's main part -> its exit status.
 
@@ -36,8 +49,15 @@ def exit_status(program: Callable[[], int | None], interrupted: str = "interrupt
     except (InputError, SettingError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except OSError as error:
+        if error.errno not in NO_ROOM:
+            raise
+        print(f"error: {error.filename or 'a file'} cannot be used ({error.strerror}); make room, "
+              "or give a folder that you may read and write", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print(interrupted, file=sys.stderr)
         return 130
     finally:
+        unlock_folders()
         distributed.finish()

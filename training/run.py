@@ -16,15 +16,18 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from blip import BLIP
 from config import TrainConfig
 from data.datasets import ImageDataset, some_examples
 from data.files import InputError, is_list
 from data.images import batch_to
 from data.text import Tokenizer, clean_caption
+from tasks.captioning import Decoding
 from tasks.registry import TASKS, make_model
 from tasks.task import Datasets, Source, Task, TrainedModel
 from training import checkpoints, devices, distributed, plan
 from training.precision import choose_precision
+from training.program import leave_signals_to_the_run
 from weights.files import shorten
 from weights.starting import start_from
 from world.datasets import all_texts
@@ -124,11 +127,13 @@ class Run:
 
     def __init__(self, model_config, config: TrainConfig, device: torch.device,
                  state: dict | None = None, source: TrainedModel | None = None,
-                 given: dict | None = None):
+                 given: dict | None = None, run_id: str = ""):
         """state: a checkpoint to continue; source: a model to start from. Raises InputError.
 
-        given: what the user set: training/plan.py does not change it.
+        given: what the user set: training/plan.py does not change it. run_id: of this run and no
+        other; it stands in its checkpoints.
         """
+        self.run_id = run_id
         self.device, self.out, self.task = device, Path(config.out), TASKS[config.task]
         image_size = getattr(model_config, "image_size", 0)  # 0: of a model of texts alone
         self.datasets = open_datasets(self.task, config, image_size)
@@ -140,13 +145,16 @@ class Run:
             config, self.plan = plan.fit(config, given or {}, len(self.datasets.train))
         self.config = config
         if state:
-            self.tokenizer = Tokenizer(state["tokenizer"])
+            with checkpoints.understood(self.out / "checkpoint.pt"):
+                self.tokenizer = Tokenizer(state["tokenizer"])
         elif source:
             self.tokenizer = source.tokenizer
         else:
             self.tokenizer = make_tokenizer(config, self.datasets.train)
         self.datasets = self.task.prepare(self.datasets, self.tokenizer, config)
         self.model = self.make_model(model_config, state, source)
+        if isinstance(self.model, BLIP) and config.lm_weight:  # it will write captions
+            Decoding.choose({}, asdict(config)).prompt_ids(self.model, self.tokenizer)
         self.optimizer = make_optimizer(self.model, config)
         self.precision = choose_precision(config.precision, device)
         # float16 holds nothing below 6e-8: losses are scaled up so that gradients do not vanish.
@@ -156,9 +164,10 @@ class Run:
         self.seen, self.broken = 0, Counter()  # images, and why some of them could not be read
         self.steps_per_epoch = len(self.datasets.train) // config.batch_size
         self.steps = self.steps_per_epoch * config.epochs
-        if state:
-            self.restore(state)
-        self.set_generators(state)
+        with checkpoints.understood(self.out / "checkpoint.pt"):
+            if state:
+                self.restore(state)
+            self.set_generators(state)
 
     def make_model(self, model_config, state: dict | None,
                    source: TrainedModel | None) -> nn.Module:
@@ -199,7 +208,7 @@ class Run:
             collate = self.task.collate(self.tokenizer, c, self.model.config)
             loader = iter(DataLoader(
                 train, collate_fn=collate, batch_sampler=sampler, num_workers=workers,
-                pin_memory=self.device.type == "cuda",
+                worker_init_fn=leave_signals_to_the_run, pin_memory=self.device.type == "cuda",
                 # its own: else each start of a loader would move the run's generator
                 generator=torch.Generator()))
             for _ in range(first, self.steps_per_epoch):
@@ -234,7 +243,8 @@ class Run:
     def weights(self) -> dict:
         """What rebuilds the model and its tokenizer, and says how they were trained."""
         state = {"model": self.model.state_dict(), "model_config": asdict(self.model.config),
-                 "tokenizer": self.tokenizer.state(), "train_config": asdict(self.config)}
+                 "tokenizer": self.tokenizer.state(), "train_config": asdict(self.config),
+                 "run_id": self.run_id}
         return state | ({"answers": self.datasets.answers} if self.datasets.answers else {})
 
     def save(self) -> None:
@@ -261,7 +271,8 @@ class Run:
         self.optimizer.load_state_dict(state["optimizer"])
         if state.get("scaler"):  # empty in other precisions than fp16
             self.scaler.load_state_dict(state["scaler"])
-        self.step, self.seconds, self.best = state["step"], state["seconds"], state["best"]
+        self.step, self.seconds = int(state["step"]), float(state["seconds"])
+        self.best = float(state["best"])
         if distributed.rank() == 0:  # of all ranks together
             self.seen, self.broken = state["seen"], Counter(state["broken"])
 

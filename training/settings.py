@@ -2,10 +2,11 @@
 """
 
 import argparse
+import math
 import shlex
 from dataclasses import MISSING, fields
 
-from config import SettingError, TrainConfig
+from config import MOST, SettingError, TrainConfig
 from tasks.registry import TASKS, preset_settings
 
 # What may differ from the checkpoint when a run is resumed: nothing that the result depends on.
@@ -22,6 +23,20 @@ def boolean(text: str) -> bool:
     if text.lower() not in ("true", "false"):
         raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
     return text.lower() == "true"
+
+
+def at_least(least: int):
+    """A flag's value: a whole number from `least` on."""
+    def number(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is no whole number")
+        if not least <= value <= MOST:
+            raise argparse.ArgumentTypeError(f"it is {text} and must be between {least} and "
+                                             f"{MOST:g}")
+        return value
+    return number
 
 
 def flag_name(field_name: str) -> str:
@@ -84,17 +99,40 @@ def parse(arguments: list[str], description: str) -> tuple[dict, bool]:
 
 
 def training_flags(text: str) -> dict:
-    """FLAGS of train.py in one text -> settings by field name."""
-    given, _ = parse(shlex.split(text), "FLAGS of train.py.")
+    """FLAGS of train.py in one text -> settings by field name, each in its range."""
+    try:
+        given, _ = parse(shlex.split(text), "FLAGS of train.py.")
+        task = TASKS[given.get("task", "pretrain")]
+        TrainConfig(**given_for(TrainConfig, given))
+        own = given_for(task.config, given)
+        task.config(**(task.sizes[given.get("preset", TrainConfig.preset)] | own))
+    except ValueError as error:  # of shlex, or a SettingError
+        raise argparse.ArgumentTypeError(f"{text!r}: {error}")
     return given
 
 
+def check_positions(given: dict, model_config, recipe: TrainConfig) -> None:
+    """SettingError where texts were asked for that are longer than the model's positions."""
+    positions = getattr(model_config, "max_positions", math.inf)
+    for name in ("max_tokens", "max_length"):
+        if name in given and getattr(recipe, name) > positions:
+            raise SettingError(f"{flag_name(name)} is {given[name]}, more than the model's "
+                               f"{positions} positions; give a smaller one")
+
+
 def resolve(given: dict, start: dict | None = None) -> tuple[object, TrainConfig]:
-    """Model and training configuration of what was given, by field name.
+    """Model and training configuration of what was given, by field name: checked.
 
     start: the {model_config, train_config} of the checkpoint that a finetuning starts from. Raises
     SettingError for what is unknown or out of range.
     """
+    model_config, recipe = combine(given, start)
+    check_positions(given, model_config, recipe)
+    return model_config, recipe
+
+
+def combine(given: dict, start: dict | None) -> tuple[object, TrainConfig]:
+    """What `resolve` returns, before one configuration is compared with the other."""
     name, start = given.get("task", "pretrain"), start or {}
     if name not in TASKS:
         raise SettingError(f"{name!r} is no task; choose one of {', '.join(TASKS)}")

@@ -1,11 +1,11 @@
 """The transformers library's BLIP: its key names, and a folder that it loads."""
 
-import json
 from pathlib import Path
 
 import torch
 
 from config import BLIPConfig
+from data.files import make_folder, whole_file, write_json
 from data.text import Tokenizer
 
 # Released names of the ViT, and the transformers library's; the text's are the same.
@@ -65,8 +65,9 @@ def export_transformers(released: dict, c: BLIPConfig, tokenizer: Tokenizer, fol
     heads = "BlipForConditionalGeneration" if kind == "caption" else "BlipForImageTextRetrieval"
     config = dict(architectures=[heads], model_type="blip", projection_dim=c.embed_dim,
                   image_text_hidden_size=c.embed_dim, text_config=text, vision_config=vision)
-    folder.mkdir(parents=True, exist_ok=True)
-    torch.save({to_transformers(name): value for name, value in released.items()},
-               folder / "pytorch_model.bin")
-    (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
-    (folder / "vocab.txt").write_text("\n".join(tokenizer.vocab) + "\n", encoding="utf-8")
+    make_folder(folder, "FOLDER")
+    with whole_file(folder / "pytorch_model.bin", "wb") as file:
+        torch.save({to_transformers(name): value for name, value in released.items()}, file)
+    write_json(folder / "config.json", config)
+    with whole_file(folder / "vocab.txt") as file:
+        file.write("\n".join(tokenizer.vocab) + "\n")

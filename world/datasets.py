@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
+from config import SettingError
 from data.clips import frame_numbers
 from data.datasets import DialogExample, NLVR2Example, Pair, VQAExample
 from data.text import clean_caption
@@ -23,6 +24,7 @@ from world.questions import KINDS, ask, draw_pair, draw_statement
 from world.scenes import SPLITS, Scene, random_scene, render, scene_hash
 
 FRAMES = 8  # of a clip
+MOST_SCENES = 50_000  # different ones that are drawn of a held-out split
 # What a language model is prompted with (BLIP-2), often enough to be words of the vocabulary.
 PROMPTS = ("a photo of", "question: short answer:") * 2
 
@@ -44,6 +46,9 @@ class World(Dataset):
         self.split, self.size, self.image_size, self.seed = split, size, image_size, seed
         self.noise, self.epoch, self.scenes = noise, 0, None
         if split != "train":
+            if size > MOST_SCENES:
+                raise SettingError(f"the world has about {MOST_SCENES} {split} scenes, fewer than "
+                                   f"the {size} that were asked for; give a smaller number")
             rng, scenes = random.Random(f"scenes {seed}"), {}
             while len(scenes) < size:
                 scenes[random_scene(rng, split)] = None

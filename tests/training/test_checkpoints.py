@@ -1,16 +1,20 @@
 """Checkpoints and released weights."""
 
 import pickle
+import random
 from dataclasses import asdict
 
 import pytest
 import torch
-from conftest import toy_batch, toy_model
+from conftest import run, toy_batch, toy_model
+from PIL import Image
 
+import train
 from blip import BLIP
 from config import BLIPConfig
-from data.files import InputError
+from data.files import InputError, read_tensors
 from data.text import Tokenizer
+from eval import main as eval_main
 from training import checkpoints
 from training.checkpoints import initialise
 from vit import resize_positions
@@ -39,6 +43,39 @@ def test_missing_cut_short_and_foreign_checkpoints(tmp_path):
         checkpoints.load(tmp_path / "short.pt")
     with pytest.raises(InputError, match="not a checkpoint of this project"):
         checkpoints.load(tmp_path / "whole.pt")
+
+
+def test_a_flipped_bit_is_noticed(tmp_path):
+    """Wherever it lies in what was saved: torch.load accepts five of six."""
+    state = {"model": {"weight": torch.randn(3000)}, "model_config": {"vit_depth": 2},
+             "tokenizer": ["a"] * 500, "optimizer": {"exp_avg": torch.randn(3000)}}
+    checkpoints.save(tmp_path / "whole.pt", state)
+    content = (tmp_path / "whole.pt").read_bytes()
+    rng, accepted = random.Random(0), 0
+    for _ in range(100):
+        damaged = bytearray(content)
+        damaged[rng.randrange(len(damaged))] ^= 1 << rng.randrange(8)
+        (tmp_path / "flip.pt").write_bytes(damaged)
+        try:
+            again = read_tensors(tmp_path / "flip.pt")
+            accepted += not (torch.equal(again["model"]["weight"], state["model"]["weight"])
+                             and torch.equal(again["optimizer"]["exp_avg"],
+                                             state["optimizer"]["exp_avg"])
+                             and again["model_config"] == state["model_config"]
+                             and again["tokenizer"] == state["tokenizer"])
+        except InputError as error:
+            assert "flip.pt" in str(error)
+    assert accepted == 0
+
+
+def test_weights_that_are_not_finite_are_refused(tmp_path, pretrained, capsys):
+    state = checkpoints.load(pretrained)
+    state["model"]["itm_head.weight"][0, 0] = float("nan")
+    checkpoints.save(tmp_path / "nan.pt", state)
+    assert eval_main(["retrieval", "--checkpoint", str(tmp_path / "nan.pt")]) == 2
+    error = capsys.readouterr().err
+    assert "nan.pt: itm_head.weight holds numbers that are not finite" in error
+    assert error.count("\n") == 1
 
 
 def test_a_failed_write_leaves_the_previous_checkpoint(tmp_path, monkeypatch):
@@ -103,3 +140,84 @@ def test_a_model_that_is_loaded_to_be_used_has_no_twins_and_no_queues(pretrained
         sizes.append(sum(tensor.numel() * tensor.element_size() for tensor in tensors) / 1e9)
         checkpoints.for_use(model)
     assert sizes[0] > 1.8 and sizes[1] < 1.02, sizes
+
+
+def without(name):
+    def change(state):
+        part, _, field = name.rpartition(".") if name[:6] != "model." else ("model", "", name[6:])
+        del (state[part] if part else state)[field]
+    return change
+
+
+def other(name, value):
+    def change(state):
+        part, _, field = name.rpartition(".")
+        (state[part] if part else state)[field] = value
+    return change
+
+
+@pytest.mark.parametrize("change, message", [
+    (without("model_config.vit_depth"), "lacks the field 'vit_depth'"),
+    (other("model_config.vit_depth", 3), "Missing key"),
+    (other("model_config.vit_depth", "two"), "--vit-depth is 'two'; it must be of type int"),
+    (other("model_config", [1, 2]), ""), (other("train_config", None), ""),
+    (other("train_config.task", "dance"), "its task 'dance' is unknown"),
+    (other("train_config.lr", "fast"), "--lr is 'fast'"),
+    (other("model", {}), "Missing key"), (other("model", 5), ""), (other("tokenizer", 5), ""),
+    (other("tokenizer", ["a"]), ""), (without("model.itm_head.weight"), "Missing key")])
+def test_a_checkpoint_of_another_form_is_one_sentence(tmp_path, pretrained, capsys, change,
+                                                      message):
+    (tmp_path / "a").mkdir()
+    path = tmp_path / "a/checkpoint.pt"
+    state = read_tensors(pretrained)
+    change(state)
+    checkpoints.save(path, state)
+    for status in (lambda: eval_main(["retrieval", "--checkpoint", str(path)]),
+                   lambda: train.main(["--resume", "--out", str(tmp_path / "a")])):
+        capsys.readouterr()
+        assert status() == 2
+        error = capsys.readouterr().err
+        assert error.startswith("error: ") and error.count("\n") == 1
+        assert message in error
+
+
+@pytest.mark.parametrize("name", "optimizer step seconds best rng rng_cuda seen broken".split())
+@pytest.mark.parametrize("wrong", ["absent", "text", None])
+def test_a_run_that_lacks_something_is_one_sentence(tmp_path, pretrained, capsys, name, wrong):
+    if name in ("rng", "rng_cuda", "seen", "broken") and wrong != "absent":
+        return
+    (tmp_path / "a").mkdir()
+    state = read_tensors(pretrained)
+    state.pop(name) if wrong == "absent" else state.update({name: wrong})
+    checkpoints.save(tmp_path / "a/checkpoint.pt", state)
+    status = train.main(["--resume", "--out", str(tmp_path / "a")])
+    error = capsys.readouterr().err
+    if name == "rng_cuda":  # not needed on a CPU
+        return
+    assert status == 2 and "checkpoint.pt" in error.splitlines()[-1], error
+
+
+@pytest.mark.parametrize("content", [{}, [1], {"stamps": ["a"], "features": None},
+                                     {"stamps": ["a", "b"], "features": torch.zeros(1, 8)}])
+def test_a_search_cache_of_another_form_is_one_sentence(tmp_path, pretrained, capsys, content):
+    Image.new("RGB", (40, 40), "red").save(tmp_path / "p.png")
+    flags = ["search", "a circle", "--images", str(tmp_path / "p.png"), "--checkpoint",
+             str(pretrained), "--out", str(tmp_path / "out")]
+    assert eval_main(flags) == 0
+    store, = (tmp_path / "out").glob("features-*.pt")
+    torch.save(content, store)
+    assert eval_main(flags) == 2
+    assert f"{store} holds no features of pictures; delete it" in capsys.readouterr().err
+
+
+def test_keep_counts_this_runs_checkpoints_only(tmp_path):
+    """Neither those of an earlier run, nor later ones, from before it was set back."""
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a/checkpoint-00009000.pt").write_bytes(b"of another run")
+    assert run(tmp_path / "a", "--scenes", 48, "--save-every", 2, "--keep", 2) == 0
+    names = sorted(path.name for path in (tmp_path / "a").glob("checkpoint-*.pt"))
+    assert names == ["checkpoint-00000004.pt", "checkpoint-00000006.pt"]
+    assert (tmp_path / "a.old1/checkpoint-00009000.pt").exists()
+    checkpoints.save(tmp_path / "a/checkpoint.pt", {"step": 5}, keep=2)
+    assert sorted(path.name for path in (tmp_path / "a").glob("checkpoint-*.pt")) == [
+        "checkpoint-00000004.pt", "checkpoint-00000005.pt", "checkpoint-00000006.pt"]
