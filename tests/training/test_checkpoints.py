@@ -181,10 +181,10 @@ def test_a_checkpoint_of_another_form_is_one_sentence(tmp_path, pretrained, caps
         assert message in error
 
 
-@pytest.mark.parametrize("name", "optimizer step seconds best rng rng_cuda seen broken".split())
+@pytest.mark.parametrize("name", "optimizer step seconds best rng rng_device seen broken".split())
 @pytest.mark.parametrize("wrong", ["absent", "text", None])
 def test_a_run_that_lacks_something_is_one_sentence(tmp_path, pretrained, capsys, name, wrong):
-    if name in ("rng", "rng_cuda", "seen", "broken") and wrong != "absent":
+    if name in ("rng", "rng_device", "seen", "broken") and wrong != "absent":
         return
     (tmp_path / "a").mkdir()
     state = read_tensors(pretrained)
@@ -192,7 +192,7 @@ def test_a_run_that_lacks_something_is_one_sentence(tmp_path, pretrained, capsys
     checkpoints.save(tmp_path / "a/checkpoint.pt", state)
     status = train.main(["--resume", "--out", str(tmp_path / "a")])
     error = capsys.readouterr().err
-    if name == "rng_cuda":  # not needed on a CPU
+    if name == "rng_device":  # not needed on a CPU
         return
     assert status == 2 and "checkpoint.pt" in error.splitlines()[-1], error
 
