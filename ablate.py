@@ -20,6 +20,7 @@ To add an experiment, add one entry to EXPERIMENTS.
 """
 
 import argparse
+import ast
 import contextlib
 import hashlib
 import os
@@ -72,10 +73,28 @@ class Regime:
     losses: dict  # settings of the experiment `losses`, which runs on clean texts
 
 
+def digest_of_code() -> str:
+    """Of the code that a result may depend on, without comments.
+
+    An edited loss gives another result: its cells are trained again.
+    """
+    root, content = Path(__file__).parent, hashlib.sha256()
+    files = [root / f"{name}.py" for name in ("attention", "vit", "med", "losses", "decoding",
+                                              "blip", "config", "train", "capfilt")]
+    for room in ("data", "tasks", "training", "world", "objectives", "blip2"):
+        files += sorted((root / room).glob("*.py"))
+    for path in files:
+        content.update(ast.unparse(ast.parse(path.read_text(encoding="utf-8"))).encode())
+    return content.hexdigest()
+
+
+CODE = digest_of_code()
+
+
 class ExperimentCache:
     """One seed's sets and models, each made when it is first asked for.
 
-    Each lies in a folder that is named by what it is made of; two processes that want the same one
+    Each lies in a folder that is named by what it is made of, code included; two processes that want the same one
     wait for each other.
     """
 
@@ -85,7 +104,7 @@ class ExperimentCache:
 
     def make(self, kind: str, ingredients: list, make: Callable[[Path], str]) -> str:
         """make(folder) -> the path of what it made there; called only if that is not finished."""
-        name = hashlib.sha256(repr([self.seed, ingredients]).encode()).hexdigest()[:10]
+        name = hashlib.sha256(repr([self.seed, ingredients, CODE]).encode()).hexdigest()[:10]
         folder = Path(self.regime.out) / f"{kind}-{self.seed}-{name}"
         folder.mkdir(parents=True, exist_ok=True)
         with open(folder / "lock", "w") as lock:

@@ -8,7 +8,7 @@ from tasks.task import Benchmark, Task
 
 MODULES = ("tasks.pretraining", "tasks.retrieval", "tasks.captioning", "tasks.vqa", "tasks.nlvr2",
            "tasks.visdial", "tasks.video", "blip2.task_language", "blip2.task_stage1",
-           "blip2.task_stage2")
+           "blip2.task_stage2", "objectives.models")
 
 TASKS: dict[str, Task] = {}  # what `train.py NAME` trains
 BENCHMARKS: dict[str, Benchmark] = {}  # what `eval.py NAME` measures

@@ -48,7 +48,7 @@ def allowed(name: str) -> set[str]:
     """The seven rules."""
     rooms = {room: {m for m in MODULES if room_of(m) == room}
              for room in ("data", "reports", "world", "tasks", "training", "weights", "tools",
-                          "blip2")}
+                          "blip2", "objectives")}
     if name in LEAVES:  # 1
         return set()
     if name in CORE:  # 2
@@ -66,6 +66,8 @@ def allowed(name: str) -> set[str]:
         others |= {"tasks.pretraining": {"tasks.retrieval", "tasks.captioning"},
                    "tasks.video": {"tasks.retrieval", "tasks.vqa"}}.get(name, set())
         return CORE | rooms["data"] | rooms["world"] | rooms["reports"] | others
+    if name.startswith("objectives."):  # 6, for other objectives
+        return CORE | rooms["tasks"] - {"tasks.registry"} | rooms["objectives"]
     if name.startswith("blip2."):  # 6, for the second paper: it may build on the first one's tasks
         return (CORE | rooms["data"] | rooms["world"] | rooms["reports"] | rooms["blip2"]
                 | rooms["weights"] | rooms["tasks"] - {"tasks.registry"})

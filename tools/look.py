@@ -37,7 +37,7 @@ from data.images import batch_to
 from tasks.registry import TASKS
 from tasks.task import Source, TrainedModel
 from tools import look_draw
-from training import distributed
+from training import devices
 from training.checkpoints import open_model
 from training.program import exit_status
 from training.run import EpochBatches, open_datasets
@@ -248,7 +248,8 @@ def open_batch(trained: TrainedModel, o: argparse.Namespace) -> dict:
 def look(o: argparse.Namespace) -> None:
     """Draw all pictures into --out. Raises InputError."""
     torch.manual_seed(o.seed)
-    trained = open_model(o.checkpoint, ("itc", "itm", "lm"), o.vocab, distributed.init(o.device))
+    trained = open_model(o.checkpoint, ("itc", "itm", "lm"), o.vocab, devices.start(o.device),
+                         to_train=True)  # with twins and queue
     batch = open_batch(trained, o)
     seen, pairs = see(trained, batch), queue_pairs(trained, read_tensors(o.checkpoint))
     out = make_folder(o.out)

@@ -29,7 +29,7 @@ def batch_of(trained, *flags):
 
 
 def test_what_is_seen_is_what_the_losses_get(pretrained, monkeypatch):
-    trained = open_model(pretrained)
+    trained = open_model(pretrained, to_train=True)
     model, batch = trained.model, batch_of(trained)
     moved = batch_to(batch, "cpu")
     seen = look.see(trained, batch)
@@ -59,7 +59,7 @@ def test_what_is_seen_is_what_the_losses_get(pretrained, monkeypatch):
 
 
 def test_masks_are_those_of_the_three_modes(pretrained):
-    trained = open_model(pretrained)
+    trained = open_model(pretrained, to_train=True)
     ids, mask = trained.tokenizer.encode(["a red star", "a red star on white"], 30)
     image = torch.zeros(1, 3, trained.image_size, trained.image_size)
     masks = look.masks_of(trained, image, ids[:1], mask[:1])
@@ -76,7 +76,7 @@ def test_masks_are_those_of_the_three_modes(pretrained):
 
 def test_the_queue_holds_the_pairs_that_it_is_said_to_hold(pretrained):
     """Twins hardly move in a few steps: a wrong order of the data would show at once."""
-    trained = open_model(pretrained)
+    trained = open_model(pretrained, to_train=True)
     pairs = look.queue_pairs(trained, read_tensors(pretrained))
     assert len(pairs.items) == len(set(pairs.slots)) == 20
     curves = look.staleness(trained, pairs)
