@@ -94,8 +94,8 @@ CODE = digest_of_code()
 class ExperimentCache:
     """One seed's sets and models, each made when it is first asked for.
 
-    Each lies in a folder that is named by what it is made of, code included; two processes that want the same one
-    wait for each other.
+    Each lies in a folder that is named by what it is made of, code included; two processes that
+    want the same one wait for each other.
     """
 
     def __init__(self, regime: Regime, seed: int, device: str = "cpu"):
