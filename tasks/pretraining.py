@@ -83,7 +83,7 @@ TASK = Task(
     evaluate, inputs=inputs, start_is_needed=False, holds_splits=True, reranks=True,
     large=dict(lr=2e-4, batch_size=2400),  # BLIP sec. 4.1
     # 1,300 steps, of which alpha ramps up over 0.077 x 1,300 = 100.
-    tiny=dict(TINY, epochs=1, scenes=41600, lr=1.2e-3, alpha_epochs=0.077, lm_only_steps=350,
+    tiny=dict(TINY, epochs=1, scenes=41600, lr=1.2e-3, alpha_epochs=0.077, lm_only_steps=260,
               vocab_pieces=4000),
     tiny_own=dict(min_steps=1600, crop_min=0.5),
     highlights=(
