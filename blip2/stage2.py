@@ -56,6 +56,9 @@ class Stage2(FrozenVision):
         init_weights(self, config.init_std)
         nn.init.normal_(self.qformer.queries, std=config.init_std or 1.0)
         self.language = language.requires_grad_(False)
+        if config.question_to_queries:  # no text is written, and no text's state is read at the end
+            self.qformer.lm_head.requires_grad_(False)
+            self.qformer.layers[-1].ffn_text.requires_grad_(False)
 
     def train(self, mode: bool = True) -> "Stage2":
         """Training mode, but for what is frozen."""

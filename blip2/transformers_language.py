@@ -39,18 +39,19 @@ class LibraryTokenizer:
     def __init__(self, name: str):
         """Raises InputError where the folder holds none."""
         try:
-            self.tokenizer = library().AutoTokenizer.from_pretrained(name)
-        except (OSError, ValueError, TypeError) as error:
-            raise InputError(f"the language model {name} comes without a tokenizer "
-                             f"({str(error).splitlines()[0]}); put its tokenizer files into the "
-                             "folder")
-        t = self.tokenizer
-        opt_line = t("\n", add_special_tokens=False).input_ids
+            t = self.tokenizer = library().AutoTokenizer.from_pretrained(name)
+            readable = t.decode(t("a photo", add_special_tokens=False).input_ids)
+        except (OSError, ValueError, TypeError):
+            readable = ""
+        if "a" not in readable:  # some versions return an empty tokenizer
+            raise InputError(f"the language model {name} comes without a tokenizer; put its "
+                             "tokenizer files into the folder")
+        line_end = t("\n", add_special_tokens=False).input_ids
         # OPT: </s> starts a text, and a line's end closes it (released code). T5: </s> closes it.
-        is_opt = t.bos_token_id is not None and len(opt_line) == 1
+        ends_with_line = t.bos_token_id is not None and len(line_end) == 1
         self.pad = t.pad_token_id if t.pad_token_id is not None else t.eos_token_id
         self.bos = t.bos_token_id if t.bos_token_id is not None else self.pad
-        self.eos = opt_line[0] if is_opt else t.eos_token_id
+        self.eos = line_end[0] if ends_with_line else t.eos_token_id
 
     def ids(self, text: str) -> list[int]:
         """Text -> ids, without special tokens."""

@@ -46,7 +46,7 @@ class ImageEncoder(ViT):
         c, clip = config, config.vision == "clip"
         super().__init__(c.image_size, c.patch_size, c.vit_width, 0, c.vit_heads,
                          grad_checkpoint=c.grad_checkpoint)
-        rates = torch.linspace(0, c.drop_path, max(c.vit_depth, 1)).tolist()[:c.vit_depth]
+        rates = [c.drop_path * i / max(c.vit_depth - 1, 1) for i in range(c.vit_depth)]
         self.blocks = nn.ModuleList(
             EncoderBlock(c.vit_width, c.vit_heads, c.vit_ffn, rate, clip) for rate in rates)
         if clip:  # it normalises once more, before the first block

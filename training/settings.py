@@ -152,7 +152,7 @@ def combine(given: dict, start: dict | None) -> tuple[object, TrainConfig]:
     if start_task.config is not task.config:
         model = task.sizes[preset] | task.from_start(start["model_config"])
         return task.config(**(model | own)), recipe
-    model = dict(start["model_config"])
+    model = dict(task.from_start(start["model_config"]))
     for f in fields(task.config):
         if f.metadata.get("in_weights") and own.get(f.name, model[f.name]) != model[f.name]:
             raise SettingError(f"{flag_name(f.name)} is {model[f.name]} in the weights of --init "

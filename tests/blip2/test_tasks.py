@@ -1,0 +1,205 @@
+"""BLIP-2's commands on a small world: each starts from the one before, and what is frozen stays."""
+
+import json
+
+import pytest
+import torch
+
+import eval as eval_command
+import train
+from blip2.language import LanguageConfig, make_language
+from blip2.stage1 import Stage1
+from blip2.stage2 import Stage2
+from blip2.task_language import TextModel
+from blip2.task_stage1 import SIZES
+from blip2.texts import encode_prompts, encode_texts, question_prompt, split_text
+from blip2.transformers_language import describe_library_model
+from data.files import InputError
+from training.checkpoints import load, open_model
+
+SMALL = ["--epochs", "1", "--batch-size", "8", "--eval-size", "8", "--warmup-steps", "0",
+         "--device", "cpu", "--log-every", "1"]
+SEE = ["--eval-top-k", "4"]
+
+
+def run(task: str, out, *flags) -> int:
+    return train.main([task, *SMALL, "--out", str(out), *map(str, flags)])
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """Folder with pretrain, stage1, language and stage2."""
+    folder = tmp_path_factory.mktemp("blip2")
+    assert train.main([*SMALL, *SEE, "--scenes", "16", "--lm-only-steps", "0", "--vit-depth", "2",
+                       "--out", str(folder / "pretrain")]) == 0
+    assert run("blip2-stage1", folder / "stage1", *SEE, "--scenes", 32, "--depth", 2, "--init",
+               folder / "pretrain/checkpoint.pt") == 0
+    for kind in ("decoder", "encoder-decoder"):
+        assert run("language-model", folder / kind, "--scenes", 16, "--depth", 1, "--kind",
+                   kind) == 0
+        assert run("blip2-stage2", folder / f"stage2-{kind}", "--scenes", 32, "--init",
+                   folder / "stage1/checkpoint.pt", "--language-model",
+                   folder / f"{kind}/checkpoint.pt") == 0
+    return folder
+
+
+def weights(path) -> dict:
+    return load(path)["model"]
+
+
+def test_stage1_trains_the_queries_and_leaves_the_vit(models):
+    start, after = weights(models / "pretrain/checkpoint.pt"), weights(
+        models / "stage1/checkpoint.pt")
+    config = load(models / "stage1/checkpoint.pt")["model_config"]
+    vit = [name for name in after if name.startswith("vit.")]
+    assert vit and all(torch.equal(after[name], start[name]) for name in vit)
+    assert config["queries"] == SIZES["tiny"]["queries"] and config["vision"] == "vit"
+    numbers = json.loads((models / "stage1/metrics.json").read_text())
+    assert {"t2i_r1", "i2t_r1_rerank", "caption_true", "itm_swap"} <= numbers.keys()
+
+
+@pytest.mark.parametrize("kind", ["decoder", "encoder-decoder"])
+def test_stage2_takes_both_and_trains_the_bridge_alone(models, kind):
+    after = weights(models / f"stage2-{kind}/checkpoint.pt")
+    language = weights(models / f"{kind}/checkpoint.pt")
+    stage1 = weights(models / "stage1/checkpoint.pt")
+    for name, value in language.items():
+        assert torch.equal(after[name], value), name
+    assert torch.equal(after["vit.cls_token"], stage1["vit.cls_token"])
+    assert not torch.equal(after["qformer.queries"], stage1["qformer.queries"])
+    assert not any("ffn_text" in name for name in after)
+    numbers = json.loads((models / f"stage2-{kind}/metrics.json").read_text())
+    assert {"caption_true", "accuracy", "blank_accuracy", "other_accuracy"} <= numbers.keys()
+
+
+def test_a_frozen_part_has_no_gradient_and_no_dropout(models):
+    model = open_model(models / "stage2-decoder/checkpoint.pt", kinds=(Stage2,)).model.train()
+    assert not model.language.training and not model.vit.training and model.qformer.training
+    frozen = {name.partition(".")[0] for name, p in model.named_parameters()
+              if not p.requires_grad}
+    assert frozen == {"vit", "language"}
+
+
+def test_finetuning_for_questions_lets_the_queries_read_them(models, tmp_path):
+    start = models / "stage2-decoder/checkpoint.pt"
+    assert run("blip2-vqa", tmp_path / "vqa", "--scenes", 16, "--init", start, "--text-from",
+               models / "stage1/checkpoint.pt") == 0
+    config = load(tmp_path / "vqa/best.pt")["model_config"]
+    assert config["question_to_queries"] and config["train_vision"]
+    after, stage1 = weights(tmp_path / "vqa/best.pt"), weights(models / "stage1/checkpoint.pt")
+    assert after["qformer.word.weight"].shape == stage1["qformer.word.weight"].shape
+    assert not torch.equal(after["vit.cls_token"], stage1["vit.cls_token"])
+    assert run("blip2-caption", tmp_path / "caption", "--scenes", 16, "--init", start) == 0
+    assert run("blip2-retrieval", tmp_path / "retrieval", *SEE, "--scenes", 16, "--init",
+               models / "stage1/checkpoint.pt") == 0
+
+
+def test_chat_and_queries(models, tmp_path, capsys):
+    from PIL import Image
+    Image.new("RGB", (64, 64), "red").save(tmp_path / "p.png")
+    checkpoint = str(models / "stage2-decoder/checkpoint.pt")
+    assert eval_command.main(["chat", str(tmp_path / "p.png"), "what colour is it?", "where?",
+                              "--checkpoint", checkpoint]) == 0
+    assert capsys.readouterr().out.count("answer:") == 2
+    assert eval_command.main(["queries", str(tmp_path / "p.png"), "--checkpoint", checkpoint,
+                              "--out", str(tmp_path)]) == 0
+    assert Image.open(tmp_path / "queries.png").size[0] > 300
+    assert eval_command.main(["chat", str(tmp_path / "p.png"), "what? " * 150, "--checkpoint",
+                              checkpoint]) == 2
+    assert "does not fit the language model's" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("task, flags, message", [
+    ("blip2-stage2", ["--init", "stage1/checkpoint.pt", "--language-model", ""],
+     "needs a language model"),
+    ("blip2-stage2", ["--init", "stage1/checkpoint.pt", "--language-model",
+                      "stage1/checkpoint.pt"], "is not a checkpoint of `python train.py language"),
+    ("blip2-caption", ["--init", "stage1/checkpoint.pt"], "is a checkpoint of another task"),
+    ("blip2-stage1", ["--init", "decoder/checkpoint.pt"], "is a checkpoint of another task"),
+    ("blip2-stage2", ["--init", "stage1/checkpoint.pt", "--language-model", "no/such/model"],
+     "transformers library")])
+def test_mistakes_are_one_sentence(models, tmp_path, capsys, monkeypatch, task, flags, message):
+    monkeypatch.chdir(models)
+    assert run(task, tmp_path / "x", "--scenes", 16, *flags) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("error: ") and message in error
+
+
+def test_without_the_library_one_sentence_says_what_to_do(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "transformers", None)
+    with pytest.raises(InputError, match="not installed: `pip install transformers`, or train"):
+        describe_library_model("facebook/opt-125m")
+
+
+# ---- texts ----
+
+class Words:
+    """A tokenizer whose words are numbers."""
+
+    pad, bos, eos = 0, 1, 2
+
+    def ids(self, text: str) -> list[int]:
+        return [int(word) for word in text.split()]
+
+
+def test_what_a_decoder_reads_and_what_gives_a_loss():
+    batch = encode_texts(Words(), "decoder", ["5 6", ""], ["7 8 9", "7"], 3)
+    assert batch["ids"].tolist() == [[1, 5, 6, 7, 8, 2], [1, 7, 2, 0, 0, 0]]
+    assert batch["targets"].tolist() == [[-100, -100, -100, 7, 8, 2],
+                                         [1, 7, 2, -100, -100, -100]]  # bos, without a prompt
+    ids, mask = encode_prompts(Words(), "decoder", ["5 6", "7"])
+    assert ids.tolist() == [[1, 5, 6], [0, 1, 7]] and mask.tolist() == [[1, 1, 1], [0, 1, 1]]
+
+
+def test_what_an_encoder_decoder_reads_and_writes():
+    batch = encode_texts(Words(), "encoder-decoder", ["5 6", "5"], ["7 8", "7"], 9)
+    assert batch["ids"].tolist() == [[5, 6, 2], [5, 2, 0]]
+    assert batch["targets"].tolist() == [[7, 8, 2], [7, 2, -100]]
+    splits = {split_text("", "a b c d", share / 10) for share in range(10)}
+    assert splits == {("a", "b c d"), ("a b", "c d")}  # from the first word to the middle
+    assert split_text("a photo of", "a b", 0.0) == ("a photo of", "a b")
+
+
+def test_a_dialog_stands_in_front_of_the_question():
+    assert question_prompt("decoder", "where?", [("what?", "a dog")]) == (
+        "question: what? answer: a dog question: where? answer:")
+
+
+def test_a_caption_is_run_once_and_its_questions_do_not_see_each_other():
+    """Each answer's logits are those of caption, question and answer alone."""
+    torch.manual_seed(0)
+    config = LanguageConfig(width=16, depth=2, heads=2, head_width=8, ffn=32, max_positions=40,
+                            tied=False, dropout=0.0, vocab_size=30, pad_id=0, bos_id=1, eos_id=2,
+                            near_heads=1)
+    model = TextModel(config)
+    captions = torch.tensor([[1, 5, 6, 2], [1, 7, 2, 0]])
+    asked = torch.tensor([[1, 9, 10, 2], [1, 11, 2, 0], [1, 12, 13, 2], [1, 14, 2, 0]])
+    targets = asked.masked_fill(asked == 0, -100)
+    losses, _ = model(asked, (asked > 0).long(), targets, captions, (captions > 0).long(),
+                      captions[:, :0], captions[:, :0])
+    total = count = 0
+    for row, text in enumerate(asked):
+        caption = captions[row // 2]
+        ids = torch.cat([caption[caption > 0], text[text > 0]])[None]
+        states, _ = model.language(model.language.embed(ids), torch.ones_like(ids))
+        start = int((caption > 0).sum())
+        log_p = model.language.logits(states)[0, start:-1].log_softmax(-1)
+        total -= log_p.gather(1, ids[0, start + 1:, None]).sum()
+        count += ids.shape[1] - start - 1
+    assert torch.allclose(losses["lm"], total / count, atol=1e-5)
+
+
+def test_parameters_at_full_size():
+    """BLIP-2: 188 M in stage 1 (paper), 107 M trained in stage 2 with OPT-2.7B (Table 2)."""
+    from blip2.config import Blip2Config
+    from blip2.stage2 import Stage2Config
+
+    def millions(model, *without: str) -> float:
+        return sum(p.numel() for name, p in model.named_parameters()
+                   if p.requires_grad and not name.startswith(without)) / 1e6
+    with torch.device("meta"):
+        stage1 = Stage1(Blip2Config())
+        language = make_language(LanguageConfig(width=2560, depth=1))
+        stage2 = Stage2(Stage2Config(), language)
+    assert 186 < millions(stage1) < 188
+    assert millions(stage2) == pytest.approx(107.1, abs=0.1)
