@@ -7,7 +7,7 @@ from config import TrainConfig
 from training.settings import flag_name
 
 # What the beginning of a run may take of it at most.
-WARMUP_SHARE, LM_ONLY_SHARE, ALPHA_SHARE = 0.1, 0.2, 0.25
+WARMUP_SHARE, LM_ONLY_SHARE, ALPHA_SHARE = 0.1, 0.5, 0.25
 
 
 def fit(config: TrainConfig, given: dict, pairs: int) -> tuple[TrainConfig, list[str]]:

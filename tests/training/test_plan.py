@@ -23,7 +23,7 @@ def test_a_small_set_of_own_pairs_gets_the_steps_that_the_preset_needs():
 def test_what_is_given_stays_and_the_rest_is_cut_to_a_share():
     config, sentences = fitted(8542, data="a.json", epochs=1)
     assert config.epochs == 1
-    assert (config.warmup_steps, config.lm_only_steps) == (26, 53)  # of 266
+    assert (config.warmup_steps, config.lm_only_steps) == (26, 133)  # of 266
     assert "only 266 steps" in sentences[-1] and "more --epochs" in sentences[-1]
     config, _ = fitted(8542, data="a.json", epochs=1, lm_only_steps=200, warmup_steps=100)
     assert (config.warmup_steps, config.lm_only_steps) == (100, 200)
