@@ -223,7 +223,7 @@ TASK = Task(
            "tiny": dict(width=128, depth=4, heads=8, head_width=16, ffn=512, near_heads=4,
                         max_positions=256, tied=False, dropout=0.0)},
     starts_from=(), start_is_needed=False, settings=dict(out="runs/language", max_tokens=40),
-    tiny=dict(TINY, batch_size=12, epochs=8, scenes=4000, lr=2e-3, vocab_pieces=4000),
+    tiny=dict(TINY, batch_size=12, epochs=9, scenes=4000, lr=2e-3, vocab_pieces=4000),
     highlights=(
         (("accuracy", "% of questions are answered when the true caption is given", ""),),
         (("blind_accuracy", "% without a caption", ""),),
