@@ -5,6 +5,7 @@ to it, `image`, their name in messages, and `texts`, everything that is said in 
 """
 
 import hashlib
+import multiprocessing
 import os
 import random
 import re
@@ -205,6 +206,19 @@ class ImageDataset(Dataset):
         pictures = [load_image(open_member(root, name), self.image_size, rng, self.crop, flip)
                     for name in example.images]
         return pictures[0] if len(pictures) == 1 else torch.stack(pictures)
+
+
+def worker_options(dataset: Dataset, workers: int) -> dict:
+    """The part of a DataLoader's arguments that says how many processes load pictures.
+
+    The built-in world needs none. Workers are forked, also where Python would start them anew: a
+    Collate holds functions, which cannot be sent. Where nothing can be forked (Windows) there are
+    none.
+    """
+    if workers == 0 or not isinstance(dataset, ImageDataset) or (
+            "fork" not in multiprocessing.get_all_start_methods()):
+        return {"num_workers": 0}
+    return {"num_workers": workers, "multiprocessing_context": "fork"}
 
 
 def some_examples(dataset: Dataset, most: int) -> Iterator:

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from blip import make_vit
 from config import SIZES, BLIPConfig, TrainConfig
-from data.datasets import Collate, ImageDataset, caption_collate, check_inside
+from data.datasets import Collate, ImageDataset, caption_collate, check_inside, worker_options
 from data.images import batch_to
 from data.pairs import merge_captions, read_pairs
 from data.sources import open_mixture
@@ -259,8 +259,8 @@ def evaluation_batches(dataset: Dataset, collate: Collate, trained: TrainedModel
     """
     loader = DataLoader(dataset, collate_fn=collate,
                         batch_sampler=shared_batches(len(dataset), batch_size),
-                        num_workers=trained.workers if isinstance(dataset, ImageDataset) else 0,
-                        pin_memory=trained.device.type == "cuda")
+                        pin_memory=trained.device.type == "cuda",
+                        **worker_options(dataset, trained.workers))
     for batch in distributed.progress(loader, about, unit="batch"):
         if broken is not None:
             broken += batch["broken"]

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from blip import BLIP
 from config import TrainConfig
-from data.datasets import ImageDataset, some_examples
+from data.datasets import some_examples, worker_options
 from data.files import InputError, is_list
 from data.images import batch_to
 from data.text import Tokenizer, clean_caption
@@ -200,15 +200,15 @@ class Run:
     def batches(self) -> Iterator[list[dict]]:
         """For each step from the current one to the end of the last epoch, its micro-batches."""
         c, train = self.config, self.datasets.train
-        workers = c.workers if isinstance(train, ImageDataset) else 0
         while self.step < self.steps:
             epoch, first = divmod(self.step, self.steps_per_epoch)
             train.set_epoch(epoch)
             sampler = EpochBatches(len(train), c.batch_size, c.seed, epoch, first, c.accumulate)
             collate = self.task.collate(self.tokenizer, c, self.model.config)
             loader = iter(DataLoader(
-                train, collate_fn=collate, batch_sampler=sampler, num_workers=workers,
+                train, collate_fn=collate, batch_sampler=sampler,
                 worker_init_fn=leave_signals_to_the_run, pin_memory=self.device.type == "cuda",
+                **worker_options(train, c.workers),
                 # its own: else each start of a loader would move the run's generator
                 generator=torch.Generator()))
             for _ in range(first, self.steps_per_epoch):

@@ -12,6 +12,7 @@ from data.datasets import (
     Pair,
     VQAExample,
     caption_collate,
+    worker_options,
 )
 from data.text import Tokenizer
 
@@ -70,3 +71,12 @@ def test_a_batch_of_captions():
     assert batch["image_ids"].tolist() == [7, 8, 7]
     assert batch["mask"].sum(1).tolist() == [7, 4, 6]
     assert caption_collate(tokenizer, 30, 4)(items)["ids"].shape == (3, 4)
+
+
+def test_pictures_are_loaded_by_forked_workers_or_by_none(monkeypatch):
+    """A Collate cannot be sent to a process that is started anew, as macOS and Windows do."""
+    files = ImageDataset([], ".", 32)
+    assert worker_options(files, 2) == {"num_workers": 2, "multiprocessing_context": "fork"}
+    assert worker_options(files, 0) == worker_options([], 2) == {"num_workers": 0}
+    monkeypatch.setattr("multiprocessing.get_all_start_methods", lambda: ["spawn"])
+    assert worker_options(files, 2) == {"num_workers": 0}
