@@ -15,7 +15,14 @@ from torch.utils.data import DataLoader, Dataset
 
 from blip import make_vit
 from config import SIZES, BLIPConfig, TrainConfig
-from data.datasets import Collate, ImageDataset, caption_collate, check_inside, worker_options
+from data.datasets import (
+    Collate,
+    ImageDataset,
+    caption_collate,
+    check_inside,
+    name_hash,
+    worker_options,
+)
 from data.images import batch_to
 from data.pairs import merge_captions, read_pairs
 from data.sources import open_mixture
@@ -235,8 +242,18 @@ def open_pairs(source: Source) -> Dataset:
 
 
 def collate_pairs(tokenizer: Tokenizer, config: TrainConfig, model_config) -> Collate:
-    """Batches of pairs, each caption behind the prompt."""
-    return caption_collate(tokenizer, config.max_words, config.max_tokens, config.prompt)
+    """Batches of pairs, each caption behind the prompt.
+
+    With `equal_texts` also image_ids (B,), equal where captions are: no negatives of one another.
+    """
+    def encode(items):
+        tensors = of_captions.encode(items)
+        if config.equal_texts:
+            captions = [item["example"].captions[0].lower() for item in items]
+            tensors["image_ids"] = torch.tensor([name_hash(caption) for caption in captions])
+        return tensors
+    of_captions = caption_collate(tokenizer, config.max_words, config.max_tokens, config.prompt)
+    return Collate(encode)
 
 
 # ---- evaluation, shared out over processes -------------------------------------------------------

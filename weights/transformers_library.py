@@ -6,6 +6,7 @@ import torch
 
 from config import BLIPConfig
 from data.files import make_folder, whole_file, write_json
+from data.images import CLIP_MEAN, CLIP_STD
 from data.text import Tokenizer
 
 # Released names of the ViT, and the transformers library's; the text's are the same.
@@ -56,7 +57,7 @@ def transformers_configs(c: BLIPConfig) -> tuple[dict, dict]:
 
 def export_transformers(released: dict, c: BLIPConfig, tokenizer: Tokenizer, folder: Path,
                         kind: str) -> None:
-    """Write a folder for `from_pretrained`: pytorch_model.bin, config.json, vocab.txt.
+    """Write a folder for `from_pretrained`, of the model and of BlipProcessor.
 
     For BlipForConditionalGeneration (kind "caption") or BlipForImageTextRetrieval ("retrieval").
     released: weights under the released names (weights.released.export).
@@ -69,5 +70,12 @@ def export_transformers(released: dict, c: BLIPConfig, tokenizer: Tokenizer, fol
     with whole_file(folder / "pytorch_model.bin", "wb") as file:
         torch.save({to_transformers(name): value for name, value in released.items()}, file)
     write_json(folder / "config.json", config)
+    write_json(folder / "preprocessor_config.json", dict(
+        image_processor_type="BlipImageProcessor", processor_class="BlipProcessor",
+        do_resize=True, size=dict(height=c.image_size, width=c.image_size), resample=3,
+        do_rescale=True, rescale_factor=1 / 255, do_normalize=True, image_mean=list(CLIP_MEAN),
+        image_std=list(CLIP_STD), do_convert_rgb=True))
+    write_json(folder / "tokenizer_config.json", dict(
+        tokenizer_class="BertTokenizer", do_lower_case=True, model_max_length=c.max_positions))
     with whole_file(folder / "vocab.txt") as file:
         file.write("\n".join(tokenizer.vocab) + "\n")

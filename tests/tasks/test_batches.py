@@ -7,6 +7,9 @@ import torch
 from conftest import photographs, run
 
 import eval as eval_
+from config import TrainConfig
+from data.datasets import Pair
+from data.text import Tokenizer
 from tasks import task
 
 
@@ -33,3 +36,13 @@ def test_an_evaluation_reads_photographs_with_the_workers_of_the_training(tmp_pa
     assert [options["num_workers"] for options in loaders] == [1]
     assert not loaders[0]["pin_memory"]  # that is for CUDA
     assert json.loads((tmp_path / "e" / "metrics.json").read_text())["images"] == 10
+
+
+def test_pairs_with_the_same_caption_are_no_negatives_if_asked():
+    tokenizer = Tokenizer.train(["a red dog"] * 3, 100)
+    items = [{"image": torch.zeros(3, 4, 4), "example": Pair("", (caption,), number),
+              "index": number, "broken": []}
+             for number, caption in enumerate(("a dog", "A dog", "a red dog"))]
+    ids = task.collate_pairs(tokenizer, TrainConfig(equal_texts=True), None)(items)["image_ids"]
+    assert ids[0] == ids[1] != ids[2]
+    assert "image_ids" not in task.collate_pairs(tokenizer, TrainConfig(), None)(items)
