@@ -69,7 +69,7 @@ TASKS = (
          starts_from=("pretrain",), from_start=vision_of, complete=complete,
          holds_splits=True, reranks=True,
          settings=dict(RECIPE, out="runs/blip2-stage1", epochs=10),
-         tiny=dict(TINY, epochs=1, scenes=41600, lr=3e-3, lm_only_steps=600),
+         tiny=dict(TINY, epochs=1, scenes=41600, lr=2e-3, lm_only_steps=650),
          tiny_own=dict(min_steps=1000, crop_min=0.5, equal_texts=True),
          highlights=pretraining.TASK.highlights),
     Task("blip2-retrieval", "BLIP-2: find images by text, finetuned", Stage1, open_pairs,
