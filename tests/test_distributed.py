@@ -263,6 +263,7 @@ def kill_and_resume(folder: Path, kills: int, seed: int, processes: int) -> None
     assert equal_states(folder / "whole", folder / "part")
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_ends_the_same(tmp_path):
     kill_and_resume(tmp_path, 2, 0, 1)
 
