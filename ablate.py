@@ -22,6 +22,7 @@ To add an experiment, add one entry to EXPERIMENTS.
 import argparse
 import ast
 import contextlib
+import functools
 import hashlib
 import os
 import shlex
@@ -73,6 +74,7 @@ class Regime:
     losses: dict  # settings of the experiment `losses`, which runs on clean texts
 
 
+@functools.cache
 def digest_of_code() -> str:
     """Of the code that a result may depend on, without comments.
 
@@ -88,9 +90,6 @@ def digest_of_code() -> str:
     return content.hexdigest()
 
 
-CODE = digest_of_code()
-
-
 class ExperimentCache:
     """One seed's sets and models, each made when it is first asked for.
 
@@ -104,7 +103,8 @@ class ExperimentCache:
 
     def make(self, kind: str, ingredients: list, make: Callable[[Path], str]) -> str:
         """make(folder) -> the path of what it made there; called only if that is not finished."""
-        name = hashlib.sha256(repr([self.seed, ingredients, CODE]).encode()).hexdigest()[:10]
+        made_of = repr([self.seed, ingredients, digest_of_code()])
+        name = hashlib.sha256(made_of.encode()).hexdigest()[:10]
         folder = Path(self.regime.out) / f"{kind}-{self.seed}-{name}"
         folder.mkdir(parents=True, exist_ok=True)
         with open(folder / "lock", "w") as lock:

@@ -66,7 +66,7 @@ def open_checkpoint(o: argparse.Namespace, needs: tuple[str, ...], kind: type = 
 
 FLAGS = {  # of benchmarks, beside those that all have
     "top_k": dict(type=at_least(0), help="candidates that ITM re-ranks (0: none; the paper: COCO "
-                  " 256, Flickr 128), or answers whose likelihood is computed (128); default: "
+                  "256, Flickr 128), or answers whose likelihood is computed (128); default: "
                   "the checkpoint's"),
     "rerank_score": dict(default="", choices=["", "released", "posterior"], help="released: ITC "
                          "cosine + ITM's matched logit; posterior: ITC cosine / temperature + "

@@ -19,7 +19,7 @@ from blip import init_weights
 from blip2.config import Blip2Config
 from blip2.language import LanguageConfig, make_language
 from blip2.stage1 import FrozenVision, make_qformer
-from blip2.writing import write_behind
+from blip2.writing import logits_of_targets, write_behind
 from config import setting
 from decoding import Hypothesis
 from losses import lm_loss
@@ -105,11 +105,7 @@ class Stage2(FrozenVision):
         if self.is_decoder:
             states, _ = self.language(embeds, mask)
             return self.language.logits(states[:, soft.shape[1] - 1:-1])
-        context = self.language.project(self.language.encode(embeds, mask), mask)
-        pad = self.language.config.pad_id
-        written = torch.cat([torch.full_like(targets[:, :1], pad), targets[:, :-1]], 1)
-        states, _ = self.language.decode(written.masked_fill(written < 0, pad), context)
-        return self.language.logits(states)
+        return logits_of_targets(self.language, embeds, mask, targets)
 
     def forward(self, image: Tensor, ids: Tensor, mask: Tensor, targets: Tensor,
                 question_ids: Tensor | None = None,

@@ -24,7 +24,7 @@ from blip2.texts import (
     question_prompt,
     split_text,
 )
-from blip2.writing import write_behind
+from blip2.writing import logits_of_targets, write_behind
 from config import TrainConfig
 from data.files import InputError
 from data.text import Tokenizer, clean_caption
@@ -94,11 +94,8 @@ class TextModel(Trainable):
         """
         language = self.language
         if caption_ids is None:
-            context = language.project(language.encode(language.embed(ids), mask), mask)
-            pad = self.config.pad_id
-            written = torch.cat([torch.full_like(targets[:, :1], pad), targets[:, :-1]], 1)
-            states, _ = language.decode(written.masked_fill(written < 0, pad), context)
-            return {"lm": lm_loss(language.logits(states), targets, 0.0)}, {}
+            logits = logits_of_targets(language, language.embed(ids), mask, targets)
+            return {"lm": lm_loss(logits, targets, 0.0)}, {}
         length = caption_ids.shape[1]
         said = torch.cat([caption_ids, other_ids], 1)
         said_mask = torch.cat([caption_mask, other_mask], 1)
@@ -121,8 +118,8 @@ def open_data(source: Source) -> Dataset:
     """Documents of the world to train on, questions to judge by. Raises InputError for files."""
     if source.data:
         raise InputError("language-model learns from the built-in world's texts; for own pictures "
-                         "take a trained one: blip2-stage2 --language with a folder of the "
-                         "transformers library")
+                         "take a trained one: blip2-stage2 --language-model with a folder "
+                         "of the transformers library")
     if source.split == "train":
         return Documents("train", source.size, source.seed)
     return Questions(source.split, source.size, source.image_size or 64, source.seed)
@@ -210,8 +207,7 @@ def evaluate(trained: TrainedModel, dataset: Questions, settings: EvalSettings) 
     examples = [dataset.example(i) for i in range(len(dataset))]
     numbers = by_kind("accuracy", answer_all(trained, dataset, "true"), examples)
     if settings.baselines:
-        numbers |= by_kind("blind_accuracy", answer_all(trained, dataset, "no"),
-                           examples)
+        numbers |= by_kind("blind_accuracy", answer_all(trained, dataset, "no"), examples)
         numbers["other_accuracy"] = mean(answer_all(trained, dataset, "another"))
     return Evaluation(numbers | {"questions": len(dataset)}, [])
 

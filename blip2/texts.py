@@ -3,9 +3,10 @@
     decoder            [bos] prompt text [eos]          padded behind; a prompt alone: in front
     encoder-decoder    prompt [eos]  ->  text [eos]     two rows
 
-Question: the paper's prompts (BLIP-2 sec. 4.1, 4.3).
+The prompts are the paper's (BLIP-2 sec. 4.1, 4.3).
 """
 
+import functools
 from typing import Protocol
 
 import torch
@@ -60,13 +61,19 @@ def language_fields(tokenizer: Tokenizer) -> dict:
 def open_tokenizer(language: dict) -> LanguageTokenizer:
     """The tokenizer of Stage2Config.language. Raises InputError where it has none."""
     if "name" in language:
-        from blip2.transformers_language import LibraryTokenizer
-        return LibraryTokenizer(language["name"])
+        from blip2.transformers_language import open_library_tokenizer
+        return open_library_tokenizer(language["name"])
     if not language.get("vocab"):
         raise InputError("the language model has no tokenizer; train one with `python train.py "
                          "language-model`, or name a folder of the transformers library that "
                          "holds the tokenizer too")
-    return WordPieces(tuple(language["vocab"]))
+    return word_pieces(tuple(language["vocab"]))
+
+
+@functools.cache
+def word_pieces(vocab: tuple[str, ...]) -> WordPieces:
+    """The tokenizer of a vocabulary, made once: an evaluation asks for it with every batch."""
+    return WordPieces(vocab)
 
 
 def pad_rows(rows: list[list[int]], value: int, in_front: bool = False) -> Tensor:

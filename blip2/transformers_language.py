@@ -4,6 +4,7 @@ The library is optional: it is imported here and nowhere else, when --language-m
 its models. What the two classes below offer is what blip2/language.py's own models offer.
 """
 
+import functools
 from types import SimpleNamespace
 
 from torch import Tensor, nn
@@ -62,6 +63,12 @@ class LibraryTokenizer:
         return self.tokenizer.decode(ids, skip_special_tokens=True).strip()
 
 
+@functools.cache
+def open_library_tokenizer(name: str) -> LibraryTokenizer:
+    """The tokenizer of a model, read once: an evaluation asks for it with every batch."""
+    return LibraryTokenizer(name)
+
+
 class LibraryModel(nn.Module):
     """A language model of the library, frozen, behind the methods of language.LanguageModel.
 
@@ -79,7 +86,7 @@ class LibraryModel(nn.Module):
         except (OSError, ValueError) as error:
             raise InputError(f"the language model {name} cannot be read "
                              f"({str(error).splitlines()[0]})")
-        tokenizer = LibraryTokenizer(name)
+        tokenizer = open_library_tokenizer(name)
         self.config = SimpleNamespace(kind=language["kind"], pad_id=tokenizer.pad,
                                       bos_id=tokenizer.bos, eos_id=tokenizer.eos)
         if not decoder:

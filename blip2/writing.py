@@ -58,6 +58,20 @@ class ContextStep:
         return self.language.logits(states[:, -1])
 
 
+def logits_of_targets(language: nn.Module, embeds: Tensor, mask: Tensor,
+                      targets: Tensor) -> Tensor:
+    """Next-token logits (B, T, V) of an encoder-decoder that writes the targets.
+
+    embeds (B, P, D), mask (B, P): the encoder's input; targets (B, T), negative where there are
+    none. The decoder reads them shifted by one, pad in front.
+    """
+    pad = language.config.pad_id
+    context = language.project(language.encode(embeds, mask), mask)
+    written = torch.cat([torch.full_like(targets[:, :1], pad), targets[:, :-1]], 1)
+    states, _ = language.decode(written.masked_fill(written < 0, pad), context)
+    return language.logits(states)
+
+
 @torch.no_grad()
 def write_behind(language: nn.Module, embeds: Tensor, mask: Tensor, method: str = "beam",
                  num_return: int = 1, **options) -> list[list[Hypothesis]]:

@@ -20,8 +20,9 @@ class WithoutTwins(BLIP):
 
     def __init__(self, config: BLIPConfig):
         super().__init__(replace(config, queue_size=0))
-        for name in ("vit_m", "med_m", "vision_proj_m", "text_proj_m"):
-            delattr(self, name)
+        for name, _ in list(self.named_children()):
+            if name.endswith("_m"):
+                delattr(self, name)
 
     def twins(self) -> list[tuple[nn.Module, nn.Module]]:
         """None: but while BLIP's constructor makes them."""

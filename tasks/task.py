@@ -191,7 +191,7 @@ class Task:
     # the tasks whose model it may start from with --init, beside its own; () none
     starts_from: tuple[str, ...] = ("pretrain",)
     start_is_needed: bool = True  # without --init there is nothing to train
-    # the start's model configuration -> fields of `config`, where that is another class
+    # the start's model configuration -> fields of `config`
     from_start: Callable[[dict], dict] = lambda model_config: model_config
     # of a new run: the model's configuration with what the tokenizer (and other files) decide
     complete: Callable[[object, Tokenizer], object] = (

@@ -184,8 +184,9 @@ def for_use(model: nn.Module) -> None:
     Only BLIP has them. What is left encodes, matches and writes, and cannot be trained.
     """
     if isinstance(model, BLIP):
-        for name in ("vit_m", "med_m", "vision_proj_m", "text_proj_m"):
-            setattr(model, name, nn.Identity())
+        for name, _ in list(model.named_children()):
+            if name.endswith("_m"):
+                setattr(model, name, nn.Identity())
         model.twin_parameters = []
         for name in ("image_queue", "text_queue", "queue_ids"):
             setattr(model, name, getattr(model, name)[:0].clone())

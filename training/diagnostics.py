@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from blip import BLIP
+from blip import BLIP, l2_normalize
 from config import BLIPConfig, TrainConfig
 from losses import next_token_targets
 from training import distributed
@@ -96,8 +96,8 @@ def measure(model: BLIP, heard: dict[nn.Module, list[Tensor]],
     ids, mask = inputs["ids"], inputs["mask"]
     pairs, measures = len(ids), {}
     if model.text_proj in heard and model.vision_proj in heard:
-        image_feat = F.normalize(heard[model.vision_proj][0].float(), dim=-1)
-        text_feat = F.normalize(heard[model.text_proj][0].float(), dim=-1)
+        image_feat = l2_normalize(heard[model.vision_proj][0])
+        text_feat = l2_normalize(heard[model.text_proj][0])
         if len(image_feat) == len(text_feat) == pairs:
             sim = image_feat @ text_feat.T
             pair = inputs.get("image_ids")  # pairs of one image may stand for one another
