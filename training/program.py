@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -10,6 +11,7 @@ from config import SettingError
 from data.files import InputError, unlock_folders
 from training import distributed
 
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
 # Full and read-only disks, a full quota, folders of somebody else.
 NO_ROOM = (errno.ENOSPC, errno.EROFS, errno.EDQUOT, errno.EACCES, errno.EPERM)
 
@@ -19,7 +21,7 @@ def signals_noted() -> Iterator[list]:
     """Within it, SIGINT and SIGTERM put something into the list instead of ending the program."""
     noted = []
     before = {number: signal.signal(number, lambda *_: noted.append(True))
-              for number in (signal.SIGINT, signal.SIGTERM)}
+              for number in SIGNALS}
     try:
         yield noted
     finally:
@@ -27,13 +29,30 @@ def signals_noted() -> Iterator[list]:
             signal.signal(number, handler)
 
 
-def leave_signals_to_the_run(worker: int) -> None:
-    """Called in a new worker of a loader: signals to the whole group are for the run alone.
+@contextlib.contextmanager
+def signals_held_back() -> Iterator[None]:
+    """Within it SIGINT and SIGTERM wait; a process that is made in it is born with them waiting."""
+    if not hasattr(signal, "pthread_sigmask"):  # Windows: there, no process is made
+        yield
+        return
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
 
-    It stops its workers when it has written its checkpoint.
+
+def leave_signals_to_the_run(worker: int) -> None:
+    """Called in a new worker of a loader, which was made within `signals_held_back`.
+
+    Signals to the whole group are for the run alone, so the worker leaves the group, and forgets
+    what reached it before. It does not ignore SIGTERM: with that the run ends the workers that are
+    left when it exits, and it would wait for them for ever.
     """
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+    os.setpgid(0, 0)
+    for number in signal.sigpending():
+        signal.sigwait({number})
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
 
 
 def exit_status(program: Callable[[], int | None], interrupted: str = "interrupted") -> int:

@@ -27,7 +27,7 @@ from tasks.registry import TASKS, make_model
 from tasks.task import Datasets, Source, Task, TrainedModel
 from training import checkpoints, devices, distributed, plan
 from training.precision import choose_precision
-from training.program import leave_signals_to_the_run
+from training.program import leave_signals_to_the_run, signals_held_back
 from weights.files import shorten
 from weights.starting import start_from
 from world.datasets import all_texts
@@ -205,14 +205,16 @@ class Run:
             train.set_epoch(epoch)
             sampler = EpochBatches(len(train), c.batch_size, c.seed, epoch, first, c.accumulate)
             collate = self.task.collate(self.tokenizer, c, self.model.config)
-            loader = iter(DataLoader(
+            loader = DataLoader(
                 train, collate_fn=collate, batch_sampler=sampler,
                 worker_init_fn=leave_signals_to_the_run, pin_memory=self.device.type == "cuda",
                 **worker_options(train, c.workers),
                 # its own: else each start of a loader would move the run's generator
-                generator=torch.Generator()))
+                generator=torch.Generator())
+            with signals_held_back():
+                batches = iter(loader)
             for _ in range(first, self.steps_per_epoch):
-                yield [next(loader) for _ in range(c.accumulate)]
+                yield [next(batches) for _ in range(c.accumulate)]
 
     def inputs(self, batch: dict, alpha: float) -> dict:
         """The arguments of the model's forward: the batch's tensors, and the task's."""
