@@ -195,7 +195,7 @@ def test_evaluation_is_split_and_gives_the_same_numbers(tmp_path, pretrained):
         assert one == two and one["images"] == 150
 
 
-@pytest.mark.parametrize("task", ["retrieval", "caption"])
+@pytest.mark.parametrize("task", [pytest.param("retrieval", marks=pytest.mark.slow), "caption"])
 def test_every_finetuning_runs_on_two_processes(tmp_path, pretrained, task):
     flags = ["--scenes", "32", "--epochs", "2", "--batch-size", "8", "--eval-size", "12",
              "--eval-top-k", "3", "--device", "cpu", "--save-minutes", "0", "--log-every", "2"]
@@ -207,7 +207,8 @@ def test_every_finetuning_runs_on_two_processes(tmp_path, pretrained, task):
     assert best["step"] in (4, 8) and (tmp_path / "a" / "metrics.json").exists()
 
 
-@pytest.mark.parametrize("task", ["vqa", "nlvr2", "visdial"])
+@pytest.mark.parametrize("task", [
+    "vqa", *(pytest.param(task, marks=pytest.mark.slow) for task in ("nlvr2", "visdial"))])
 def test_every_task_learns_the_same_on_two_processes(tmp_path, pretrained, task):
     torch.set_num_threads(1)
     # Small steps: a key's bias has no gradient but rounding noise, of which Adam makes whole steps.
@@ -275,6 +276,7 @@ def test_killed_many_times_and_resumed_ends_the_same(tmp_path, processes):
         kill_and_resume(tmp_path / str(seed), 5, seed, processes)
 
 
+@pytest.mark.slow
 def test_a_worker_that_dies_is_started_again(tmp_path):
     """torchrun --max-restarts runs the same command again, which finds its checkpoint."""
     flags = [*SMALL, "--scenes", "160", "--epochs", "2", "--save-every", "5", "--device", "cpu"]
