@@ -31,7 +31,10 @@ def signals_noted() -> Iterator[list]:
 
 @contextlib.contextmanager
 def signals_held_back() -> Iterator[None]:
-    """Within it SIGINT and SIGTERM wait; a process that is made in it is born with them waiting."""
+    """Within it SIGINT and SIGTERM wait.
+
+    For a process that is made in it they wait from its first moment.
+    """
     if not hasattr(signal, "pthread_sigmask"):  # Windows: there, no process is made
         yield
         return
