@@ -1,4 +1,4 @@
-"""The paper's tables in miniature: each cell is a model, trained in the built-in world, judged on
+"""The papers' tables in miniature: each cell is a model, trained in the built-in world, judged on
 held-out scenes with clean texts.
 
     python ablate.py table1                 neither / filter / captioner / both
@@ -8,6 +8,8 @@ held-out scenes with clean texts.
     python ablate.py table12                longer on the noisy texts
     python ablate.py table13                go on with the old model, or start a new one
     python ablate.py losses                 each part of the objective switched off
+    python ablate.py losses --cells "all" "without ITM"
+    python ablate.py blip2-figure5          BLIP-2: stage 2 with and without stage 1
     python ablate.py all --seeds 3 --jobs 2
 
 The world's web set is noisy and its human set small and clean, as for `python capfilt.py`. Every
@@ -16,7 +18,7 @@ used again by every table that needs it; an interrupted training goes on where i
 is written to --results as json and markdown: mean and spread over seeds, the paper's numbers
 beside them, whether the paper's order came out, and a paired test.
 
-To add an experiment, add one entry to EXPERIMENTS.
+The experiments are in tools/experiments.py and, of the second paper, tools/experiments_blip2.py.
 """
 
 import argparse
@@ -24,14 +26,16 @@ import ast
 import contextlib
 import functools
 import hashlib
+import json
 import os
+import re
 import shlex
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -43,7 +47,9 @@ from capfilt import CapFiltConfig, bootstrap, open_captioner, open_filter
 from data.files import read_json, whole_file, write_json
 from data.sources import PairIndex, with_shares
 from reports.tables import cell_table, set_lines, verdict_table, verdicts
-from tools.judge import MEASURES, judge_in_world
+from tools.experiments import BLIP_EXPERIMENTS, Experiment
+from tools.experiments_blip2 import BLIP2_EXPERIMENTS
+from tools.judge import judge_in_world
 from training import devices
 from training.program import exit_status
 from training.settings import add_flags, at_least, given_for, training_flags
@@ -90,6 +96,12 @@ def digest_of_code() -> str:
     return content.hexdigest()
 
 
+def same_recipe(a: list, b: list) -> bool:
+    """Whether two lists of ingredients differ at most in which code made them."""
+    return re.sub(r"-[0-9a-f]{10}\b", "", json.dumps(a)) == re.sub(
+        r"-[0-9a-f]{10}\b", "", json.dumps(b))
+
+
 class ExperimentCache:
     """One seed's sets and models, each made when it is first asked for.
 
@@ -100,6 +112,7 @@ class ExperimentCache:
     def __init__(self, regime: Regime, seed: int, device: str = "cpu"):
         self.regime, self.seed, self.device = regime, seed, torch.device(device)
         self.shared = {"seed": seed, "device": device}
+        self.made_again: list[str] = []  # what was there, but of other code
 
     def make(self, kind: str, ingredients: list, make: Callable[[Path], str]) -> str:
         """make(folder) -> the path of what it made there; called only if that is not finished."""
@@ -111,6 +124,11 @@ class ExperimentCache:
             if fcntl:
                 fcntl.flock(lock, fcntl.LOCK_EX)
             if not (folder / "done").exists():
+                for earlier in sorted(folder.parent.glob(f"{kind}-{self.seed}-*/made_of.json")):
+                    if earlier.parent != folder and same_recipe(read_json(earlier), ingredients):
+                        self.made_again.append(f"{folder.name} is made anew: "
+                                               f"{earlier.parent.name} is of other code")
+                        break
                 write_json(folder / "made_of.json", ingredients)
                 path = make(folder)
                 with whole_file(folder / "done") as file:
@@ -189,120 +207,21 @@ class ExperimentCache:
 
     def clean(self, **given) -> str:
         """`python train.py` with more settings, on the world's clean texts -> its checkpoint."""
-        return self.train("clean", self.regime.losses | given)
+        size = {"eval_size": self.regime.world.held_out}
+        return self.train("clean", self.regime.losses | size | given)
 
 
-# ---- the tables ----------------------------------------------------------------------------------
-
-@dataclass(frozen=True)
-class Experiment:
-    """A table: its cells, the paper's numbers and the order that the paper found."""
-
-    title: str
-    cells: dict[str, Callable[[ExperimentCache], str]]  # name -> how its model is made
-    # cell -> COCO text-to-image R@1, image-to-text R@1 (finetuned), COCO CIDEr
-    paper: dict[str, tuple[float, float, float]] = field(default_factory=dict)
-    claims: tuple[tuple[str, str], ...] = ()  # (better, worse)
-    judged: tuple[str, ...] = tuple(MEASURES)  # the measures for which the paper has this order
-    # cell -> its bootstrapped set, of which the rates are shown
-    sets: dict[str, Callable[[ExperimentCache], Path]] = field(default_factory=dict)
-
-    def measures(self) -> dict[str, str]:
-        """What the claims are judged by: name -> in words."""
-        return {name: MEASURES[name] for name in self.judged}
-
-
-NEITHER, BOTH = (60.7, 78.4, 127.8), (63.1, 80.6, 129.7)
-
-
-def both(cache: ExperimentCache, times: int = 1, **decoding) -> str:
-    """CapFilt as the paper has it: a new model on human, kept web and kept synthetic texts."""
-    return cache.pretrain(cache.texts(cache.capfilt(**decoding), "kept", "kept"), times)
-
-
-def shared_set(cache: ExperimentCache) -> Path:
-    """Bootstrapped by one model that was finetuned on all objectives and does both jobs."""
-    one = cache.finetune("pretrain", lm_only_steps=0, lr=5e-4)
-    return cache.bootstrap(one, one)
-
-
-def sharing(share: str) -> Callable[[ExperimentCache], str]:
-    """The cell of a row of Table 3."""
-    return lambda cache: cache.pretrain(cache.raw(), share=share)
-
-
-def without(**given) -> Callable[[ExperimentCache], str]:
-    """The cell of `losses` with these settings."""
-    return lambda cache: cache.clean(**given)
-
-
-PARTS = {"ITC": dict(itc_weight=0.0), "ITM": dict(itm_weight=0.0), "LM": dict(lm_weight=0.0),
-         "momentum distillation": dict(alpha=0.0), "queue": dict(queue_size=0),
-         "hard negatives": dict(hard_negatives=False)}
-
-EXPERIMENTS = {
-    "table1": Experiment(
-        "Table 1: captioner and filter",
-        {"neither": lambda cache: cache.pretrain(cache.raw()),
-         "filter": lambda cache: cache.pretrain(cache.texts(cache.capfilt(), "kept", "none")),
-         "captioner": lambda cache: cache.pretrain(cache.texts(cache.capfilt(), "all", "all")),
-         "both": both},
-        {"neither": NEITHER, "filter": (61.5, 79.1, 128.2), "captioner": (62.0, 79.7, 128.9),
-         "both": BOTH},
-        (("filter", "neither"), ("captioner", "neither"), ("captioner", "filter"),
-         ("both", "filter"), ("both", "captioner")),
-        {"both": ExperimentCache.capfilt}),
-    "table2": Experiment(
-        "Table 2: how the synthetic texts are generated",
-        {"none": lambda cache: cache.pretrain(cache.raw()),
-         "beam": lambda cache: both(cache, method="beam"), "nucleus": both},
-        {"none": NEITHER, "beam": (61.9, 79.6, 128.9), "nucleus": BOTH},
-        (("beam", "none"), ("nucleus", "beam")),
-        {"beam": lambda cache: cache.capfilt(method="beam"), "nucleus": ExperimentCache.capfilt}),
-    "table3": Experiment(
-        "Table 3: what text encoder and decoder share (on the raw texts)",
-        {"all": sharing("all"), "all but CA": sharing("all_but_ca"),
-         "all but SA": sharing("all_but_sa"), "none": sharing("none")},
-        {"all": (59.5, 77.3, 125.9), "all but CA": (59.9, 77.5, 126.1), "all but SA": NEITHER,
-         "none": (60.5, 78.3, 127.4)},
-        (("all but SA", "all"), ("all but SA", "all but CA"), ("all but SA", "none"))),
-    "table4": Experiment(
-        "Table 4: captioner and filter in one model, or in two",
-        {"one model": lambda cache: cache.pretrain(cache.texts(shared_set(cache), "kept", "kept")),
-         "two models": both},
-        {"one model": (62.2, 79.8, 129.0), "two models": BOTH},
-        (("two models", "one model"),),
-        {"one model": shared_set, "two models": ExperimentCache.capfilt}),
-    "table12": Experiment(
-        "Table 12: longer on the noisy texts",
-        {"raw": lambda cache: cache.pretrain(cache.raw()),
-         "raw, twice the steps": lambda cache: cache.pretrain(cache.raw(), times=2),
-         "CapFilt": both,
-         "CapFilt, twice the steps": lambda cache: both(cache, times=2)},  # not in the paper
-        {"raw": NEITHER, "raw, twice the steps": (60.5, 78.3, 127.7), "CapFilt": BOTH},
-        (("CapFilt", "raw"), ("CapFilt", "raw, twice the steps"),
-         ("CapFilt, twice the steps", "raw, twice the steps"))),
-    "table13": Experiment(
-        "Table 13: go on with the old model, or start a new one",
-        {"continue": lambda cache: cache.pretrain(cache.texts(cache.capfilt(), "kept", "kept"),
-                                                  init=cache.pretrain(cache.raw())),
-         "new model": both},
-        {"continue": (63.0, 80.6, 129.9), "new model": BOTH},
-        # In the paper TR@1 is equal, and CIDEr in the other order.
-        (("new model", "continue"),), judged=("t2i_r1", "t2i_r1_rerank")),
-    "losses": Experiment(
-        "Each part of the objective switched off (on clean texts; not in the paper)",
-        {"all": without(), **{f"without {name}": without(**given)
-                              for name, given in PARTS.items()}},
-        claims=tuple(("all", f"without {name}") for name in PARTS)),
-}
+EXPERIMENTS = BLIP_EXPERIMENTS | BLIP2_EXPERIMENTS
 
 
 # ---- running cells -------------------------------------------------------------------------------
 
 def run_cell(regime: Regime, name: str, cell: str, seed: int, device: str,
-             threads: int) -> dict:
-    """One cell with one seed -> its numbers. What its trainings print goes to a file."""
+             threads: int) -> tuple[dict, list[str]]:
+    """One cell with one seed -> its numbers, and what was made again because the code changed.
+
+    What its trainings print goes to a file.
+    """
     torch.set_num_threads(threads)
     cache = ExperimentCache(regime, seed, device)
     log = Path(regime.out) / f"{name}-{cell}-{seed}.txt"
@@ -311,17 +230,19 @@ def run_cell(regime: Regime, name: str, cell: str, seed: int, device: str,
           contextlib.redirect_stderr(file)):
         experiment = EXPERIMENTS[name]
         checkpoint = experiment.cells[cell](cache)
-        world_numbers = Path(checkpoint).with_name("world.json")
-        if not world_numbers.exists():
-            write_json(world_numbers, judge_in_world(checkpoint, cache.device,
-                                                     regime.world.held_out))
-        judged = read_json(world_numbers)
-        numbers = {measure: judged[measure] for measure in MEASURES}
-        numbers["minutes"] = read_json(Path(checkpoint).with_name("metrics.json"))["train_minutes"]
+        judged = evaluated = read_json(Path(checkpoint).with_name("metrics.json"))
+        if not experiment.evaluated:
+            world_numbers = Path(checkpoint).with_name("world.json")
+            if not world_numbers.exists():
+                write_json(world_numbers, judge_in_world(checkpoint, cache.device,
+                                                         regime.world.held_out))
+            judged = read_json(world_numbers)
+        numbers = {measure: judged[measure] for measure in experiment.measures}
+        numbers["minutes"] = evaluated["train_minutes"]
         if cell in experiment.sets:
             report = read_json(experiment.sets[cell](cache) / "report.json")
             numbers["set"] = {k: v for k, v in report.items() if k != "image_root"}
-    return numbers
+    return numbers, cache.made_again
 
 
 def end_with(parent: int) -> None:
@@ -336,7 +257,7 @@ def end_with(parent: int) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def run_all(regime: Regime, names: list[str], seeds: list[int], device: str,
+def run_all(regime: Regime, experiments: dict[str, Experiment], seeds: list[int], device: str,
             jobs: int) -> Iterator[tuple[str, dict[str, list[dict]]]]:
     """Yield (experiment, {cell: [numbers of each seed]}) as each is complete.
 
@@ -345,9 +266,9 @@ def run_all(regime: Regime, names: list[str], seeds: list[int], device: str,
     threads = max(1, (os.cpu_count() or 1) // jobs)
     with ProcessPoolExecutor(jobs, get_context("spawn"), end_with, (os.getpid(),)) as pool:
         running = {name: {cell: [pool.submit(run_cell, regime, name, cell, seed, device, threads)
-                                 for seed in seeds] for cell in EXPERIMENTS[name].cells}
-                   for name in names}
-        total = sum(len(EXPERIMENTS[name].cells) for name in names) * len(seeds)
+                                 for seed in seeds] for cell in experiment.cells}
+                   for name, experiment in experiments.items()}
+        total = sum(len(cells) for cells in running.values()) * len(seeds)
         try:
             with tqdm(total=total, desc="cells", unit="cell") as bar:
                 for name, cells in running.items():
@@ -355,7 +276,10 @@ def run_all(regime: Regime, names: list[str], seeds: list[int], device: str,
                     for cell, futures in cells.items():
                         numbers[cell] = []
                         for future in futures:
-                            numbers[cell].append(future.result())
+                            of_seed, made_again = future.result()
+                            numbers[cell].append(of_seed)
+                            for line in made_again:
+                                bar.write(line)
                             bar.update()
                     yield name, numbers
         except BaseException:  # an interrupt too: what has not begun is not begun
@@ -373,10 +297,11 @@ def markdown(experiment: Experiment, cells: dict[str, list[dict]], command: str,
              f"In the built-in world, {len(seeds)} seed{'s' * (len(seeds) > 1)} "
              f"({', '.join(map(str, seeds))}): mean ± standard deviation, percent, on "
              f"{regime.world.held_out} held-out scenes with clean texts, straight after "
-             f"pretraining. {machine()}.", "", *cell_table(cells, MEASURES, experiment.paper)]
+             f"{experiment.after}. {machine()}.", "",
+             *cell_table(cells, experiment.measures, experiment.paper)]
     for cell in experiment.sets:
         lines += set_lines(cell, cells[cell])
-    lines += ["", *verdict_table(experiment.claims, experiment.measures(), cells, order), "",
+    lines += ["", *verdict_table(experiment.claims, experiment.judged_by(), cells, order), "",
               "Is the first better than the second? The difference of the means in points. yes, "
               "no: paired t-test over seeds, two-sided, p below 0.05, not corrected for the number "
               "of tests. tie: p is 0.05 or more; in brackets the smallest difference that this "
@@ -401,6 +326,8 @@ def command_line() -> argparse.ArgumentParser:
     p.add_argument("experiments", nargs="+", choices=[*EXPERIMENTS, "all"], metavar="EXPERIMENT",
                    help=f"{', '.join(EXPERIMENTS)} or all")
     p.add_argument("--seeds", type=at_least(1), default=3, help="how many (default 3)")
+    p.add_argument("--cells", nargs="+", default=[], metavar="CELL",
+                   help="only these cells of a table, each in quotes (default: all)")
     p.add_argument("--jobs", type=at_least(1), default=1,
                    help="cells at a time (default 1); on a CPU one for each core is fastest")
     p.add_argument("--device", default="", help="cuda, mps or cpu (default: cuda if there is one, "
@@ -411,7 +338,7 @@ def command_line() -> argparse.ArgumentParser:
                    help=f"pairs that every pretraining sees (default {WORLD_PAIRS})")
     for flag, recipe, about in (("--pretrain", WORLD_PRETRAIN, "every pretraining"),
                                 ("--finetune", WORLD_FINETUNE, "every finetuning"),
-                                ("--losses", WORLD_RECIPE, "the experiment `losses`")):
+                                ("--losses", WORLD_RECIPE, "the experiment `losses` and BLIP-2's")):
         p.add_argument(flag, default=recipe, type=training_flags, metavar="FLAGS",
                        help=f"of train.py for {about} (default {recipe})")
     add_flags(p.add_argument_group("the built-in world"), WorldSets, {})
@@ -423,19 +350,22 @@ def run(o: argparse.Namespace, command: str) -> None:
     regime = Regime(str(Path(o.out).resolve()), WorldSets(**given_for(WorldSets, vars(o))), o.pairs,
                     o.pretrain, o.finetune, o.losses)
     names = list(EXPERIMENTS) if "all" in o.experiments else o.experiments
+    experiments = {name: EXPERIMENTS[name].only(o.cells) for name in names}
     if o.device:
         devices.start(o.device)  # says what is wrong before anything is trained
     seeds, device = list(range(o.seeds)), o.device or (
         "cuda" if torch.cuda.is_available() else "cpu")
-    for name, cells in run_all(regime, names, seeds, device, o.jobs):
-        text = markdown(EXPERIMENTS[name], cells, command, regime, seeds)
+    for name, cells in run_all(regime, experiments, seeds, device, o.jobs):
+        experiment = experiments[name]
+        text = markdown(experiment, cells, command, regime, seeds)
+        file_name = name + "-cells" * bool(o.cells)  # the whole table is not written over
         Path(o.results).mkdir(parents=True, exist_ok=True)
-        with whole_file(Path(o.results) / f"{name}.md") as file:
+        with whole_file(Path(o.results) / f"{file_name}.md") as file:
             file.write(text)
-        write_json(Path(o.results) / f"{name}.json", {
+        write_json(Path(o.results) / f"{file_name}.json", {
             "command": command, "machine": machine(), "seeds": seeds, "cells": cells,
-            "verdicts": verdicts(EXPERIMENTS[name].claims, EXPERIMENTS[name].measures(), cells)})
-        print(f"{text}\nwrote {o.results}/{name}.md, {name}.json", flush=True)
+            "verdicts": verdicts(experiment.claims, experiment.judged_by(), cells)})
+        print(f"{text}\nwrote {o.results}/{file_name}.md, {file_name}.json", flush=True)
 
 
 def main(arguments: list[str] | None = None) -> int:

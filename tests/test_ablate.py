@@ -88,6 +88,58 @@ def test_sets_and_models_are_made_once(tmp_path, monkeypatch):
     assert set(sizes.values()) == {4}  # the same number of steps whatever the set
 
 
+def test_blip2s_cells_are_made_of_what_their_names_say():
+    """Each cell's own training, and those that it starts from, are the right ones."""
+    class Recorder:
+        def __init__(self):
+            self.calls = []
+
+        def clean(self, **given) -> str:
+            self.calls.append(given)
+            return given.get("task", "pretrain")
+
+    def calls(experiment: str, cell: str) -> list[dict]:
+        recorder = Recorder()
+        ablate.EXPERIMENTS[experiment].cells[cell](recorder)
+        return recorder.calls
+
+    with_stage1 = calls("blip2-figure5", "with stage 1, 400 steps")
+    without = calls("blip2-figure5-t5", "without, 1200 steps")
+    assert with_stage1[-1] | {"scenes": 0} == {
+        "task": "blip2-stage2", "init": "blip2-stage1", "language_model": "language-model",
+        "scenes": 0}
+    assert with_stage1[-1]["scenes"] == 400 * 32 and without[-1]["scenes"] == 1200 * 32
+    assert without[-1]["init"] == "pretrain"
+    assert [call["kind"] for call in without if "kind" in call] == ["encoder-decoder"]
+    assert [call for call in calls("blip2-table6", "ITC + ITM") if "lm_weight" in call] == [
+        {"task": "blip2-stage1", "init": "pretrain", "lm_weight": 0.0}]
+    assert calls("blip2-queries", "8 queries")[-1]["queries"] == 8
+    small = calls("blip2-sizes", "small image encoder")
+    assert small[0]["vit_width"] == 64 and "vit_width" not in small[-1]
+
+
+def test_some_cells_alone_and_what_is_made_again(tmp_path, capsys, monkeypatch):
+    """--cells: a table of its own file; an unknown cell is a sentence; new code is said."""
+    flags = ["losses", "--seeds", "1", "--device", "cpu", "--out", str(tmp_path / "runs"),
+             "--results", str(tmp_path / "results"), "--held-out", "10",
+             "--losses", TINY + " --scenes 32", "--cells", "all", "without ITM"]
+    assert ablate.main(flags) == 0
+    table = (tmp_path / "results" / "losses-cells.md").read_text()
+    assert "| all |" in table and "| without ITM |" in table and "| without LM |" not in table
+    assert "| all > without ITM | a look" in table and "is made anew" not in capsys.readouterr().err
+    assert ablate.main([*flags[:-1], "without ITN"]) == 2
+    assert "no cell 'without ITN'" in capsys.readouterr().err
+    cache = ablate.ExperimentCache(regime(tmp_path / "runs"), 0)
+    def make(kind: str) -> str:
+        return cache.make(kind, ["lr", f"{tmp_path}/clean-0-0123456789/run"], lambda folder: "x")
+    make("model")
+    monkeypatch.setattr(ablate, "digest_of_code", lambda: "other code")
+    make("model")
+    assert len(cache.made_again) == 1 and "is of other code" in cache.made_again[0]
+    make("model")  # it is there by now
+    assert len(cache.made_again) == 1
+
+
 def test_the_command(tmp_path, capsys):
     """Two cells of two processes; the second command trains nothing."""
     flags = ["losses", "--seeds", "1", "--jobs", "2", "--device", "cpu", "--out",

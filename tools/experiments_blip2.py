@@ -1,0 +1,92 @@
+"""The second paper's findings as experiments for `ablate.py` (BLIP-2, arXiv 2301.12597).
+
+Image encoder: the ViT of `python train.py`. Language model: that of `train.py language-model`. All
+cells of an experiment get the same number of steps, unless their names say otherwise. They are
+judged by their own trainings' evaluation on held-out scenes.
+"""
+
+from tools.experiments import Cell, Experiment
+from tools.judge import MEASURES
+
+RETRIEVAL = {name: MEASURES[name] for name in ("t2i_r1", "i2t_r1", "t2i_r1_rerank",
+                                               "i2t_r1_rerank")}
+STAGE1 = RETRIEVAL | {"caption_true": "captions wholly true (ITG)"}
+STAGE2 = {"caption_true": "captions wholly true", "accuracy": "questions answered, zero-shot"}
+STEPS = (400, 1200)  # of stage 2, for Figure 5
+BATCH = 32  # of the tiny preset
+
+
+def language(cache, **given) -> str:
+    """A language model of the world's texts."""
+    return cache.clean(task="language-model", **given)
+
+
+def stage1(cache, vision: dict | None = None, **given) -> str:
+    """Stage 1 on the ViT of `python train.py`. vision: more settings of that training."""
+    return cache.clean(task="blip2-stage1", init=cache.clean(**(vision or {})), **given)
+
+
+def stage2(cache, init: str, kind: str = "decoder", language_given: dict | None = None,
+           **given) -> str:
+    """Stage 2 from `init` in front of a language model."""
+    model = language(cache, kind=kind, **(language_given or {}))
+    return cache.clean(task="blip2-stage2", init=init, language_model=model, **given)
+
+
+def with_stage1(**given) -> Cell:
+    """A cell of stage 2 that starts from stage 1."""
+    return lambda cache: stage2(cache, stage1(cache), **given)
+
+
+def without_stage1(**given) -> Cell:
+    """A cell of stage 2 with a new Q-Former."""
+    return lambda cache: stage2(cache, cache.clean(), **given)
+
+
+def figure5(kind: str) -> Experiment:
+    """Stage 2 with and without stage 1, for short and long trainings."""
+    cells, claims = {}, []
+    for steps in STEPS:
+        given = dict(kind=kind, scenes=steps * BATCH)
+        names = f"with stage 1, {steps} steps", f"without, {steps} steps"
+        cells |= {names[0]: with_stage1(**given), names[1]: without_stage1(**given)}
+        claims.append(names)
+    return Experiment(f"BLIP-2, Figure 5: stage 2 with and without stage 1 (language model: "
+                      f"{kind})", cells, claims=tuple(claims), measures=STAGE2, evaluated=True,
+                      after="training")
+
+
+def queries(count: int) -> Cell:
+    """A cell of stage 2 with so many queries, without stage 1."""
+    return without_stage1(queries=count)
+
+
+SMALL_LANGUAGE = dict(width=64, heads=4, near_heads=2, ffn=256)
+SMALL_VISION = dict(vit_width=64, vit_heads=2)
+
+BLIP2_EXPERIMENTS = {
+    "blip2-figure5": figure5("decoder"),
+    "blip2-figure5-t5": figure5("encoder-decoder"),
+    "blip2-table6": Experiment(
+        "BLIP-2, Table 6: ITG helps retrieval (stage 1)",
+        {"ITC + ITM": lambda cache: stage1(cache, lm_weight=0.0),
+         "ITC + ITM + ITG": stage1},
+        claims=(("ITC + ITM + ITG", "ITC + ITM"),), judged=tuple(RETRIEVAL), measures=STAGE1,
+        evaluated=True, after="training"),
+    "blip2-sizes": Experiment(
+        "BLIP-2, Table 2: a larger language model, a larger image encoder (stage 2)",
+        {"small language model": with_stage1(language_given=SMALL_LANGUAGE),
+         "small image encoder": lambda cache: stage2(cache, stage1(cache, SMALL_VISION)),
+         "both large": with_stage1()},
+        claims=(("both large", "small language model"), ("both large", "small image encoder")),
+        measures=STAGE2, evaluated=True, after="training"),
+    "blip2-queries": Experiment(
+        "BLIP-2: the number of queries (stage 2 alone; not in the paper)",
+        {f"{count} queries": queries(count) for count in (8, 16, 32)},
+        claims=(("32 queries", "16 queries"), ("16 queries", "8 queries")), measures=STAGE2,
+        evaluated=True, after="training"),
+    "blip2-blip": Experiment(
+        "BLIP against BLIP-2: retrieval and captions (not in the paper)",
+        {"BLIP": lambda cache: cache.clean(), "BLIP-2, stage 1": stage1},
+        claims=(("BLIP-2, stage 1", "BLIP"),), measures=STAGE1, evaluated=True, after="training"),
+}
