@@ -1,5 +1,4 @@
-"""CapFilt: a captioner writes, a filter judges, a new model learns from what is kept (BLIP sec.
-3.3, Fig. 3).
+"""CapFilt (BLIP sec. 3.3, Fig. 3): a captioner writes, a filter judges, a new model learns.
 
     python capfilt.py       the whole loop in the built-in world: pretrain on noisy texts, finetune
                             captioner and filter, bootstrap, pretrain anew, compare
@@ -13,8 +12,7 @@ judges the web text and the synthetic one; what it calls unmatched is dropped. T
 is the human pairs + the web texts that were kept + the synthetic texts that were kept.
 
 Into --out: bootstrapped.json (for `train.py --data`), rejected.json, report.json (counts, rates),
-sheet.png (the paper's Fig. 4), shards/ (the same command goes on where it stopped). Without
---captioner web texts are only filtered, without --filter nothing is dropped (Table 1).
+filter.json (does it know true pairs?), sheet.png (Fig. 4), shards/ (the same command goes on).
 """
 
 import argparse
@@ -37,6 +35,7 @@ from reports.sheets import draw_judged_texts
 from tasks.captioning import Decoding, write_captions
 from tasks.registry import TASKS
 from tasks.task import TrainedModel
+from tools.filter_quality import report_filters
 from tools.judge import compare_in_world, print_report, print_truth
 from training import devices, distributed
 from training.checkpoints import open_model
@@ -228,6 +227,7 @@ def bootstrap_from(o: argparse.Namespace, folder: Path, device: torch.device) ->
     filters = [open_filter(path, vars(o), device) for path in o.filter]
     precision = {"precision": choose_precision(o.precision, device)}
     config = CapFiltConfig(**given_for(CapFiltConfig, vars(o) | precision))
+    report_filters(filters, human, itm_scores, config.threshold, folder)
     report = bootstrap(web, human, captioners, filters, config, folder, o.seed, o.workers)
     if distributed.rank() == 0:
         draw_judged_texts(folder / "sheet.png", report["examples"], Path(web.root))
@@ -261,8 +261,8 @@ def command_line() -> argparse.ArgumentParser:
     p.add_argument("--web", default="", help="json list or tar shards; default: the world's")
     p.add_argument("--human", default="", help="json of pairs of good quality")
     p.add_argument("--image-root", default="", help="default: the folder of each source")
-    p.add_argument("--captioner", nargs="+", default=[], help="checkpoints of train.py caption")
-    p.add_argument("--filter", nargs="+", default=[], help="checkpoints of train.py retrieval")
+    p.add_argument("--captioner", nargs="+", default=[], help="train.py caption (none: web texts)")
+    p.add_argument("--filter", nargs="+", default=[], help="train.py retrieval (none: keep all)")
     p.add_argument("--out", default="runs/capfilt", help="default runs/capfilt")
     p.add_argument("--init", default="", help="pretrained model that --finetune starts from")
     p.add_argument("--finetune", nargs="?", const={}, type=training_flags, metavar="FLAGS",
@@ -287,8 +287,8 @@ def command_line() -> argparse.ArgumentParser:
 
 def main(arguments: list[str] | None = None) -> int:
     """-> exit status."""
-    o = command_line().parse_args(arguments)
-    return exit_status(lambda: run(o), "interrupted; the same command goes on from here")
+    return exit_status(lambda: run(command_line().parse_args(arguments)),
+                       "interrupted; the same command goes on from here")
 
 
 if __name__ == "__main__":

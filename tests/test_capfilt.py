@@ -388,6 +388,7 @@ def test_two_rounds_in_the_world(tmp_path, capsys):
     out = capsys.readouterr().out
     assert re.search(r"raw +round 1 +round 2\n.*text-to-image R@1", out)
     assert len(re.findall("% true before", out)) == 4
+    assert len(re.findall("filter: of 1[0-6] human pairs", out)) == 2
     second = read_json(tmp_path / "round2" / "captioner" / "metrics.json")["settings"]
     assert second["init"] == str(tmp_path / "round1" / "model" / "checkpoint.pt")
     base = read_json(tmp_path / "base" / "metrics.json")
