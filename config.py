@@ -156,6 +156,8 @@ class TrainConfig:
                              "--init's")
     vocab_pieces: int = setting(30524, "at most so many pieces when the vocabulary is trained",
                                 least=100, most=1_000_000)
+    new_pieces: int = setting(0, "at most so many pieces are added to --init's vocabulary where it "
+                                 "spells the words of --data by letters", least=0, most=1_000_000)
     out: str = setting("runs/pretrain", "folder of the run")
     seed: int = setting(0, "of weights, data order, augmentation and dropout", least=0)
     epochs: int = setting(20, "passes over the data", least=1, most=1_000_000)

@@ -10,7 +10,7 @@ from blip2.config import Blip2Config
 from blip2.stage1 import Stage1
 from data.text import Tokenizer
 from tasks import captioning, pretraining, retrieval
-from tasks.task import FINETUNE, TINY, Task, collate_pairs, open_pairs
+from tasks.task import FINETUNE, OWN_WORDS, TINY, Task, collate_pairs, open_pairs
 
 # What stage 1 and stage 2 are like with each preset. tiny: this project's pretrained ViT.
 SIZES = {
@@ -64,7 +64,7 @@ TASKS = (
          holds_splits=True, reranks=True,
          settings=dict(RECIPE, out="runs/blip2-stage1", epochs=10),
          tiny=dict(TINY, epochs=1, scenes=41600, lr=2e-3, lm_only_steps=650),
-         tiny_own=dict(min_steps=1000, crop_min=0.5, equal_texts=True),
+         tiny_own=dict(min_steps=1000, crop_min=0.5, equal_texts=True, new_pieces=OWN_WORDS),
          highlights=pretraining.TASK.highlights),
     Task("blip2-retrieval", "BLIP-2: find images by text, finetuned", Stage1, open_pairs,
          retrieval.collate, retrieval.evaluate, retrieval.score, captioning.inputs,

@@ -90,6 +90,10 @@ def initialise(model: Stage2, config: Stage2Config) -> None:
         weights = read_language(config.text_from, "blip2-stage1")["model"]
         for name, value in model.state_dict().items():  # aliases the parameters
             if name.startswith("qformer.") and is_text(name):
+                if weights[name].shape != value.shape:
+                    raise InputError(f"the text stream of {config.text_from} has other sizes or "
+                                     f"another vocabulary than --init's ({name}); give the "
+                                     "blip2-stage1 checkpoint that --init started from")
                 value.copy_(weights[name])
 
 

@@ -74,6 +74,21 @@ class Tokenizer:
         ids = learner.get_vocab()
         return cls(sorted(ids, key=ids.get))
 
+    def with_pieces_of(self, texts: Iterable[str], most: int) -> "Tokenizer":
+        """This one and at most `most` more pieces, trained on texts, behind those that it has."""
+        texts = list(texts)
+        learned = Tokenizer.train(texts, most + len(set("".join(texts))) + 20).vocab
+        new = [piece for piece in learned if piece not in self.ids]
+        return Tokenizer(self.vocab + new[:most])
+
+    def pieces_a_word(self, texts: Iterable[str]) -> float:
+        """How many pieces a word of the texts has on average: 1 whole words, 5 letters."""
+        texts = list(texts)
+        words = sum(len(text.split()) for text in texts)
+        pieces = sum(len(encoding.ids) for encoding in
+                     self.pieces.encode_batch(texts, add_special_tokens=False))
+        return pieces / max(1, words)
+
     @classmethod
     def from_file(cls, path: str | Path) -> "Tokenizer":
         """Read BERT's vocab.txt: one token a line."""

@@ -26,6 +26,7 @@ from reports.metrics import caption_scores, mean, tokenise
 from reports.sheets import BLACK, GREEN, GREY, RED, Cell, Sections, pick_examples, pictures_of
 from tasks.task import (
     FINETUNE,
+    OWN_WORDS,
     TINY,
     EvalSettings,
     Evaluation,
@@ -347,7 +348,7 @@ TASK = Task(
     settings=dict(FINETUNE, out="runs/caption", lr=1e-5, epochs=5, max_tokens=40, itc_weight=0.0,
                   itm_weight=0.0, prompt="a picture of"),
     large=dict(lr=2e-6), tiny=dict(TINY, epochs=2, scenes=12800, lr=5e-4, prompt=""),
-    tiny_own=dict(min_steps=800),
+    tiny_own=dict(min_steps=800, new_pieces=OWN_WORDS),
     model_settings=dict(image_size=384))
 BENCHMARKS = (
     TASK.benchmark("caption", "BLEU, ROUGE-L and CIDEr of generated captions", needs=("lm",),

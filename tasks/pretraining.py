@@ -14,6 +14,7 @@ from data.text import Tokenizer
 from reports.metrics import mean
 from tasks import captioning, retrieval
 from tasks.task import (
+    OWN_WORDS,
     TINY,
     EvalSettings,
     Evaluation,
@@ -85,7 +86,7 @@ TASK = Task(
     # 1,300 steps, of which alpha ramps up over 0.077 x 1,300 = 100.
     tiny=dict(TINY, epochs=1, scenes=41600, lr=1.2e-3, alpha_epochs=0.077, lm_only_steps=260,
               vocab_pieces=4000),
-    tiny_own=dict(min_steps=1600, crop_min=0.5, equal_texts=True),
+    tiny_own=dict(min_steps=1600, new_pieces=OWN_WORDS, crop_min=0.5, equal_texts=True),
     highlights=(
         (("t2i_true1", "% of texts find a picture first of which they are true (ITC)", FOUND_IMAGE),
          ("t2i_r1", "% of texts find their own picture first (ITC)", FOUND_IMAGE)),

@@ -39,6 +39,7 @@ from reports.sheets import (
 from tasks.task import (
     BATCH,
     FINETUNE,
+    OWN_WORDS,
     TINY,
     EvalSettings,
     Evaluation,
@@ -314,7 +315,7 @@ TASK = Task(
     settings=dict(FINETUNE, out="runs/retrieval", lr=1e-5, epochs=6, max_tokens=35,
                   alpha_epochs=1.0, lm_weight=0.0, eval_top_k=128),  # k: Flickr; COCO 256
     large=dict(lr=5e-6), tiny=dict(TINY, epochs=2, scenes=6400, lr=5e-4),
-    tiny_own=dict(min_steps=400),
+    tiny_own=dict(min_steps=400, new_pieces=OWN_WORDS),
     model_settings=dict(image_size=384))
 BENCHMARKS = (TASK.benchmark("retrieval", "recall by ITC and after ITM's re-ranking",
                              needs=("itc", "itm"), flags=("top_k", "rerank_score")),)

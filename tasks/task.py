@@ -224,6 +224,7 @@ FINETUNE = dict(schedule="epoch_cosine", warmup_steps=0, min_lr=0.0, crop_min=0.
 # Measured, not the paper's: see "The tiny preset" in docs/training.md.
 TINY = dict(batch_size=32, schedule="cosine", warmup_steps=100, beta2=0.98, grad_clip=1.0,
             workers=1, eval_top_k=16, rerank_score="posterior", min_length=5, max_length=30)
+OWN_WORDS = 4000  # pieces that own texts may add to a start's vocabulary, with --preset tiny
 
 
 # ---- image-text pairs: what pretraining, retrieval and captioning read --------------------------

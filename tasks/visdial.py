@@ -24,6 +24,7 @@ from reports.sheets import BLACK, GREEN, GREY, RED, Cell, Sections, in_rows, pic
 from tasks.task import (
     FINETUNE,
     GREY_LEVEL,
+    OWN_WORDS,
     TINY,
     EvalSettings,
     Evaluation,
@@ -314,6 +315,6 @@ TASK = Task(
                   # The paper's batch of 240, read as rounds: TURNS of each of 120 dialogs.
                   batch_size=120),
     tiny=dict(TINY, epochs=1, batch_size=16, scenes=40000, lr=5e-4, max_tokens=60, eval_size=200),
-    tiny_own=dict(min_steps=2500),
+    tiny_own=dict(min_steps=2500, new_pieces=OWN_WORDS),
     model_settings=dict(image_size=384))
 BENCHMARKS = (TASK.benchmark("visdial", "MRR, recall and mean rank of 100 candidate answers"),)

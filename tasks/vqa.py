@@ -26,6 +26,7 @@ from reports.metrics import mean, vqa_accuracy
 from reports.sheets import BLACK, GREEN, GREY, RED, Cell, Sections, pick_examples, pictures_of
 from tasks.task import (
     FINETUNE,
+    OWN_WORDS,
     TINY,
     Datasets,
     EvalSettings,
@@ -436,7 +437,7 @@ TASK = Task(
     settings=dict(FINETUNE, out="runs/vqa", lr=2e-5, epochs=10, max_words=50,
                   max_tokens=35),
     tiny=dict(TINY, epochs=1, scenes=128000, lr=3e-4),
-    tiny_own=dict(min_steps=4000),
+    tiny_own=dict(min_steps=4000, new_pieces=OWN_WORDS),
     model_settings=dict(image_size=480, drop_path=0.1))
 BENCHMARKS = (TASK.benchmark("vqa", "VQA accuracy; answers.json is for the evaluation server",
                              flags=("generate", "answers", "top_k"), need_labels=False),)

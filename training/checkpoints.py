@@ -200,12 +200,14 @@ def require_finite(model: nn.Module, path: str | Path) -> None:
                              "wrong: give an older checkpoint, or train again with a smaller --lr")
 
 
-def initialise(model: nn.Module, source: nn.Module) -> list[str]:
+def initialise(model: nn.Module, source: nn.Module,
+               spelt: list[list[int]] = ()) -> list[str]:
     """Copy the weights of `source`, positions resized -> names of what starts afresh.
 
     The queues come along unless their length differs; then they start anew. Of a
     pretrained model a task's takes every parameter whose name (TaskModel.pretrained_name) and shape
-    match.
+    match. spelt: of each piece that the model's vocabulary has more, the pieces of the source's
+    that it is made of; its rows start as their mean.
     """
     theirs, alike, fresh = source.state_dict(), type(model) is type(source), []
     for name, ours in model.state_dict().items():  # aliases the parameters
@@ -214,6 +216,9 @@ def initialise(model: nn.Module, source: nn.Module) -> list[str]:
             value = resize_positions(value, ours.shape[1])
         if value is not None and ours.shape == value.shape:
             ours.copy_(value)
+        elif (value is not None and spelt and ours.shape[1:] == value.shape[1:]
+              and len(ours) == len(value) + len(spelt)):
+            ours.copy_(torch.cat([value, torch.stack([value[ids].mean(0) for ids in spelt])]))
         else:
             fresh.append(name)
     if isinstance(model, BLIP) and model.config.queue_size != source.config.queue_size:

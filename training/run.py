@@ -32,6 +32,8 @@ from weights.files import shorten
 from weights.starting import start_from
 from world.datasets import all_texts
 
+SPELT = 1.5  # pieces a word from which on a text counts as spelt by letters
+
 
 class EpochBatches(Sampler):
     """This rank's micro-batches of one epoch, `accumulate` for each step.
@@ -102,6 +104,30 @@ def make_tokenizer(config: TrainConfig, train: Dataset) -> Tokenizer:
     return Tokenizer.train(texts, config.vocab_pieces)
 
 
+def fit_tokenizer(tokenizer: Tokenizer, config: TrainConfig, train: Dataset) -> Tokenizer:
+    """A start's tokenizer, with pieces for the words of own data that it spells by letters.
+
+    Says how many pieces a word has.
+    """
+    if not config.data:
+        return tokenizer
+    texts = [clean_caption(text) for example in some_examples(train, 20_000)
+             for text in example.texts]
+    before = tokenizer.pieces_a_word(texts)
+    if before < SPELT:
+        return tokenizer
+    if not config.new_pieces:
+        distributed.print0(f"WARNING --init's vocabulary needs {before:.1f} pieces for a word of "
+                           f"{config.data}: the words are spelt. --new-pieces 4000 adds whole ones")
+        return tokenizer
+    wider = tokenizer.with_pieces_of(texts, config.new_pieces)
+    added = len(wider.vocab) - len(tokenizer.vocab)
+    distributed.print0(f"words    {added} pieces added to --init's vocabulary: "
+                       f"{wider.pieces_a_word(texts):.1f} for a word of {config.data} instead of "
+                       f"{before:.1f}")
+    return wider
+
+
 # ---- the run -------------------------------------------------------------------------------------
 
 def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
@@ -148,7 +174,7 @@ class Run:
             with checkpoints.understood(self.out / "checkpoint.pt"):
                 self.tokenizer = Tokenizer(state["tokenizer"])
         elif source:
-            self.tokenizer = source.tokenizer
+            self.tokenizer = fit_tokenizer(source.tokenizer, config, self.datasets.train)
         else:
             self.tokenizer = make_tokenizer(config, self.datasets.train)
         self.datasets = self.task.prepare(self.datasets, self.tokenizer, config)
@@ -181,7 +207,10 @@ class Run:
         except ValueError as error:  # sizes that do not fit the task
             raise InputError(str(error))
         if source:
-            fresh = checkpoints.initialise(model, source.model)
+            # A new piece starts as the mean of the pieces that spelt it.
+            spelt = [source.tokenizer.piece_ids(piece.removeprefix("##"))
+                     for piece in self.tokenizer.vocab[len(source.tokenizer.vocab):]]
+            fresh = checkpoints.initialise(model, source.model, spelt)
             if fresh:
                 distributed.print0(f"not in --init, starts afresh: {shorten(fresh)}")
             # Once before the first step, as the released code does (BLIP.update_momentum).

@@ -1,12 +1,14 @@
 """Checkpoints and released weights."""
 
+import json
 import pickle
 import random
+import re
 from dataclasses import asdict
 
 import pytest
 import torch
-from conftest import run, toy_batch, toy_model
+from conftest import photographs, run, toy_batch, toy_model
 from PIL import Image
 
 import train
@@ -221,3 +223,42 @@ def test_keep_counts_this_runs_checkpoints_only(tmp_path):
     checkpoints.save(tmp_path / "a/checkpoint.pt", {"step": 5}, keep=2)
     assert sorted(path.name for path in (tmp_path / "a").glob("checkpoint-*.pt")) == [
         "checkpoint-00000004.pt", "checkpoint-00000005.pt", "checkpoint-00000006.pt"]
+
+
+def test_new_pieces_start_as_the_mean_of_what_spelt_them():
+    source = toy_model(vocab_size=60)
+    with torch.no_grad():
+        for p in source.parameters():
+            p.normal_()
+    wider = toy_model(vocab_size=62)
+    fresh = initialise(wider, source, [[7, 8, 9], [11]])
+    assert not fresh
+    for name in ("med.embeddings.word.weight", "med_m.embeddings.word.weight",
+                 "med.lm_head.bias"):
+        old, new = source.state_dict()[name], wider.state_dict()[name]
+        assert torch.equal(new[:60], old) and torch.equal(new[61], old[11])
+        assert torch.allclose(new[60], (old[7] + old[8] + old[9]) / 3)
+    assert initialise(toy_model(vocab_size=62), source)  # without a spelling they start afresh
+
+
+def test_own_words_are_added_to_a_worlds_vocabulary(pretrained, tmp_path, capsys):
+    """Else they are spelt by letters: it is said, and the remedy works."""
+    folder = photographs(tmp_path / "photos")
+    rows = [{"image": f"{i}.jpg", "caption": f"{1 + i % 3} wooden tables beside a bicycle"}
+            for i in range(16)]
+    (folder / "own.json").write_text(json.dumps(rows))
+    flags = ["retrieval", "--init", str(pretrained), "--data", str(folder / "own.json"),
+             "--epochs", "1", "--batch-size", "8", "--augment", "false", "--workers", "0",
+             "--device", "cpu", "--eval-top-k", "4"]
+    assert train.main([*flags, "--new-pieces", "0", "--out", str(tmp_path / "a")]) == 0
+    said = capsys.readouterr()
+    assert "words are spelt. --new-pieces" in said.out
+    assert train.main([*flags, "--out", str(tmp_path / "b")]) == 0  # the preset's 4,000
+    said = capsys.readouterr().out
+    assert re.search(r"pieces added .* 1\.0 for a word of .* instead of [3-6]\.", said)
+    before = checkpoints.load_model(pretrained)[1].vocab
+    model, tokenizer = checkpoints.load_model(tmp_path / "b" / "checkpoint.pt")
+    assert tokenizer.vocab[:len(before)] == before  # a known piece keeps its number
+    assert len(tokenizer.piece_ids("2 wooden tables beside a bicycle")) == 6
+    assert len(model.med.embeddings.word.weight) == len(tokenizer.vocab)
+    assert train.main(["--resume", "--out", str(tmp_path / "b")]) == 0
