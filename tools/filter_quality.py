@@ -1,4 +1,4 @@
-"""Is CapFilt's filter any good? Asked with the human pairs, of which the truth is known.
+"""How good CapFilt's filter is, by human pairs, of which the truth is known.
 
 The filter judges each picture with its own text and with another picture's. A good one accepts the
 first and not the second, at whatever threshold.
