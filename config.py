@@ -190,6 +190,8 @@ class TrainConfig:
     prompt: str = setting("", "words before each caption, which give no loss")
     lm_only_steps: int = setting(0, "steps of LM alone first (warm start for tiny models; not in "
                                     "the paper)", least=0)
+    itm_from: int = setting(0, "step at which ITM joins (a tiny BLIP-2: its negatives need an ITC "
+                               "that knows something; not in the papers)", least=0)
     augment: bool = setting(True, "random crop, flip, RandAugment on photographs; the world has "
                                   "none")
     # NOTE(differs from salesforce/BLIP): there every picture is mirrored half of the time.
@@ -286,4 +288,6 @@ def objectives_at(config: TrainConfig, step: int) -> tuple[str, ...]:
     active = tuple(name for name, weight in config.objective_weights().items() if weight)
     if step < config.lm_only_steps and "lm" in active:
         return ("lm",)
+    if step < config.itm_from:
+        return tuple(name for name in active if name != "itm")
     return active

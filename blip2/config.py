@@ -45,7 +45,8 @@ class Blip2Config:
                            in_weights=True)
     temp: float = setting(0.07, "initial temperature, learned, not clamped", above=0,
                           in_weights=True)
-    label_smoothing: float = setting(0.1, "of ITC and ITG (released code)", least=0, most=0.99)
+    label_smoothing: float = setting(0.1, "of ITC (released code)", least=0, most=0.99)
+    itg_smoothing: float = setting(0.1, "of ITG (released code)", least=0, most=0.99)
     hard_negatives: bool = setting(True, "ITM's negatives by similarity; false: at random")
     # The text stream's vocabulary, from the tokenizer. 0: there is no text stream.
     vocab_size: int = setting(30523, "BERT uncased + [DEC]", flag=False, in_weights=True)

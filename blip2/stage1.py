@@ -168,8 +168,7 @@ class Stage1(FrozenVision):
         if "lm" in self.objectives:
             states, _ = self.qformer.decode(ids[:, :-1], mask[:, :-1], cache)
             targets = next_token_targets(ids, mask, prompt_length)
-            losses["lm"] = lm_loss(self.qformer.logits(states), targets,
-                                   self.config.label_smoothing)
+            losses["lm"] = lm_loss(self.qformer.logits(states), targets, self.config.itg_smoothing)
         return losses, {}
 
     def _itc(self, query_states, ids, mask, positives):

@@ -18,7 +18,15 @@ from PIL import Image
 
 import train
 from blip import BLIP
-from config import BLIPConfig, TrainConfig, alpha_at, learning_rate, objectives_at, setting
+from config import (
+    OBJECTIVES,
+    BLIPConfig,
+    TrainConfig,
+    alpha_at,
+    learning_rate,
+    objectives_at,
+    setting,
+)
 from tasks.registry import TASKS
 from training import checkpoints, program
 from training.run import EpochBatches
@@ -140,6 +148,8 @@ def test_objectives_follow_weights_and_warm_start():
     assert objectives_at(TrainConfig(), 0) == ("itc", "itm", "lm")
     warm = TrainConfig(lm_only_steps=5, itm_weight=0)
     assert objectives_at(warm, 4) == ("lm",) and objectives_at(warm, 5) == ("itc", "lm")
+    late = TrainConfig(itm_from=5)
+    assert objectives_at(late, 4) == ("itc", "lm") and objectives_at(late, 5) == OBJECTIVES
     assert objectives_at(TrainConfig(lm_only_steps=5, lm_weight=0), 0) == ("itc", "itm")
 
 

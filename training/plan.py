@@ -7,7 +7,7 @@ from config import TrainConfig
 from training.settings import flag_name
 
 # What the beginning of a run may take of it at most.
-WARMUP_SHARE, LM_ONLY_SHARE, ALPHA_SHARE = 0.1, 0.5, 0.25
+WARMUP_SHARE, LM_ONLY_SHARE, ITM_SHARE, ALPHA_SHARE = 0.1, 0.5, 0.7, 0.25
 
 
 def fit(config: TrainConfig, given: dict, pairs: int) -> tuple[TrainConfig, list[str]]:
@@ -26,7 +26,8 @@ def fit(config: TrainConfig, given: dict, pairs: int) -> tuple[TrainConfig, list
     changes = {name: value for name, value in changes.items() if name not in given}
     epochs = changes.get("epochs", config.epochs)
     steps = epochs * steps_per_epoch
-    for name, share in (("warmup_steps", WARMUP_SHARE), ("lm_only_steps", LM_ONLY_SHARE)):
+    for name, share in (("warmup_steps", WARMUP_SHARE), ("lm_only_steps", LM_ONLY_SHARE),
+                        ("itm_from", ITM_SHARE)):
         if getattr(config, name) > share * steps and name not in given:
             changes[name] = int(share * steps)
             reasons[name] = f"at most {share:.0%} of the run"
