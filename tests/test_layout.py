@@ -18,7 +18,7 @@ LEAVES = {"attention", "losses", "decoding", "config", "training.distributed",
           "training.trainable"}
 CORE = LEAVES | {"vit", "med", "blip"}
 MAY_IMPORT_COMMANDS = {"ablate": {"capfilt", "train"}, "capfilt": {"train"},
-                       "exercises.checks": {"capfilt"}}
+                       "exercises.checks": {"capfilt"}, "exercises.tour": {"train"}}
 
 
 def name_of(path: Path) -> str:

@@ -78,9 +78,9 @@ def scores_of_pairs(filter: TrainedModel, human: PairIndex,
 
 
 def filter_quality(own: np.ndarray, others: np.ndarray, threshold: float) -> dict:
-    """own, others (n,): probabilities of true pairs and of false ones -> shares, AUC, threshold.
+    """Shares that are accepted, AUC, the best threshold.
 
-    auc: how often a true pair scores higher than a false one (ties count half); chance 0.5.
+    own, others (n,): ITM's probabilities of true pairs and of false ones. auc: how often a true pair scores higher than a false one (ties count half); chance 0.5.
     best_threshold: where the share of true pairs that are accepted exceeds that of false ones most.
     """
     higher = own[:, None] > others[None, :]
