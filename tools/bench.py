@@ -9,6 +9,8 @@
     python -m tools.bench step       seconds, pairs a second, memory and share of the machine's
                                      matrix peak of a whole training step (--size --batch --device
                                      --bf16 --compile --grad-checkpoint)
+    python -m tools.bench blip2      BLIP-2's second stage: a step, what is spent outside the frozen
+                                     models; captions beside the transformers library's
     python -m tools.bench data --data D    decoded and augmented pairs a second on one core
 
 flops are counted as the paper's model was: ViT-B/16 at 224 px, BERT-base, queue 57,600, training
@@ -36,6 +38,7 @@ from data.datasets import ImageDataset
 from data.sources import open_mixture
 from tasks.visdial import VisDial
 from tasks.vqa import VQA
+from tools.bench_blip2 import blip2_seconds
 from training.devices import compile_forward
 from training.precision import autocast, speed_up_generation
 from training.run import make_optimizer
@@ -227,7 +230,7 @@ def main() -> None:
     """Print what was measured as json."""
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["flops", "generate", "answer", "step", "data"])
+    parser.add_argument("what", choices=["flops", "generate", "answer", "step", "blip2", "data"])
     parser.add_argument("--size", choices=list(SIZES), default="base", help="default base")
     parser.add_argument("--batch", type=int, help="default: flops 8 pairs, generate 4 images")
     parser.add_argument("--device", help="flops: default none, counts without computing; else "
@@ -241,6 +244,9 @@ def main() -> None:
     if options.what == "step":
         print(json.dumps(step_speed(options.size, options.batch or 8, options.device or "cpu",
                                     options.bf16, options.compile, options.grad_checkpoint)))
+        return
+    if options.what == "blip2":
+        print(json.dumps(blip2_seconds(), indent=1))
         return
     if options.what == "data":
         torch.set_num_threads(1)

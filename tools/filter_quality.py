@@ -80,8 +80,9 @@ def scores_of_pairs(filter: TrainedModel, human: PairIndex,
 def filter_quality(own: np.ndarray, others: np.ndarray, threshold: float) -> dict:
     """Shares that are accepted, AUC, the best threshold.
 
-    own, others (n,): ITM's probabilities of true pairs and of false ones. auc: how often a true pair scores higher than a false one (ties count half); chance 0.5.
-    best_threshold: where the share of true pairs that are accepted exceeds that of false ones most.
+    own, others (n,): ITM's probabilities of true pairs and of false ones. auc: how often a true
+    pair scores higher than a false one (ties count half); chance 0.5. best_threshold: where the
+    share of true pairs that are accepted exceeds that of false ones most.
     """
     higher = own[:, None] > others[None, :]
     equal = own[:, None] == others[None, :]
