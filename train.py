@@ -274,10 +274,10 @@ def resumed_config(given: dict, state: dict, out: Path) -> tuple[object, TrainCo
         raise InputError(f"{out}/checkpoint.pt holds a model but no run to continue")
     saved = state["train_config"] | state["model_config"]
     changed = [flag_name(name) for name in given.keys() - FREE_ON_RESUME
-               if given[name] != saved[name]]
+               if given[name] != saved.get(name)]
     if changed:
-        raise InputError(f"{', '.join(changed)} cannot change when a run is resumed; leave it out, "
-                         "or start a new run")
+        raise InputError(f"{', '.join(changed)} cannot change when a run is resumed, and the run "
+                         f"in {out} has another; leave it out, or start a new run in another --out")
     free = {name: given[name] for name in given.keys() & FREE_ON_RESUME}
     return (TASKS[state["train_config"]["task"]].config(**state["model_config"]),
             TrainConfig(**(state["train_config"] | free | {"out": str(out)})))
@@ -350,10 +350,11 @@ def run_all(given: dict, resume: bool) -> int:
 def train_into(folder: Path, given: dict) -> str:
     """Train with these settings, or go on where it stopped -> the best checkpoint.
 
-    For programs that train several models. KeyboardInterrupt when a signal asks to stop.
+    For programs that train several models. KeyboardInterrupt when a signal asks to stop. Raises
+    InputError where the folder holds a run of other settings.
     """
     resume = (folder / "checkpoint.pt").exists()
-    run = start({"out": str(folder)} if resume else given | {"out": str(folder)}, resume)
+    run = start(given | {"out": str(folder)}, resume)
     print0(f"{run.steps} steps into {folder}")
     if not train(run):
         raise KeyboardInterrupt

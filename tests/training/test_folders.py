@@ -11,6 +11,7 @@ from conftest import run
 
 import capfilt
 import train
+from data.files import InputError
 from training import checkpoints
 
 ROOT = Path(__file__).parents[2]
@@ -114,3 +115,14 @@ def test_the_best_model_of_another_run_is_not_taken(tmp_path):
     checkpoints.save(tmp_path / "a/best.pt", best)
     assert train.main(["--resume", "--out", str(tmp_path / "a")]) == 0
     assert "best_step" not in json.loads((tmp_path / "a/metrics.json").read_text())
+
+
+def test_a_program_that_trains_goes_on_with_the_same_settings_alone(tmp_path):
+    """capfilt.py with other --finetune flags does not take the old model for the new one."""
+    given = {"scenes": 16, "batch_size": 8, "vit_width": 16, "vit_depth": 1, "vit_heads": 2,
+             "text_width": 16, "text_depth": 1, "text_heads": 2, "text_ffn": 32, "queue_size": 8,
+             "device": "cpu", "workers": 0, "eval_size": 4, "eval_top_k": 4, "lm_only_steps": 0}
+    path = train.train_into(tmp_path / "a", given)
+    assert train.train_into(tmp_path / "a", given | {"workers": 1}) == path
+    with pytest.raises(InputError, match="--lr cannot change .* the run in .*/a has another"):
+        train.train_into(tmp_path / "a", given | {"lr": 0.5})
