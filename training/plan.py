@@ -43,6 +43,22 @@ def fit(config: TrainConfig, given: dict, pairs: int) -> tuple[TrainConfig, list
     return replace(config, **changes), sentences
 
 
+def fit_captions(config: TrainConfig, lengths: list[int]) -> tuple[TrainConfig, list[str]]:
+    """--min-length such that captions as short as the training ones can be written.
+
+    lengths: how many pieces these have. The shortest 2 % are left out; a caption's length counts
+    its first token too.
+    """
+    if not lengths:
+        return config, []
+    shortest = sorted(lengths)[len(lengths) // 50] + 1
+    if shortest >= config.min_length:
+        return config, []
+    sentence = (f"  --min-length {shortest} instead of {config.min_length}: captions of --data are "
+                "as short as that")
+    return replace(config, min_length=shortest), [sentence]
+
+
 def describe(config: TrainConfig, pairs: int) -> str:
     """The length of a run in words."""
     steps = pairs // config.batch_size

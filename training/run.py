@@ -128,6 +128,13 @@ def fit_tokenizer(tokenizer: Tokenizer, config: TrainConfig, train: Dataset) -> 
     return wider
 
 
+def caption_lengths(train: Dataset, tokenizer: Tokenizer, prompt: str) -> list[int]:
+    """How many pieces the prompt and a caption have, of some thousand of a data set's captions."""
+    captions = [caption for example in some_examples(train, 5000)
+                for caption in getattr(example, "captions", ())[:1]]
+    return [len(tokenizer.piece_ids(f"{prompt} {clean_caption(caption)}")) for caption in captions]
+
+
 # ---- the run -------------------------------------------------------------------------------------
 
 def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
@@ -177,6 +184,10 @@ class Run:
             self.tokenizer = fit_tokenizer(source.tokenizer, config, self.datasets.train)
         else:
             self.tokenizer = make_tokenizer(config, self.datasets.train)
+        if config.data and not state and "min_length" not in (given or {}):
+            lengths = caption_lengths(self.datasets.train, self.tokenizer, config.prompt)
+            self.config, sentences = plan.fit_captions(config, lengths)
+            config, self.plan = self.config, self.plan + sentences
         self.datasets = self.task.prepare(self.datasets, self.tokenizer, config)
         self.model = self.make_model(model_config, state, source)
         if isinstance(self.model, BLIP) and config.lm_weight:  # it will write captions

@@ -1,7 +1,11 @@
 """How long a run is: epochs and ramps fitted to the size of the data, and told."""
 
+import json
+
 from conftest import photographs, run
 
+from config import TrainConfig
+from training import checkpoints, plan
 from training.plan import describe, fit
 from training.settings import resolve
 
@@ -38,6 +42,29 @@ def test_the_worlds_and_the_papers_runs_stay_as_they_are():
 def test_many_pairs_need_no_more_epochs():
     config, sentences = fitted(100_000, data="a.json")
     assert config.epochs == 1 and not sentences
+
+
+def test_short_captions_can_be_written():
+    """--min-length 5 would forbid names of one or two words."""
+    config = TrainConfig(data="a.json", min_length=5)
+    fitted, (sentence,) = plan.fit_captions(config, [2] * 10 + [9] * 90)
+    assert fitted.min_length == 3 and "--min-length 3 instead of 5" in sentence
+    assert plan.fit_captions(config, [1] + [9] * 99) == (config, [])  # one odd caption of hundred
+    assert plan.fit_captions(config, []) == (config, [])
+
+
+def test_the_length_of_captions_comes_from_the_training_texts(tmp_path, capsys):
+    folder = photographs(tmp_path, 40)
+    rows = json.loads((folder / "train.json").read_text())
+    for row in rows:
+        row["caption"] = "star"
+    (folder / "short.json").write_text(json.dumps(rows))
+    assert run(tmp_path / "a", "--data", folder / "short.json", "--min-steps", "1") == 0
+    assert "--min-length 2 instead of 5" in capsys.readouterr().out
+    assert checkpoints.load(tmp_path / "a/checkpoint.pt")["train_config"]["min_length"] == 2
+    assert run(tmp_path / "b", "--data", folder / "short.json", "--min-steps", "1",
+               "--min-length", "4") == 0
+    assert checkpoints.load(tmp_path / "b/checkpoint.pt")["train_config"]["min_length"] == 4
 
 
 def test_the_plan_is_printed(tmp_path, capsys):
