@@ -191,6 +191,14 @@ def test_describe_prints_and_writes_captions_of_a_folder(tmp_path, pretrained, c
     assert json.loads((tmp_path / "o/captions.json").read_text()) == records
 
 
+def test_a_search_among_damaged_pictures_is_one_sentence(tmp_path, pretrained, capsys):
+    (tmp_path / "p").mkdir()
+    (tmp_path / "p/a.png").write_bytes(b"no picture")
+    assert eval.main(["search", "a red circle", "--images", str(tmp_path / "p"), "--checkpoint",
+                      str(pretrained), "--out", str(tmp_path / "s")]) == 2
+    assert "none of the pictures could be read" in capsys.readouterr().err
+
+
 def test_search_orders_by_both_heads_and_keeps_features(tmp_path, pretrained, monkeypatch, capsys):
     folder, out = photographs(tmp_path / "p", 8), tmp_path / "s"
     asked = ["search", "a red circle", "--images", str(folder), "--checkpoint", str(pretrained),

@@ -177,7 +177,7 @@ def encode_pictures(trained: TrainedModel, paths: list[Path], checkpoint: Path,
     for readable, images in picture_batches(missing, trained.image_size, "encoding"):
         feat = trained.model.encode_image(prepare_images(images, trained.device))[1].cpu()
         features |= zip([stamps[path] for path in readable], feat)
-    if missing:
+    if missing and features:
         make_folder(folder)
         checkpoints.save(store, {"stamps": list(features),
                                  "features": torch.stack(list(features.values()))})
