@@ -261,7 +261,8 @@ TASKS = (
               starts_from=("blip2-stage1", "pretrain"), from_start=vision_of, holds_splits=True,
               settings=dict(RECIPE, out="runs/blip2-stage2", epochs=10, min_lr=5e-5,
                             batch_size=1920),
-              tiny=dict(TINY, epochs=1, scenes=64000, lr=2e-3, prompt=CAPTION_PROMPT),
+              tiny=dict(TINY, epochs=1, scenes=22400, batch_size=16, lr=1.5e-3,
+                        prompt=CAPTION_PROMPT),
               tiny_own=dict(min_steps=1000, crop_min=0.5),
               highlights=(
                   (("caption_true", "% of captions have every fact right and none left out", ""),

@@ -12,8 +12,8 @@ RETRIEVAL = {name: MEASURES[name] for name in ("t2i_r1", "i2t_r1", "t2i_r1_reran
                                                "i2t_r1_rerank")}
 STAGE1 = RETRIEVAL | {"caption_true": "captions wholly true (ITG)"}
 STAGE2 = {"caption_true": "captions wholly true", "accuracy": "questions answered, zero-shot"}
-STEPS = (400, 1200)  # of stage 2, for Figure 5
-BATCH = 32  # of the tiny preset
+STEPS = (300, 1200)  # of stage 2, for Figure 5
+BATCH = 16  # of the tiny preset of stage 2
 
 
 def language(cache, **given) -> str:
