@@ -63,7 +63,7 @@ TASKS = (
          sizes=SIZES, starts_from=("pretrain",), from_start=vision_of, complete=complete,
          holds_splits=True, reranks=True,
          settings=dict(RECIPE, out="runs/blip2-stage1", epochs=10),
-         tiny=dict(TINY, epochs=1, scenes=25600, lr=2e-3, itm_from=450),
+         tiny=dict(TINY, epochs=1, scenes=32000, lr=2e-3, itm_from=350),
          tiny_own=dict(min_steps=1000, crop_min=0.5, equal_texts=True, new_pieces=OWN_WORDS),
          highlights=pretraining.TASK.highlights),
     Task("blip2-retrieval", "BLIP-2: find images by text, finetuned", Stage1, open_pairs,
