@@ -4,9 +4,9 @@
 that do change state after the optimizer's step (`update_momentum`, `enqueue`, `clamp_temperature`)
 stand in the training loop, train.py.
 
-Letters, here and everywhere: B batch, N image tokens (197 at 224 px, 577 at 384 px), L text tokens,
-D width, E joint width 256, H heads, Q queue length, V vocabulary, C = B + Q columns. Rows are
-queries. Masks: True = attend. Names ending in `_m` belong to the momentum twins.
+Letters, here and everywhere: B batch, N image tokens, L text tokens, D width, E joint width, H
+heads, Q queue length, V vocabulary, C = B + Q columns. Rows are queries. Masks: True = attend.
+Names ending in `_m` belong to the momentum twins.
 """
 
 from collections.abc import Callable
@@ -24,17 +24,14 @@ from vit import ViT
 
 
 def make_vit(config: BLIPConfig) -> ViT:
-    """The image encoder that the configuration describes."""
+    """The image encoder, and its twin. Another backbone: docs/losses.md says what it must do."""
     return ViT(config.image_size, config.patch_size, config.vit_width, config.vit_depth,
                config.vit_heads, config.drop_path, config.grad_checkpoint)
 
 
 def make_med(config: BLIPConfig, modes: tuple[str, ...], context_width: int = 0,
              cross_attention: Callable[[int], nn.Module] | None = None) -> MED:
-    """The text transformer that the configuration describes; arguments as in MED.
-
-    context_width 0: the ViT's.
-    """
+    """The text transformer, and its twin; arguments as in MED (context_width 0: the ViT's)."""
     c = config
     return MED(c.vocab_size, c.text_width, context_width or c.vit_width, c.text_depth,
                c.text_heads, c.text_ffn, c.max_positions, c.dropout, c.enc_id, c.dec_id, c.share,
@@ -55,7 +52,7 @@ class BLIP(nn.Module):
         self.temp = nn.Parameter(torch.tensor(c.temp))
         init_weights(self, c.init_std)
         # Momentum twins hold only what ITC uses: no cross-attention, no decoder.
-        self.vit_m = ViT(c.image_size, c.patch_size, c.vit_width, c.vit_depth, c.vit_heads)
+        self.vit_m = make_vit(c)
         self.med_m = make_med(c, ("text",))
         self.vision_proj_m = nn.Linear(c.vit_width, c.embed_dim)
         self.text_proj_m = nn.Linear(c.text_width, c.embed_dim)
@@ -200,10 +197,8 @@ class BLIP(nn.Module):
             loss = itc_loss(image_feat, text_feat, image_keys, text_keys, self.temp, alpha,
                             positives)
             with torch.no_grad():
-                if finetuning:
-                    image_columns, text_columns = image_feat, text_feat
-                else:
-                    image_columns, text_columns = image_feat_m, text_feat_m
+                image_columns, text_columns = ((image_feat, text_feat) if finetuning
+                                               else (image_feat_m, text_feat_m))
                 if all_negatives:
                     image_columns = distributed.all_gather(image_columns)
                     text_columns = distributed.all_gather(text_columns)
@@ -258,6 +253,9 @@ class BLIP(nn.Module):
         m = self.config.momentum if momentum is None else momentum
         online, twin = zip(*self.twin_parameters)
         torch._foreach_lerp_(twin, online, 1 - m)  # p_m.lerp_(p, 1 - m), in one launch on a GPU
+        for online, twin in self.twins():  # a BatchNorm's statistics, in another backbone
+            for name, buffer in twin.named_buffers():
+                buffer.copy_(online.get_buffer(name))
 
     @torch.no_grad()
     def enqueue(self, keys: dict[str, Tensor]) -> None:
@@ -301,7 +299,8 @@ def init_weights(model: nn.Module, std: float) -> None:
     for module in model.modules():
         if isinstance(module, (nn.Linear, nn.Conv2d)):
             nn.init.normal_(module.weight, std=std or module.weight[0].numel() ** -0.5)
-            nn.init.zeros_(module.bias)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
         elif isinstance(module, nn.Embedding):
             nn.init.normal_(module.weight, std=std or module.embedding_dim ** -0.5)
         elif isinstance(module, ViT):

@@ -4,7 +4,13 @@ import json
 import re
 from pathlib import Path
 
+import torch
+from conftest import toy_batch, toy_model
+from torch import nn
+
+import blip
 import train
+from config import BLIPConfig
 from tasks import registry
 
 PAGE = Path(__file__).parents[2] / "docs" / "losses.md"
@@ -30,3 +36,28 @@ def test_every_recipe_stands_on_the_page():
     for name in registry.TASKS:
         if name.startswith("pretrain-"):
             assert f"`python train.py {name}`" in text
+
+
+def test_the_pages_backbone_trains_with_its_twin(monkeypatch):
+    """A ConvNet without biases: twin alike at the start, its statistics follow, it is trained."""
+    code, = [block for block in re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.S)
+             if "def make_vit" in block]
+    names = {"nn": nn, "torch": torch, "BLIPConfig": BLIPConfig}
+    exec(code, names)
+    monkeypatch.setattr(blip, "make_vit", names["make_vit"])
+    model = toy_model(vit_width=16).train()
+    twin = dict(model.vit_m.named_parameters())
+    assert all(torch.equal(p, twin[name]) for name, p in model.vit.named_parameters())
+    assert any(name.endswith("running_mean") for name, _ in model.vit_m.named_buffers())
+    start = {name: p.clone() for name, p in model.vit.named_parameters()}
+    batch = toy_batch()
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    losses, _ = model(batch["image"], batch["ids"], batch["mask"])
+    sum(losses.values()).backward()
+    optimizer.step()
+    model.update_momentum(0.5)
+    assert not any(torch.equal(p, start[name]) for name, p in model.vit.named_parameters())
+    statistics = dict(model.vit.named_buffers())
+    for name, buffer in model.vit_m.named_buffers():
+        assert torch.equal(buffer, statistics[name]), name
+    assert statistics["layers.1.running_mean"].abs().sum() > 0
