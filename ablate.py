@@ -22,9 +22,7 @@ The experiments are in tools/experiments.py and, of the second paper, tools/expe
 """
 
 import argparse
-import ast
 import contextlib
-import functools
 import hashlib
 import json
 import os
@@ -51,6 +49,7 @@ from tools.experiments import BLIP_EXPERIMENTS, Experiment
 from tools.experiments_blip2 import BLIP2_EXPERIMENTS
 from tools.judge import judge_in_world
 from training import devices
+from training.code import digest_of_code
 from training.program import exit_status
 from training.settings import add_flags, at_least, given_for, training_flags
 from world.web import (
@@ -78,22 +77,6 @@ class Regime:
     pretrain: dict  # settings of every pretraining
     finetune: dict  # settings of every finetuning
     losses: dict  # settings of the experiment `losses`, which runs on clean texts
-
-
-@functools.cache
-def digest_of_code() -> str:
-    """Of the code that a result may depend on, without comments.
-
-    An edited loss gives another result: its cells are trained again.
-    """
-    root, content = Path(__file__).parent, hashlib.sha256()
-    files = [root / f"{name}.py" for name in ("attention", "vit", "med", "losses", "decoding",
-                                              "blip", "config", "train", "capfilt")]
-    for room in ("data", "tasks", "training", "world", "objectives", "blip2"):
-        files += sorted((root / room).glob("*.py"))
-    for path in files:
-        content.update(ast.unparse(ast.parse(path.read_text(encoding="utf-8"))).encode())
-    return content.hexdigest()
 
 
 def same_recipe(a: list, b: list) -> bool:

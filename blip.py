@@ -185,13 +185,13 @@ class BLIP(nn.Module):
             image_feat_m = l2_normalize(self.vision_proj_m(self.vit_m(image)[:, 0]))
             text_state_m = self.med_m.encode_text(ids, mask, cls_only=True)[:, 0]
             text_feat_m = l2_normalize(self.text_proj_m(text_state_m))
-            # Columns: this rank's momentum features, then the queue, where the other ranks' follow
-            # a step later. So 2 processes x 4 pairs is not 1 process x 8 pairs, by BLIP's design.
-            image_keys = torch.cat([image_feat_m, self.image_queue])
-            text_keys = torch.cat([text_feat_m, self.text_queue])
-            positives = None
-            if image_ids is not None:
-                positives = image_ids[:, None] == torch.cat([image_ids, self.queue_ids])
+        # Columns: this rank's momentum features, then the queue, where the other ranks' follow a
+        # step later. So 2 processes x 4 pairs is not 1 process x 8 pairs, by BLIP's design.
+        image_keys = torch.cat([image_feat_m, self.image_queue])
+        text_keys = torch.cat([text_feat_m, self.text_queue])
+        positives = None
+        if image_ids is not None:
+            positives = image_ids[:, None] == torch.cat([image_ids, self.queue_ids])
         # Similarities are divided by a temperature near 0.01: bfloat16 is too coarse for them.
         with torch.autocast(image.device.type, enabled=False):
             loss = itc_loss(image_feat, text_feat, image_keys, text_keys, self.temp, alpha,

@@ -118,6 +118,7 @@ def forward_backward(run: Run, net: torch.nn.Module, micro_batches: list[dict],
     So 1 process x 2 micro-batches computes what 2 processes x 1 do.
     """
     count, weights = len(micro_batches), run.config.objective_weights()
+    weights["mlm"] = weights["lm"]  # it stands in LM's place (objectives/models.py)
     means, all_keys = {}, []
     for number, batch in enumerate(micro_batches):
         run.count(batch)
@@ -208,7 +209,7 @@ def evaluate(run: Run) -> Evaluation:
             evaluation = run.task.evaluate(run.trained_model(), run.datasets.final, settings)
     if distributed.rank() == 0:
         write_numbers(run.out / "metrics.json", numbers | evaluation.numbers,
-                      asdict(run.config) | {"model": asdict(run.model.config)})
+                      asdict(run.config) | {"model": asdict(run.model.config), "code": run.code})
         if evaluation.sections:
             draw_sheet(run.out / "samples.png", evaluation.sections)
         draw_curves(run.out / "curves.png", {run.out.name: read_log(run.out)},

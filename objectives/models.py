@@ -98,11 +98,25 @@ class ManyNegatives(BLIP):
     NEGATIVES = 3
 
     def _itm_pairs(self, image_tokens, kv, ids, mask, *rest):
-        """As BLIP._itm_pairs: rows 0 .. B-1 matched, then 2B negatives NEGATIVES times."""
-        count, parts = len(ids), []
+        """As BLIP._itm_pairs: rows 0 .. B-1 matched, then 2B negatives NEGATIVES times.
+
+        None is drawn twice for the same image or text, as long as another one has any weight.
+        """
+        count, parts, draw, drawn = len(ids), [], self.draw_negative, ([], [])
+
+        def draw_another(weights: Tensor) -> Tensor:
+            texts, images = drawn  # are drawn in turn
+            before = texts if len(texts) == len(images) else images
+            left = weights.clone()
+            for index in before:
+                left.scatter_(1, index[:, None], 0.0)
+            before.append(draw(torch.where(left.sum(1, keepdim=True) > 0, left, weights)))
+            return before[-1]
+        self.draw_negative = draw_another
         for number in range(self.NEGATIVES):
             pairs = super()._itm_pairs(image_tokens, kv, ids, mask, *rest)
             parts.append(pairs if number == 0 else [part[count:] for part in pairs])
+        self.draw_negative = draw
         return tuple(torch.cat(part) for part in zip(*parts))
 
 

@@ -70,7 +70,7 @@ def group_runs(runs: list[RunFolder]) -> dict[str, list[RunFolder]]:
         by_settings.setdefault(key, []).append(run)
     groups = {}
     for key, members in by_settings.items():
-        own = [f"{flag_name(name)} {value}" for name, value in key
+        own = [f"{'code' if name == 'code' else flag_name(name)} {value}" for name, value in key
                if all(name in run.settings for run in finished)
                and any((name, value) not in other for other in by_settings)]
         name = " ".join(own) or "all runs"

@@ -259,7 +259,7 @@ def attention(trained: TrainedModel, image: Tensor, text: str,
         gradient, = torch.autograd.grad(logits[0, 1], attn_maps[layer - 1])
     weighted = (attn_maps[layer - 1] * gradient.clamp(min=0)).mean(1)[0].detach()  # (L, N)
     patches = weighted[:, 1:]  # without [CLS]
-    grid = model.config.image_size // model.config.patch_size
+    grid = math.isqrt(patches.shape[1])
     start, per_word = 1, []
     for word in words:
         end = start + len(tokenizer.piece_ids(word))

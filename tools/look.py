@@ -49,7 +49,10 @@ Call = tuple[dict, object]  # arguments by name, what was returned
 @contextmanager
 def calls_of(owner: object, name: str) -> Iterator[list[Call]]:
     """Within it, each call of the function `owner.name` is noted in the list."""
-    original, calls = getattr(owner, name), []
+    original, calls = getattr(owner, name, None), []
+    if original is None:
+        raise InputError(f"{owner.__name__} has no {name} any more: look draws what it gets. Call "
+                         "your function inside of it")
     signature = inspect.signature(original)
 
     def noted(*values, **named):
@@ -106,6 +109,9 @@ def see(trained: TrainedModel, batch: dict) -> Seen:
             "itc_loss", "mine_hard_negatives", "itm_loss", "lm_loss"))
         model(moved["image"], moved["ids"], moved["mask"], alpha=max(ALPHAS))
     model.draw_negative = own_draw
+    if not (itc and len(mined) == 2 and itm and lm):
+        raise InputError("look draws what itc_loss, mine_hard_negatives, itm_loss and lm_loss get; "
+                         "this model does not call all of them by these names of blip.py")
     arguments, targets = itc[0][0], {}
     for alpha in ALPHAS:
         with calls_of(F, "cross_entropy") as calls:

@@ -209,7 +209,8 @@ def initialise(model: nn.Module, source: nn.Module,
     match. spelt: of each piece that the model's vocabulary has more, the pieces of the source's
     that it is made of; its rows start as their mean.
     """
-    theirs, alike, fresh = source.state_dict(), type(model) is type(source), []
+    theirs, fresh = source.state_dict(), []
+    alike = type(model) is type(source) or isinstance(model, BLIP) and isinstance(source, BLIP)
     for name, ours in model.state_dict().items():  # aliases the parameters
         value = theirs.get(name if alike else model.pretrained_name(name))
         if value is not None and name.endswith("pos_embed"):

@@ -98,7 +98,7 @@ def measure(model: BLIP, heard: dict[nn.Module, list[Tensor]],
     if model.text_proj in heard and model.vision_proj in heard:
         image_feat = l2_normalize(heard[model.vision_proj][0])
         text_feat = l2_normalize(heard[model.text_proj][0])
-        if len(image_feat) == len(text_feat) == pairs:
+        if image_feat.shape == text_feat.shape == (pairs, image_feat.shape[-1]):
             sim = image_feat @ text_feat.T
             pair = inputs.get("image_ids")  # pairs of one image may stand for one another
             pair = torch.arange(pairs, device=ids.device) if pair is None else pair
@@ -177,6 +177,9 @@ def stands_at_chance(name: str, last: dict[str, float], chance: dict[str, float]
 
 def hint(name: str, last: dict[str, float], chance: dict[str, float]) -> str:
     """What it means that an objective still stands at its chance level."""
+    if last[name] < NEAR_CHANCE * chance[name]:  # by its accuracies: its loss may be another one
+        return (f"{name} still stands at chance by its accuracies: it has learnt next to nothing "
+                "yet; docs/healthy.md says what to look at")
     return (f"{name} still stands at chance (loss {last[name]:.3f}; of one that knows nothing: "
             f"{chance[name]:.3f}): it has learnt next to nothing yet; docs/healthy.md says what "
             "to look at")

@@ -12,6 +12,7 @@ def reached_parameters(model: nn.Module, inputs: dict) -> set[str]:
     """Names of the parameters that get a gradient from the sum of the model's current losses.
 
     inputs: arguments of the model's forward. Neither the model nor the random generators change.
+    Raises InputError for a loss that is no scalar or has no gradient.
     """
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
     device = next(model.parameters()).device
@@ -19,6 +20,13 @@ def reached_parameters(model: nn.Module, inputs: dict) -> set[str]:
     model.eval()  # so that no statistics are updated
     with devices.generators_kept(device):
         losses, _ = model.forward(**inputs)  # not model(...): nothing is compiled for this once
+    for name, loss in losses.items():
+        if loss.ndim:
+            raise InputError(f"the loss {name!r} has shape {tuple(loss.shape)}; it must be a "
+                             "scalar: take its mean")
+        if not loss.requires_grad:
+            raise InputError(f"the loss {name!r} has no gradient, so it would train nothing; is it "
+                             "made of detached tensors, or within torch.no_grad()?")
     gradients = torch.autograd.grad(sum(losses.values()), list(named.values()), allow_unused=True)
     model.train(was_training)
     return {name for name, gradient in zip(named, gradients) if gradient is not None}

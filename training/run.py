@@ -26,6 +26,7 @@ from tasks.captioning import Decoding
 from tasks.registry import TASKS, make_model
 from tasks.task import Datasets, Source, Task, TrainedModel
 from training import checkpoints, devices, distributed, plan
+from training.code import digest_of_code
 from training.precision import choose_precision
 from training.program import leave_signals_to_the_run, signals_held_back
 from weights.files import shorten
@@ -105,7 +106,7 @@ def make_tokenizer(config: TrainConfig, train: Dataset) -> Tokenizer:
 
 
 def fit_tokenizer(tokenizer: Tokenizer, config: TrainConfig, train: Dataset) -> Tokenizer:
-    """A start's tokenizer, with pieces for the words of own data that it spells by letters.
+    """A start's tokenizer, with pieces for the words of own data that it spells.
 
     Says how many pieces a word has.
     """
@@ -129,7 +130,7 @@ def fit_tokenizer(tokenizer: Tokenizer, config: TrainConfig, train: Dataset) -> 
 
 
 def caption_lengths(train: Dataset, tokenizer: Tokenizer, prompt: str) -> list[int]:
-    """How many pieces the prompt and a caption have, of some thousand of a data set's captions."""
+    """How many pieces the prompt and a caption have, for some thousand captions."""
     captions = [caption for example in some_examples(train, 5000)
                 for caption in getattr(example, "captions", ())[:1]]
     return [len(tokenizer.piece_ids(f"{prompt} {clean_caption(caption)}")) for caption in captions]
@@ -166,7 +167,7 @@ class Run:
         given: what the user set: training/plan.py does not change it. run_id: of this run and no
         other; it stands in its checkpoints.
         """
-        self.run_id = run_id
+        self.run_id, self.code = run_id, digest_of_code()[:8]  # before anybody edits it
         self.device, self.out, self.task = device, Path(config.out), TASKS[config.task]
         image_size = getattr(model_config, "image_size", 0)  # 0: of a model of texts alone
         self.datasets = open_datasets(self.task, config, image_size)
@@ -226,7 +227,10 @@ class Run:
                 distributed.print0(f"not in --init, starts afresh: {shorten(fresh)}")
             # Once before the first step, as the released code does (BLIP.update_momentum).
             model.clamp_temperature()
-            model.update_momentum()
+            if any("_m." in name for name in fresh):  # the source has no twins: they are copies
+                model.update_momentum(0.0)
+            else:
+                model.update_momentum()
         if not state:
             self.task.initialise(model, model.config)
         if not state and (c.init_vit or c.init_text):

@@ -7,6 +7,7 @@ import torch
 from conftest import TOY, toy_batch
 
 from config import OBJECTIVES, BLIPConfig
+from data.files import InputError
 from losses import itm_loss
 from objectives import losses, models
 from training.reach import reached_parameters, require_reached
@@ -82,7 +83,11 @@ def test_three_negatives_are_the_pairs_that_their_rows_say():
     """Each logit is that of `match` on the pair alone, and positives are not repeated."""
     torch.manual_seed(0)
     model = models.ManyNegatives(BLIPConfig(**TOY)).eval()
-    model.draw_negative = lambda weights: weights.argmax(1)
+    drawn = []
+    def likeliest(weights):
+        drawn.append(weights.argmax(1))
+        return drawn[-1]
+    model.draw_negative = likeliest
     batch = toy_batch()
     tokens, _ = model.encode_image(batch["image"])
     kv, count = model.project(tokens), len(batch["ids"])
@@ -91,5 +96,39 @@ def test_three_negatives_are_the_pairs_that_their_rows_say():
     assert logits.shape == (7 * count, 2) and matched.tolist() == [1] * count + [0] * 6 * count
     own = model.match(kv, batch["ids"], batch["mask"])
     assert torch.allclose(logits[:count], own, atol=1e-5)
-    assert torch.allclose(logits[count:3 * count], logits[3 * count:5 * count], atol=1e-5)
+    for number, rows in enumerate(logits[count:].split(2 * count)):
+        texts, images = drawn[2 * number:2 * number + 2]
+        assert torch.allclose(rows[:count], model.match(kv, batch["ids"][texts],
+                                                        batch["mask"][texts]), atol=1e-5)
+        assert torch.allclose(rows[count:], model.match(kv.select(images), batch["ids"],
+                                                        batch["mask"]), atol=1e-5)
     assert valid.all()
+
+
+def test_three_negatives_are_three_different_ones():
+    """The likeliest is not drawn again while another one has any weight."""
+    torch.manual_seed(0)
+    model = models.ManyNegatives(BLIPConfig(**TOY))
+    asked = []
+    model.draw_negative = lambda weights: asked.append(weights.clone()) or weights.argmax(1)
+    batch = toy_batch()
+    model(batch["image"], batch["ids"], batch["mask"])
+    drawn = [weights.argmax(1) for weights in asked]
+    assert len(drawn) == 6  # texts and images in turn
+    for side in (drawn[0::2], drawn[1::2]):
+        for row in torch.stack(side).T.tolist():
+            assert len(set(row)) == min(3, len(batch["ids"]) - 1)
+
+
+@pytest.mark.parametrize("broken, said", [
+    (lambda loss: loss[None].expand(3), r"the loss 'itc' has shape \(3,\)"),
+    (lambda loss: loss.detach(), "the loss 'itc' has no gradient")])
+def test_a_loss_that_cannot_train_is_named(monkeypatch, broken, said):
+    model = models.BLIP(BLIPConfig(**TOY))
+    own = model.forward
+    def forward(*arguments, **named):
+        losses, keys = own(*arguments, **named)
+        return losses | {"itc": broken(losses["itc"])}, keys
+    monkeypatch.setattr(model, "forward", forward)
+    with pytest.raises(InputError, match=said):
+        require_reached(model, trainable_names(model), toy_batch())

@@ -11,7 +11,9 @@ from torch import nn
 import blip
 import train
 from config import BLIPConfig
+from objectives.models import CLIPLike
 from tasks import registry
+from training import checkpoints
 
 PAGE = Path(__file__).parents[2] / "docs" / "losses.md"
 
@@ -24,11 +26,41 @@ def test_the_example_trains(tmp_path, monkeypatch):
     try:
         out = tmp_path / "run"
         assert train.main(["pretrain-filip", "--scenes", "96", "--eval-size", "8", "--eval-top-k",
-                           "4", "--lm-only-steps", "0", "--log-every", "1", "--out", str(out)]) == 0
+                           "4", "--lm-only-steps", "1", "--log-every", "1", "--out", str(out)]) == 0
         lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-        assert all({"itc", "itm", "lm", "filip"} <= line.keys() for line in lines)
+        assert {"lm", "filip"} <= lines[0].keys() and "itc" not in lines[0]
+        assert all({"itc", "itm", "lm", "filip"} <= line.keys() for line in lines[1:])
     finally:
         del registry.TASKS["pretrain-filip"]
+
+
+def test_other_objectives_start_from_blip_and_blip_from_them(pretrained, tmp_path):
+    """Weights go both ways; where the start has no twins, these are exact copies."""
+    few = ["--scenes", "32", "--batch-size", "8", "--eval-size", "8", "--eval-top-k", "4",
+           "--device", "cpu"]
+    assert train.main(["pretrain-negatives", "--init", str(pretrained), *few, "--lm-only-steps",
+                       "0", "--out", str(tmp_path / "n")]) == 0
+    assert train.main(["retrieval", "--init", str(tmp_path / "n/checkpoint.pt"), *few, "--epochs",
+                       "1", "--out", str(tmp_path / "r")]) == 0
+    source = checkpoints.open_model(tmp_path / "n/checkpoint.pt", to_train=True)
+    without = CLIPLike(source.model.config)
+    fresh = checkpoints.initialise(source.model, without)
+    assert any("_m." in name for name in fresh)
+    source.model.update_momentum(0.0)
+    assert all(torch.equal(p, twin) for p, twin in source.model.twin_parameters)
+
+
+def test_a_weight_of_lm_weighs_masked_tokens(tmp_path):
+    """ALBEF's loss stands in LM's place."""
+    few = ["pretrain-albef", "--scenes", "32", "--batch-size", "8", "--eval-size", "8",
+           "--eval-top-k", "4", "--lm-only-steps", "0", "--itc-weight", "0", "--itm-weight", "0",
+           "--log-every", "1", "--device", "cpu", "--warmup-steps", "0"]
+    norms = []
+    for weight in ("1", "0.5"):
+        out = tmp_path / weight
+        assert train.main([*few, "--lm-weight", weight, "--out", str(out)]) == 0
+        norms.append(json.loads((out / "log.jsonl").read_text().splitlines()[0])["grad_norm"])
+    assert abs(norms[1] / norms[0] - 0.5) < 0.01
 
 
 def test_every_recipe_stands_on_the_page():

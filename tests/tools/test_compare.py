@@ -81,3 +81,12 @@ def test_any_values_can_be_drawn(tmp_path, values):
     log = [{"step": step, "mine": value} for step, value in enumerate(values)]
     draw_curves(tmp_path / "c.png", {"a": log, "b": log[:1]}, {"mine": 0.0})
     assert colours(tmp_path / "c.png") > 10
+
+
+def test_runs_of_edited_code_are_not_pooled_with_others(tmp_path, capsys):
+    """The same flags and seeds, another loss: two groups, which are tested against each other."""
+    folders = [make_run(tmp_path / f"{code}-{seed}", seed, 0.5 + 0.1 * (code == "b"), code=code)
+               for code in ("a", "b") for seed in (0, 1)]
+    assert compare.main([*map(str, folders), "--out", str(tmp_path / "out")]) == 0
+    header = capsys.readouterr().out.splitlines()[0]
+    assert "`code a` (seeds 0, 1)" in header and "`code b` (seeds 0, 1)" in header
