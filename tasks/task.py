@@ -205,6 +205,7 @@ class Task:
     settings: dict = field(default_factory=dict)  # of TrainConfig, what differs from the default
     large: dict = field(default_factory=dict)  # and with --preset large
     tiny: dict = field(default_factory=dict)  # and with --preset tiny
+    untrained: tuple[str, ...] = ()  # losses of BLIP that it does not train, whatever their weight
     tiny_own: dict = field(default_factory=dict)  # and with --preset tiny on own data
     # what the end of a run shows: reports.numbers.print_highlights
     highlights: tuple[tuple[tuple[str, str, str], ...], ...] = ()

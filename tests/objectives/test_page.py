@@ -4,6 +4,7 @@ import json
 import re
 from pathlib import Path
 
+import pytest
 import torch
 from conftest import toy_batch, toy_model
 from torch import nn
@@ -11,6 +12,7 @@ from torch import nn
 import blip
 import train
 from config import BLIPConfig
+from data.files import InputError
 from objectives.models import CLIPLike
 from tasks import registry
 from training import checkpoints
@@ -61,6 +63,8 @@ def test_a_weight_of_lm_weighs_masked_tokens(tmp_path):
         assert train.main([*few, "--lm-weight", weight, "--out", str(out)]) == 0
         norms.append(json.loads((out / "log.jsonl").read_text().splitlines()[0])["grad_norm"])
     assert abs(norms[1] / norms[0] - 0.5) < 0.01
+    with pytest.raises(InputError, match="trained without LM"):  # its decoder cannot describe
+        checkpoints.open_model(out / "checkpoint.pt", ("lm",))
 
 
 def test_every_recipe_stands_on_the_page():
