@@ -24,7 +24,7 @@ from vit import ViT
 
 
 def make_vit(config: BLIPConfig) -> ViT:
-    """The image encoder, and its twin. Another backbone: docs/losses.md says what it must do."""
+    """Image encoder and twin: image -> (B, N, vit_width), a token of the whole image first."""
     return ViT(config.image_size, config.patch_size, config.vit_width, config.vit_depth,
                config.vit_heads, config.drop_path, config.grad_checkpoint)
 

@@ -206,6 +206,8 @@ class Task:
     large: dict = field(default_factory=dict)  # and with --preset large
     tiny: dict = field(default_factory=dict)  # and with --preset tiny
     untrained: tuple[str, ...] = ()  # losses of BLIP that it does not train, whatever their weight
+    # What its losses are for a model that knows nothing, where that is not BLIP's; None: unknown.
+    chance: dict[str, float | None] = field(default_factory=dict)
     tiny_own: dict = field(default_factory=dict)  # and with --preset tiny on own data
     # what the end of a run shows: reports.numbers.print_highlights
     highlights: tuple[tuple[tuple[str, str, str], ...], ...] = ()

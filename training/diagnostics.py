@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from blip import BLIP, l2_normalize
 from config import BLIPConfig, TrainConfig
 from losses import next_token_targets
+from tasks.registry import TASKS
 from training import distributed
 
 ITM_CHANCE = 0.6365  # H(1/3): one own pair to two negatives, nothing but their number is known
@@ -127,14 +128,16 @@ def chance_levels(model_config: object, config: TrainConfig) -> dict[str, float]
     Empty for other models than BLIP. The ITC accuracies count the pairs of one process and
     micro-batch.
     """
-    if not isinstance(model_config, BLIPConfig) or config.task not in (
-            "pretrain", "retrieval", "caption"):
+    task = config.task
+    if not isinstance(model_config, BLIPConfig) or not (
+            task.startswith("pretrain") or task in ("retrieval", "caption")):
         return {}
     pairs = config.batch_size // (distributed.world_size() * config.accumulate)
     words = math.log(model_config.vocab_size)
-    return {"itc": math.log(pairs + model_config.queue_size), "itm": ITM_CHANCE, "lm": words,
-            "itc_i2t_acc": 1 / pairs, "itc_t2i_acc": 1 / pairs, "itm_pos_acc": 0.5,
-            "itm_neg_acc": 0.5, "lm_nll": words}
+    levels = {"itc": math.log(pairs + model_config.queue_size), "itm": ITM_CHANCE, "lm": words,
+              "mlm": words, "itc_i2t_acc": 1 / pairs, "itc_t2i_acc": 1 / pairs, "itm_pos_acc": 0.5,
+              "itm_neg_acc": 0.5, "lm_nll": words} | TASKS[task].chance
+    return {name: level for name, level in levels.items() if level is not None}
 
 
 def last_means(log: list[dict]) -> dict[str, float]:
@@ -155,7 +158,7 @@ def final_lines(log: list[dict], chance: dict[str, float]) -> list[str]:
     if lines:
         steps = log[-1]["step"] - (log[-SHOWN - 1]["step"] if len(log) > SHOWN else 0)
         lines.insert(0, f"in the training batches of the last {steps} steps:")
-    return lines + [hint(name, last, chance) for name in ("itc", "itm", "lm")
+    return lines + [hint(name, last, chance) for name in ("itc", "itm", "lm", "mlm")
                     if name in last and name in chance and stands_at_chance(name, last, chance)]
 
 

@@ -6,10 +6,11 @@ import pytest
 import torch
 from conftest import TOY, toy_batch
 
-from config import OBJECTIVES, BLIPConfig
+from config import OBJECTIVES, BLIPConfig, TrainConfig
 from data.files import InputError
 from losses import itm_loss
 from objectives import losses, models
+from training.diagnostics import ITM_CHANCE, chance_levels
 from training.reach import reached_parameters, require_reached
 from training.run import trainable_names
 
@@ -118,6 +119,19 @@ def test_three_negatives_are_three_different_ones():
     for side in (drawn[0::2], drawn[1::2]):
         for row in torch.stack(side).T.tolist():
             assert len(set(row)) == min(3, len(batch["ids"]) - 1)
+
+
+def test_each_objectives_chance_is_its_own():
+    def levels(task: str, queue_size: int = 64) -> dict[str, float]:
+        return chance_levels(BLIPConfig(**TOY | {"queue_size": queue_size}),
+                             TrainConfig(task=task, batch_size=8))
+    words = math.log(BLIPConfig(**TOY).vocab_size)
+    assert levels("pretrain")["itc"] == math.log(72) and levels("pretrain")["itm"] == ITM_CHANCE
+    assert levels("pretrain-clip", 0)["itc"] == math.log(8)
+    assert "itc" not in levels("pretrain-siglip", 0)
+    one_in_seven = -(math.log(1 / 7) / 7 + 6 / 7 * math.log(6 / 7))
+    assert levels("pretrain-negatives")["itm"] == pytest.approx(one_in_seven, abs=1e-4)
+    assert levels("pretrain-albef")["mlm"] == words and levels("vqa") == {}
 
 
 @pytest.mark.parametrize("broken, said", [
