@@ -11,7 +11,7 @@ from PIL import Image
 
 import blip
 import losses
-from data.files import read_tensors
+from data.files import InputError, read_tensors
 from data.images import batch_to
 from tools import look
 from training.checkpoints import open_model
@@ -121,3 +121,10 @@ def test_calls_are_noted_by_the_arguments_names():
     assert set(calls[0][0]) == {"input", "inplace"} and calls[0][1] == 0 and len(calls) == 1
     F.relu(torch.tensor([1.0]))
     assert len(calls) == 1
+
+
+def test_a_loss_that_was_renamed_is_a_sentence():
+    """An edit such as `from objectives.losses import focal_itm_loss` in blip.py."""
+    with pytest.raises(InputError, match="blip has no itm_loss_of_old any more"):
+        with look.calls_of(blip, "itm_loss_of_old"):
+            pass
