@@ -81,8 +81,8 @@ class Regime:
 
 def same_recipe(a: list, b: list) -> bool:
     """Whether two lists of ingredients differ at most in which code made them."""
-    return re.sub(r"-[0-9a-f]{10}\b", "", json.dumps(a)) == re.sub(
-        r"-[0-9a-f]{10}\b", "", json.dumps(b))
+    first, second = (re.sub(r"-[0-9a-f]{10}\b", "", json.dumps(recipe)) for recipe in (a, b))
+    return first == second
 
 
 class ExperimentCache:
@@ -280,7 +280,7 @@ def markdown(experiment: Experiment, cells: dict[str, list[dict]], command: str,
              f"In the built-in world, {len(seeds)} seed{'s' * (len(seeds) > 1)} "
              f"({', '.join(map(str, seeds))}): mean ± standard deviation, percent, on "
              f"{regime.world.held_out} held-out scenes with clean texts, straight after "
-             f"{experiment.after}. {machine()}.", "",
+             f"{'' if experiment.evaluated else 'pre'}training. {machine()}.", "",
              *cell_table(cells, experiment.measures, experiment.paper)]
     for cell in experiment.sets:
         lines += set_lines(cell, cells[cell])

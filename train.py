@@ -118,7 +118,7 @@ def forward_backward(run: Run, net: torch.nn.Module, micro_batches: list[dict],
     So 1 process x 2 micro-batches computes what 2 processes x 1 do.
     """
     count, weights = len(micro_batches), run.config.objective_weights()
-    weights["mlm"] = weights["lm"]  # it stands in LM's place (objectives/models.py)
+    weights |= {name: weights[old] for old, name in run.task.replaces.items()}
     means, all_keys = {}, []
     for number, batch in enumerate(micro_batches):
         run.count(batch)

@@ -121,14 +121,15 @@ class ManyNegatives(BLIP):
 
 
 def recipe(name: str, about: str, model: type[BLIP], evaluate=pretraining.evaluate,
-           chance: dict[str, float | None] | None = None, untrained: tuple[str, ...] = (), **tiny):
+           chance: dict[str, float | None] | None = None,
+           replaces: dict[str, str] | None = None, **tiny):
     """A task that pretrains `model` on what BLIP is pretrained on.
 
-    chance, untrained: as in tasks.task.Task. tiny: settings of the tiny preset.
+    chance, replaces: as in tasks.task.Task. tiny: settings of the tiny preset.
     """
     task = pretraining.TASK
     return replace(task, name=name, about=about, model=model, evaluate=evaluate,
-                   chance=chance or {}, untrained=untrained,
+                   chance=chance or {}, replaces=replaces or {},
                    settings=task.settings | dict(out=f"runs/{name}"), tiny=task.tiny | tiny)
 
 
@@ -139,7 +140,7 @@ TASKS = (
     recipe("pretrain-siglip", "as SigLIP: ITC by a sigmoid for each pair", SigLIPLike,
            retrieval.evaluate, {"itc": None}, **ITC_ALONE),
     recipe("pretrain-albef", "as ALBEF: ITC, ITM, masked language modelling", ALBEFLike,
-           retrieval.evaluate, untrained=("lm",)),
+           retrieval.evaluate, replaces={"lm": "mlm"}),
     recipe("pretrain-simvlm", "as SimVLM: LM alone", BLIP, captioning.evaluate, itc_weight=0.0,
            itm_weight=0.0, lm_only_steps=0),
     recipe("pretrain-negatives", "BLIP with three hard negatives in ITM", ManyNegatives,

@@ -205,7 +205,8 @@ class Task:
     settings: dict = field(default_factory=dict)  # of TrainConfig, what differs from the default
     large: dict = field(default_factory=dict)  # and with --preset large
     tiny: dict = field(default_factory=dict)  # and with --preset tiny
-    untrained: tuple[str, ...] = ()  # losses of BLIP that it does not train, whatever their weight
+    # Losses of BLIP that it does not train -> those in their place, which have their weights.
+    replaces: dict[str, str] = field(default_factory=dict)
     # What its losses are for a model that knows nothing, where that is not BLIP's; None: unknown.
     chance: dict[str, float | None] = field(default_factory=dict)
     tiny_own: dict = field(default_factory=dict)  # and with --preset tiny on own data

@@ -39,6 +39,7 @@ from data.sources import open_mixture
 from tasks.visdial import VisDial
 from tasks.vqa import VQA
 from tools.bench_blip2 import blip2_seconds
+from tools.timing import fastest
 from training.devices import compile_forward
 from training.precision import autocast, speed_up_generation
 from training.run import make_optimizer
@@ -162,18 +163,6 @@ def matrix_peak(device: str, dtype: torch.dtype) -> float:
     n = 8192 if device.startswith("cuda") else 2048
     a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
     return 2 * n ** 3 / fastest(lambda: a @ b, device, 5) / 1e9
-
-
-def fastest(job, device: str, repeats: int) -> float:
-    """Seconds of the fastest of `repeats` runs, after one to warm up."""
-    best = float("inf")
-    for _ in range(repeats + 1):
-        start = time.perf_counter()
-        job()
-        if device.startswith("cuda"):
-            torch.cuda.synchronize()
-        best = min(best, time.perf_counter() - start)
-    return best
 
 
 def step_speed(size: str, batch: int, device: str, bf16: bool, compiled: bool,

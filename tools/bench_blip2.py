@@ -5,14 +5,12 @@
                                     it is installed
 """
 
-import time
-from collections.abc import Callable
-
 import torch
 
 from blip2.stage2 import Stage2, Stage2Config
 from blip2.weights import to_transformers
 from losses import lm_loss
+from tools.timing import fastest
 from training.precision import speed_up_generation
 
 # A ViT of EVA's form, BERT-base as Q-Former, OPT-125M: what a laptop can hold.
@@ -32,17 +30,6 @@ def make_model() -> Stage2:
             if parameter.ndim > 1:
                 parameter.normal_(std=0.02)
     return model
-
-
-def best_seconds(run: Callable, times: int = 3) -> float:
-    """The fastest of some runs, after one to warm up."""
-    run()
-    taken = []
-    for _ in range(times):
-        start = time.perf_counter()
-        run()
-        taken.append(time.perf_counter() - start)
-    return min(taken)
 
 
 def step_seconds(model: Stage2) -> dict[str, float]:
@@ -72,7 +59,7 @@ def step_seconds(model: Stage2) -> dict[str, float]:
         lm_loss(model.logits(soft, ids, mask, targets), targets, 0.0).backward()
 
     model.train()
-    seconds = {"step": best_seconds(step), "frozen models alone": best_seconds(frozen)}
+    seconds = {"step": fastest(step), "frozen models alone": fastest(frozen)}
     model.eval()
     return seconds | {"share outside": 1 - seconds["frozen models alone"] / seconds["step"]}
 
@@ -87,7 +74,7 @@ def writing_seconds(model: Stage2) -> dict[str, float]:
     def ours():
         written["ours"] = model.generate(image, prompt, mask, beams=BEAMS, min_length=WRITTEN + 1,
                                          max_length=WRITTEN + 1)
-    seconds = {"captions, ours": best_seconds(ours)}
+    seconds = {"captions, ours": fastest(ours)}
     library = transformers_model(model)
     if library is None:
         return seconds
@@ -99,7 +86,7 @@ def writing_seconds(model: Stage2) -> dict[str, float]:
                 pixel_values=image, input_ids=torch.cat([placeholders, prompt], 1),
                 attention_mask=torch.ones(BATCH, placeholders.shape[1] + PROMPT, dtype=torch.long),
                 num_beams=BEAMS, min_new_tokens=WRITTEN, max_new_tokens=WRITTEN, do_sample=False)
-    seconds["captions, transformers"] = best_seconds(theirs)
+    seconds["captions, transformers"] = fastest(theirs)
     same = [hypotheses[0][0][:WRITTEN] == row[-WRITTEN:] for hypotheses, row
             in zip(written["ours"], written["theirs"].tolist())]
     ratio = seconds["captions, transformers"] / seconds["captions, ours"]

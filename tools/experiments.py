@@ -28,7 +28,6 @@ class Experiment:
     # cell -> its bootstrapped set, of which the rates are shown
     sets: dict[str, Callable[[Any], Any]] = field(default_factory=dict)
     measures: dict[str, str] = field(default_factory=lambda: dict(MEASURES))  # the columns
-    after: str = "pretraining"  # when its models are judged
     evaluated: bool = False  # the trainings' own evaluation is used, else tools.judge's
 
     def only(self, cells: list[str]) -> "Experiment":

@@ -16,11 +16,6 @@ STEPS = (300, 1400)  # of stage 2, for Figure 5; 1,400 are the tiny preset's
 BATCH = 16  # of the tiny preset of stage 2
 
 
-def language(cache, **given) -> str:
-    """A language model of the world's texts."""
-    return cache.clean(task="language-model", **given)
-
-
 def stage1(cache, vision: dict | None = None, **given) -> str:
     """Stage 1 on the ViT of `python train.py`. vision: more settings of that training."""
     return cache.clean(task="blip2-stage1", init=cache.clean(**(vision or {})), **given)
@@ -29,7 +24,7 @@ def stage1(cache, vision: dict | None = None, **given) -> str:
 def stage2(cache, init: str, kind: str = "decoder", language_given: dict | None = None,
            **given) -> str:
     """Stage 2 from `init` in front of a language model."""
-    model = language(cache, kind=kind, **(language_given or {}))
+    model = cache.clean(task="language-model", kind=kind, **(language_given or {}))
     return cache.clean(task="blip2-stage2", init=init, language_model=model, **given)
 
 
@@ -52,13 +47,7 @@ def figure5(kind: str) -> Experiment:
         cells |= {names[0]: with_stage1(**given), names[1]: without_stage1(**given)}
         claims.append(names)
     return Experiment(f"BLIP-2, Figure 5: stage 2 with and without stage 1 (language model: "
-                      f"{kind})", cells, claims=tuple(claims), measures=STAGE2, evaluated=True,
-                      after="training")
-
-
-def queries(count: int) -> Cell:
-    """A cell of stage 2 with so many queries, without stage 1."""
-    return without_stage1(queries=count)
+                      f"{kind})", cells, claims=tuple(claims), measures=STAGE2, evaluated=True)
 
 
 SMALL_LANGUAGE = dict(width=64, heads=4, near_heads=2, ffn=256)
@@ -72,21 +61,21 @@ BLIP2_EXPERIMENTS = {
         {"ITC + ITM": lambda cache: stage1(cache, lm_weight=0.0),
          "ITC + ITM + ITG": stage1},
         claims=(("ITC + ITM + ITG", "ITC + ITM"),), judged=tuple(RETRIEVAL), measures=STAGE1,
-        evaluated=True, after="training"),
+        evaluated=True),
     "blip2-sizes": Experiment(
         "BLIP-2, Table 2: a larger language model, a larger image encoder (stage 2)",
         {"small language model": with_stage1(language_given=SMALL_LANGUAGE),
          "small image encoder": lambda cache: stage2(cache, stage1(cache, SMALL_VISION)),
          "both large": with_stage1()},
         claims=(("both large", "small language model"), ("both large", "small image encoder")),
-        measures=STAGE2, evaluated=True, after="training"),
+        measures=STAGE2, evaluated=True),
     "blip2-queries": Experiment(
         "BLIP-2: the number of queries (stage 2 alone; not in the paper)",
-        {f"{count} queries": queries(count) for count in (8, 16, 32)},
+        {f"{count} queries": without_stage1(queries=count) for count in (8, 16, 32)},
         claims=(("32 queries", "16 queries"), ("16 queries", "8 queries")), measures=STAGE2,
-        evaluated=True, after="training"),
+        evaluated=True),
     "blip2-blip": Experiment(
         "BLIP against BLIP-2: retrieval and captions (not in the paper)",
         {"BLIP": lambda cache: cache.clean(), "BLIP-2, stage 1": stage1},
-        claims=(("BLIP-2, stage 1", "BLIP"),), measures=STAGE1, evaluated=True, after="training"),
+        claims=(("BLIP-2, stage 1", "BLIP"),), measures=STAGE1, evaluated=True),
 }

@@ -58,22 +58,22 @@ def scores_of_pairs(filter: TrainedModel, human: PairIndex,
     rng = random.Random("filter quality")
     rows = sorted(rng.sample(range(len(human)), min(PAIRS, len(human))))
     pairs = merge_captions([human[row] for row in rows])
-    texts = [pair.captions[0] for pair in pairs]
-    other_of = {}
+    texts = [clean_caption(pair.captions[0]) for pair in pairs]
+    other_of = {}  # image -> another picture's text
     for pair, text in zip(pairs, texts):
-        others = [other for other in texts if clean_caption(other) != clean_caption(text)]
-        other_of[pair.image] = rng.choice(others) if others else None
+        different = [other for other in texts if other != text]
+        if different:
+            other_of[pair.image] = rng.choice(different)
+    pairs = [pair for pair in pairs if pair.image in other_of]
     own, others = [], []
     with distributed.progress(about="filter, on human pairs", total=len(pairs)) as bar:
         shard = Shard(Path(), pairs, human.root, 0, bar)
         for batch, images, _ in shard.batches({filter.image_size}, 32, 0):
-            choices = [[pair.captions[0], other_of[pair.image] or pair.captions[0]]
-                       for pair in batch]
+            choices = [[pair.captions[0], other_of[pair.image]] for pair in batch]
             images = prepare_images(images[filter.image_size], filter.device)
-            for pair, (of_own, of_other) in zip(batch, score(filter, images, choices)):
-                if other_of[pair.image]:
-                    own.append(of_own)
-                    others.append(of_other)
+            for of_own, of_other in score(filter, images, choices):
+                own.append(of_own)
+                others.append(of_other)
     return np.array(own), np.array(others)
 
 

@@ -166,7 +166,7 @@ def open_model(path: str | Path, needs: Iterable[str] = (), vocab: str = "",
         raise InputError(f"{path} is a checkpoint of another task ({task}); give one of "
                          f"{' or '.join(kind.__name__ for kind in kinds)}")
     untrained = [name for name in needs if not settings.get(f"{name}_weight", 1.0)
-                 or name in TASKS[task].untrained]
+                 or name in TASKS[task].replaces]
     if untrained:
         losses = " and ".join(name.upper() for name in untrained)
         raise InputError(f"{path} is a checkpoint of another task ({task}): it was trained without "

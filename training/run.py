@@ -94,14 +94,17 @@ def open_datasets(task: Task, config: TrainConfig, image_size: int) -> Datasets:
     return Datasets(train, val, held_out)
 
 
+def texts_of(train: Dataset, most: int) -> list[str]:
+    """The texts of about so many examples, as a model reads them."""
+    return [clean_caption(text) for example in some_examples(train, most)
+            for text in example.texts]
+
+
 def make_tokenizer(config: TrainConfig, train: Dataset) -> Tokenizer:
     """Read with --vocab, else trained on the data's texts."""
     if config.vocab:
         return Tokenizer.from_file(config.vocab)
-    texts = all_texts()
-    if config.data:
-        texts = [clean_caption(text) for example in some_examples(train, 200_000)
-                 for text in example.texts]
+    texts = texts_of(train, 200_000) if config.data else all_texts()
     return Tokenizer.train(texts, config.vocab_pieces)
 
 
@@ -112,8 +115,7 @@ def fit_tokenizer(tokenizer: Tokenizer, config: TrainConfig, train: Dataset) -> 
     """
     if not config.data:
         return tokenizer
-    texts = [clean_caption(text) for example in some_examples(train, 20_000)
-             for text in example.texts]
+    texts = texts_of(train, 20_000)
     before = tokenizer.pieces_a_word(texts)
     if before < SPELT:
         return tokenizer
