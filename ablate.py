@@ -7,7 +7,13 @@ held-out scenes with clean texts.
     python ablate.py table4                 captioner and filter in one model, or two
     python ablate.py table12                longer on the noisy texts
     python ablate.py table13                go on with the old model, or start a new one
-    python ablate.py losses                 each part of the objective switched off
+    python ablate.py losses                 each part of the objective set aside; on clean texts
+    python ablate.py losses-noisy           the same on noisy texts
+    python ablate.py distillation           CapFilt against momentum distillation
+    python ablate.py noise                  CapFilt as the web gets noisier
+    python ablate.py web                    CapFilt on larger web sets
+    python ablate.py models                 larger captioner and filter, larger model
+    python ablate.py recipes                CLIP's, SigLIP's and ALBEF's losses
     python ablate.py losses --cells "all" "without ITM"
     python ablate.py blip2-figure5          BLIP-2: stage 2 with and without stage 1
     python ablate.py all --seeds 3 --jobs 2
@@ -18,7 +24,8 @@ used again by every table that needs it; an interrupted training goes on where i
 is written to --results as json and markdown: mean and spread over seeds, the paper's numbers
 beside them, whether the paper's order came out, and a paired test.
 
-The experiments are in tools/experiments.py and, of the second paper, tools/experiments_blip2.py.
+The experiments are in tools/: experiments.py has the tables of the paper, experiments_claims.py
+what it claims without a table, experiments_blip2.py the second paper.
 """
 
 import argparse
@@ -33,7 +40,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -47,6 +54,7 @@ from data.sources import PairIndex, with_shares
 from reports.tables import cell_table, set_lines, verdict_table, verdicts
 from tools.experiments import BLIP_EXPERIMENTS, Experiment
 from tools.experiments_blip2 import BLIP2_EXPERIMENTS
+from tools.experiments_claims import CLAIM_EXPERIMENTS
 from tools.judge import judge_in_world
 from training import devices
 from training.code import digest_of_code
@@ -117,6 +125,13 @@ class ExperimentCache:
                 with whole_file(folder / "done") as file:
                     file.write(path)
         return (folder / "done").read_text()
+
+    def with_world(self, **web) -> "ExperimentCache":
+        """The same in a world with other web texts; web: fields of WorldSets."""
+        regime = replace(self.regime, world=replace(self.regime.world, **web))
+        other = ExperimentCache(regime, self.seed, str(self.device))
+        other.made_again = self.made_again
+        return other
 
     def train(self, kind: str, given: dict, *more) -> str:
         """A model trained with these settings -> its checkpoint. `more` it is made of as well."""
@@ -194,7 +209,7 @@ class ExperimentCache:
         return self.train("clean", self.regime.losses | size | given)
 
 
-EXPERIMENTS = BLIP_EXPERIMENTS | BLIP2_EXPERIMENTS
+EXPERIMENTS = BLIP_EXPERIMENTS | CLAIM_EXPERIMENTS | BLIP2_EXPERIMENTS
 
 
 # ---- running cells -------------------------------------------------------------------------------

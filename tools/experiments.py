@@ -76,15 +76,6 @@ def sharing(share: str) -> Cell:
     return lambda cache: cache.pretrain(cache.raw(), share=share)
 
 
-def without(**given) -> Cell:
-    """The cell of `losses` with these settings."""
-    return lambda cache: cache.clean(**given)
-
-
-PARTS = {"ITC": dict(itc_weight=0.0), "ITM": dict(itm_weight=0.0), "LM": dict(lm_weight=0.0),
-         "momentum distillation": dict(alpha=0.0), "queue": dict(queue_size=0),
-         "hard negatives": dict(hard_negatives=False)}
-
 BLIP_EXPERIMENTS = {
     "table1": Experiment(
         "Table 1: captioner and filter",
@@ -135,9 +126,4 @@ BLIP_EXPERIMENTS = {
         {"continue": (63.0, 80.6, 129.9), "new model": BOTH},
         # In the paper TR@1 is equal, and CIDEr in the other order.
         (("new model", "continue"),), judged=("t2i_r1", "t2i_r1_rerank")),
-    "losses": Experiment(
-        "Each part of the objective switched off (on clean texts; not in the paper)",
-        {"all": without(), **{f"without {name}": without(**given)
-                              for name, given in PARTS.items()}},
-        claims=tuple(("all", f"without {name}") for name in PARTS)),
 }

@@ -1,0 +1,102 @@
+"""What the first paper claims without a table, as experiments for `ablate.py`.
+
+Which loss does what, on clean and on noisy texts; whether CapFilt does more than momentum
+distillation; where CapFilt begins to pay as the web gets noisier; larger web sets and models; how
+other papers' losses do in the same trainer.
+"""
+
+from tools.experiments import Cell, Experiment, both
+from tools.judge import MEASURES
+from world.web import WorldSets
+
+# Setting a part aside: what a cell is called -> its settings of train.py.
+PARTS = {"without ITC": dict(itc_weight=0.0), "without ITM": dict(itm_weight=0.0),
+         "without LM": dict(lm_weight=0.0), "without momentum distillation": dict(alpha=0.0),
+         "without queue": dict(queue_size=0), "without hard negatives": dict(hard_negatives=False),
+         "without LM alone first": dict(lm_only_steps=0),
+         "with label smoothing": dict(label_smoothing=0.1),
+         "with the released initialisation": dict(init_std=0.02)}
+NOISE = (0.0, 0.2, 0.4, 0.6, 0.8)  # share of web texts that are bad
+WEB = (1, 2, 4)  # times as many web images
+LARGE = dict(vit_width=192, vit_heads=6, text_width=192, text_heads=6, text_ffn=768)
+
+
+def on_clean(**given) -> Cell:
+    """`python train.py` with these settings."""
+    return lambda cache: cache.clean(**given)
+
+
+def on_noisy(**given) -> Cell:
+    """The same on the world's web texts, half of which are bad, and its human texts."""
+    return lambda cache: cache.pretrain(cache.raw(), **given)
+
+
+def parts(cell) -> dict[str, Cell]:
+    """All parts, and each of PARTS set aside."""
+    return {"all": cell()} | {name: cell(**given) for name, given in PARTS.items()}
+
+
+def on_web(cell: Cell, **web) -> Cell:
+    """A cell in a world with another web set."""
+    return lambda cache: cell(cache.with_world(**web))
+
+
+def raw_and_capfilt(name: str, **web) -> dict[str, Cell]:
+    """The raw texts of this web set, and its bootstrapped set."""
+    return {f"raw, {name}": on_web(on_noisy(), **web), f"CapFilt, {name}": on_web(both, **web)}
+
+
+def by_large(cache, **given) -> str:
+    """A model on the set of a large captioner and a large filter."""
+    large = cache.pretrain(cache.raw(), **LARGE)
+    models = [cache.finetune(task, init=large) for task in ("caption", "retrieval")]
+    return cache.pretrain(cache.texts(cache.bootstrap(*models), "kept", "kept"), **given)
+
+
+def large_on_capfilt(cache) -> str:
+    """A large model on the set of the base captioner and filter."""
+    return cache.pretrain(cache.texts(cache.capfilt(), "kept", "kept"), **LARGE)
+
+
+AGAINST_ALL = tuple(("all", name) for name in PARTS)
+RETRIEVAL = {name: MEASURES[name] for name in ("t2i_r1", "i2t_r1")}
+
+CLAIM_EXPERIMENTS = {
+    "losses": Experiment(
+        "Each part of the objective and of the tiny recipe set aside, on clean texts (not in the "
+        "paper)", parts(on_clean), claims=AGAINST_ALL),
+    "losses-noisy": Experiment(
+        "Each part set aside, on texts of which half of the web's are bad (not in the paper)",
+        parts(on_noisy), claims=AGAINST_ALL),
+    "distillation": Experiment(
+        "CapFilt and momentum distillation, each against bad texts (not in the paper)",
+        {"raw": on_noisy(alpha=0.0), "raw, distillation": on_noisy(),
+         "CapFilt": lambda cache: both(cache, alpha=0.0), "CapFilt, distillation": both},
+        claims=(("raw, distillation", "raw"), ("CapFilt", "raw, distillation"),
+                ("CapFilt, distillation", "CapFilt"))),
+    "noise": Experiment(
+        "CapFilt as the web gets noisier (not in the paper)",
+        {name: cell for noise in NOISE for name, cell in raw_and_capfilt(
+            f"{noise:.0%} bad", world_noise=noise).items()},
+        claims=tuple((f"CapFilt, {noise:.0%} bad", f"raw, {noise:.0%} bad") for noise in NOISE)),
+    "web": Experiment(
+        "A larger web set, for as many steps (Table 1's rows of 14M and 129M images)",
+        {name: cell for times in WEB for name, cell in raw_and_capfilt(
+            f"web x {times}", world_web=WorldSets.world_web * times).items()},
+        claims=(("raw, web x 4", "raw, web x 1"), ("CapFilt, web x 4", "CapFilt, web x 1"),
+                *((f"CapFilt, web x {times}", f"raw, web x {times}") for times in WEB))),
+    "models": Experiment(
+        "A larger captioner and filter, a larger model (Table 1's rows of ViT-B and ViT-L)",
+        {"base": on_noisy(), "base, CapFilt by base": both, "base, CapFilt by large": by_large,
+         "large": on_noisy(**LARGE), "large, CapFilt by base": large_on_capfilt,
+         "large, CapFilt by large": lambda cache: by_large(cache, **LARGE)},
+        claims=(("base, CapFilt by large", "base, CapFilt by base"), ("large", "base"),
+                ("large, CapFilt by large", "large"),
+                ("large, CapFilt by large", "base, CapFilt by large"))),
+    "recipes": Experiment(
+        "How other papers do it, in the same trainer on the same clean texts (not in the paper)",
+        {"BLIP": on_clean(), **{name: on_clean(task=f"pretrain-{name.lower()}")
+                                for name in ("CLIP", "SigLIP", "ALBEF")}},
+        claims=(("BLIP", "CLIP"), ("BLIP", "SigLIP"), ("BLIP", "ALBEF")), measures=RETRIEVAL,
+        evaluated=True),
+}
