@@ -121,7 +121,6 @@ def forward_backward(run: Run, net: torch.nn.Module, micro_batches: list[dict],
     weights |= {name: weights[old] for old, name in run.task.replaces.items()}
     means, all_keys = {}, []
     for number, batch in enumerate(micro_batches):
-        run.count(batch)
         with distributed.no_sync(net, number < count - 1):
             with autocast(run.device, run.precision):
                 losses, keys = net(**run.inputs(batch, alpha))

@@ -367,6 +367,10 @@ def test_too_many_unreadable_images_stop_the_run(tmp_path, capsys):
         (folder / f"{i}.jpg").unlink()
     assert run(tmp_path / "run", "--data", folder / "train.json", "--epochs", 5) == 2
     assert "images could not be read, more than --max-broken 0.1 allows" in capsys.readouterr().err
+    for picture in folder.glob("*.jpg"):  # not one picture in the very first batch
+        picture.write_bytes(b"broken")
+    assert run(tmp_path / "first", "--data", folder / "train.json", "--epochs", 5) == 2
+    assert "images could not be read, more than --max-broken 0.1 allows" in capsys.readouterr().err
 
 
 def test_two_lists_are_a_mixture_without_validation(tmp_path):

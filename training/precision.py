@@ -39,9 +39,14 @@ class Float32Attention(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is not F.scaled_dot_product_attention or args[0].dtype == torch.float32:
             return func(*args, **kwargs)
-        q, k, v, *rest = args
+        dtype = args[0].dtype
+        def in_float32(value):  # queries, keys, values, and a mask that is a bias, as T5's
+            is_half = isinstance(value, Tensor) and value.dtype == dtype
+            return value.float() if is_half else value
+        args = [in_float32(value) for value in args]
+        kwargs = {name: in_float32(value) for name, value in kwargs.items()}
         with torch.autocast("cpu", enabled=False):
-            return func(q.float(), k.float(), v.float(), *rest, **kwargs).to(q.dtype)
+            return func(*args, **kwargs).to(dtype)
 
 
 @contextlib.contextmanager

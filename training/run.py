@@ -244,7 +244,10 @@ class Run:
     # ---- batches ----
 
     def batches(self) -> Iterator[list[dict]]:
-        """For each step from the current one to the end of the last epoch, its micro-batches."""
+        """For each step from the current one to the end of the last epoch, its micro-batches.
+
+        InputError when too many images cannot be read.
+        """
         c, train = self.config, self.datasets.train
         while self.step < self.steps:
             epoch, first = divmod(self.step, self.steps_per_epoch)
@@ -260,7 +263,10 @@ class Run:
             with signals_held_back():
                 batches = iter(loader)
             for _ in range(first, self.steps_per_epoch):
-                yield [next(batches) for _ in range(c.accumulate)]
+                micro_batches = [next(batches) for _ in range(c.accumulate)]
+                for batch in micro_batches:
+                    self.count(batch)
+                yield micro_batches
 
     def inputs(self, batch: dict, alpha: float) -> dict:
         """The arguments of the model's forward: the batch's tensors, and the task's."""

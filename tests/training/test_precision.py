@@ -4,8 +4,10 @@ import contextlib
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import equal_states, run
 
+from attention import attend
 from training import checkpoints
 from training import precision as precision_of
 from training.precision import autocast, choose_precision, evaluation_precision
@@ -29,6 +31,18 @@ def test_a_matrix_product_has_the_precision_that_is_asked_for():
                              ("fp16", torch.float16)):
         with autocast(CPU, precision):
             assert (x @ x).dtype == dtype
+
+
+def test_attention_takes_a_bias_in_half_precision():
+    """As T5's: on a CPU attention leaves bfloat16, and its bias must come along."""
+    q, k, v = (torch.randn(1, 2, 3, 4, dtype=torch.bfloat16) for _ in range(3))
+    bias = torch.randn(1, 2, 3, 3, dtype=torch.bfloat16)
+    expected = attend(q.float(), k.float(), v.float(), bias.float())
+    with autocast(CPU, "bf16"):
+        for output in (attend(q, k, v, bias),
+                       F.scaled_dot_product_attention(q, k, v, attn_mask=bias)):
+            assert output.dtype == torch.bfloat16
+            torch.testing.assert_close(output.float(), expected, atol=2e-2, rtol=2e-2)
 
 
 def test_an_evaluation_on_a_cpu_is_in_float32():
