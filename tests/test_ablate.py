@@ -12,6 +12,7 @@ import train
 from capfilt import CapFiltConfig, training_flags
 from data.files import read_json
 from reports.tables import verdicts
+from tools.experiments_claims import LARGE, PARTS
 from tools.judge import MEASURES
 from world.web import WorldSets
 
@@ -88,6 +89,55 @@ def test_sets_and_models_are_made_once(tmp_path, monkeypatch):
     assert set(sizes.values()) == {4}  # the same number of steps whatever the set
 
 
+def test_the_claims_cells_are_made_of_what_their_names_say(tmp_path):
+    """Noise and size of the web, who makes the set, and what is set aside."""
+    made = []
+
+    class Recorder(ablate.ExperimentCache):
+        def train(self, kind, given, *more):
+            made.append((self.regime.world, kind, given))
+            return f"{kind} {len(made)}"
+
+        def pretrain(self, sources, times=1, **given):
+            return self.train("pretrain", {"sources": sources} | given)
+
+        def finetune(self, task, **given):
+            return self.train("finetune", {"task": task} | given)
+
+        def bootstrap(self, captioner, filter, **decoding):
+            return Path(f"set of {captioner}, {filter}")
+
+        def texts(self, folder, web, synthetic):
+            return [str(folder), web, synthetic]
+
+        def raw(self):
+            return ["raw"]
+
+        def with_world(self, **web):
+            other = super().with_world(**web)
+            return Recorder(other.regime, self.seed)
+
+    def last(experiment: str, cell: str) -> tuple:
+        made.clear()
+        ablate.EXPERIMENTS[experiment].cells[cell](Recorder(regime(tmp_path), 0))
+        return made[-1]
+
+    world, _, given = last("noise", "CapFilt, 80% bad")
+    assert world.world_noise == 0.8 and given["sources"][0].startswith("set of finetune")
+    assert last("noise", "raw, 20% bad")[0].world_noise == 0.2
+    assert last("web", "raw, web x 4")[0].world_web == 4 * WorldSets.world_web
+    assert last("losses", "without queue")[2]["queue_size"] == 0
+    assert last("losses-noisy", "without ITM")[2] == {"sources": ["raw"], "itm_weight": 0.0}
+    assert last("distillation", "CapFilt")[2]["alpha"] == 0
+    assert "alpha" not in last("distillation", "CapFilt, distillation")[2]
+    assert "vit_width" not in last("models", "base, CapFilt by large")[2]
+    large = [given for _, _, given in made if "vit_width" in given]
+    assert len(large) == 1 and large[0] == {"sources": ["raw"]} | LARGE
+    assert [g["init"] for _, kind, g in made if kind == "finetune"] == ["pretrain 1"] * 2
+    assert last("models", "large, CapFilt by base")[2]["vit_width"] == LARGE["vit_width"]
+    assert last("recipes", "CLIP")[2]["task"] == "pretrain-clip"
+
+
 def test_blip2s_cells_are_made_of_what_their_names_say():
     """Each cell's own training, and those that it starts from, are the right ones."""
     class Recorder:
@@ -149,12 +199,12 @@ def test_the_command(tmp_path, capsys):
     table = (tmp_path / "results" / "losses.md").read_text()
     assert "| without hard negatives |" in table and table in capsys.readouterr().out
     cells = read_json(tmp_path / "results" / "losses.json")["cells"]
-    assert len(cells) == 7 and all(len(rows) == 1 for rows in cells.values())
+    assert len(cells) == 1 + len(PARTS) and all(len(rows) == 1 for rows in cells.values())
     configs = [read_json(p)["settings"] for p in (tmp_path / "runs").glob("*/run/metrics.json")]
     assert {(c["itc_weight"], c["itm_weight"], c["lm_weight"], c["alpha"]) for c in configs} == {
         (1, 1, 1, 0.4), (0, 1, 1, 0.4), (1, 0, 1, 0.4), (1, 1, 0, 0.4), (1, 1, 1, 0.0)}
     before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("checkpoint.pt")}
-    assert len(before) == 7 and ablate.main(flags) == 0
+    assert len(before) == 1 + len(PARTS) and ablate.main(flags) == 0
     assert before == {p: p.stat().st_mtime_ns for p in tmp_path.rglob("checkpoint.pt")}
 
 

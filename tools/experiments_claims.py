@@ -53,9 +53,9 @@ def by_large(cache, **given) -> str:
     return cache.pretrain(cache.texts(cache.bootstrap(*models), "kept", "kept"), **given)
 
 
-def large_on_capfilt(cache) -> str:
-    """A large model on the set of the base captioner and filter."""
-    return cache.pretrain(cache.texts(cache.capfilt(), "kept", "kept"), **LARGE)
+def on_capfilt(**given) -> Cell:
+    """A model with these settings on the set of the base captioner and filter."""
+    return lambda cache: cache.pretrain(cache.texts(cache.capfilt(), "kept", "kept"), **given)
 
 
 AGAINST_ALL = tuple(("all", name) for name in PARTS)
@@ -71,7 +71,7 @@ CLAIM_EXPERIMENTS = {
     "distillation": Experiment(
         "CapFilt and momentum distillation, each against bad texts (not in the paper)",
         {"raw": on_noisy(alpha=0.0), "raw, distillation": on_noisy(),
-         "CapFilt": lambda cache: both(cache, alpha=0.0), "CapFilt, distillation": both},
+         "CapFilt": on_capfilt(alpha=0.0), "CapFilt, distillation": both},
         claims=(("raw, distillation", "raw"), ("CapFilt", "raw, distillation"),
                 ("CapFilt, distillation", "CapFilt"))),
     "noise": Experiment(
@@ -88,7 +88,7 @@ CLAIM_EXPERIMENTS = {
     "models": Experiment(
         "A larger captioner and filter, a larger model (Table 1's rows of ViT-B and ViT-L)",
         {"base": on_noisy(), "base, CapFilt by base": both, "base, CapFilt by large": by_large,
-         "large": on_noisy(**LARGE), "large, CapFilt by base": large_on_capfilt,
+         "large": on_noisy(**LARGE), "large, CapFilt by base": on_capfilt(**LARGE),
          "large, CapFilt by large": lambda cache: by_large(cache, **LARGE)},
         claims=(("base, CapFilt by large", "base, CapFilt by base"), ("large", "base"),
                 ("large, CapFilt by large", "large"),
