@@ -47,6 +47,21 @@ def test_verdicts_and_the_table():
     assert {v["verdict"] for v in verdicts(experiment.claims, MEASURES, single)} == {"a look"}
 
 
+@pytest.mark.parametrize("name", ablate.EXPERIMENTS)
+def test_each_experiment_becomes_a_table(name, tmp_path):
+    """After hours of training: columns, verdicts and rates of whatever the experiment has."""
+    experiment = ablate.EXPERIMENTS[name]
+    row = {**dict.fromkeys(experiment.measures, 0.5), "minutes": 2.0}
+    rates = {f"{source}_{rate}": 0.5 for source in ("web", "synthetic")
+             for rate in ("true", "kept_rate", "kept_true", "true_kept")}
+    cells = {cell: [row | ({"set": rates} if cell in experiment.sets else {})] * 2
+             for cell in experiment.cells}
+    text = ablate.markdown(experiment, cells, "python ablate.py x", regime(tmp_path), [0, 1])
+    assert all(f"| {cell} | 50.0 ± 0.0 |" in text for cell in experiment.cells)
+    assert all(f"| {' > '.join(claim)} | tie" in text for claim in experiment.claims)
+    assert all(f"{cell}, web texts: 50.0 ± 0.0 % true" in text for cell in experiment.sets)
+
+
 def test_the_papers_numbers_follow_its_claims():
     for experiment in ablate.EXPERIMENTS.values():
         assert experiment.paper.keys() <= experiment.cells.keys() >= experiment.sets.keys()

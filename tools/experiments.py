@@ -5,7 +5,7 @@ experiment, add one entry to BLIP_EXPERIMENTS.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import KW_ONLY, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ class Experiment:
     # cell -> COCO text-to-image R@1, image-to-text R@1 (finetuned), COCO CIDEr
     paper: dict[str, tuple[float, float, float]] = field(default_factory=dict)
     claims: tuple[tuple[str, str], ...] = ()  # (better, worse)
+    _: KW_ONLY
     judged: tuple[str, ...] = ()  # the measures for which the paper has this order; (): all
     # cell -> its bootstrapped set, of which the rates are shown
     sets: dict[str, Callable[[Any], Any]] = field(default_factory=dict)
@@ -87,14 +88,14 @@ BLIP_EXPERIMENTS = {
          "both": BOTH},
         (("filter", "neither"), ("captioner", "neither"), ("captioner", "filter"),
          ("both", "filter"), ("both", "captioner")),
-        {"both": capfilt_set}),
+        sets={"both": capfilt_set}),
     "table2": Experiment(
         "Table 2: how the synthetic texts are generated",
         {"none": lambda cache: cache.pretrain(cache.raw()),
          "beam": lambda cache: both(cache, method="beam"), "nucleus": both},
         {"none": NEITHER, "beam": (61.9, 79.6, 128.9), "nucleus": BOTH},
         (("beam", "none"), ("nucleus", "beam")),
-        {"beam": lambda cache: cache.capfilt(method="beam"), "nucleus": capfilt_set}),
+        sets={"beam": lambda cache: cache.capfilt(method="beam"), "nucleus": capfilt_set}),
     "table3": Experiment(
         "Table 3: what text encoder and decoder share (on the raw texts)",
         {"all": sharing("all"), "all but CA": sharing("all_but_ca"),
@@ -108,7 +109,7 @@ BLIP_EXPERIMENTS = {
          "two models": both},
         {"one model": (62.2, 79.8, 129.0), "two models": BOTH},
         (("two models", "one model"),),
-        {"one model": shared_set, "two models": capfilt_set}),
+        sets={"one model": shared_set, "two models": capfilt_set}),
     "table12": Experiment(
         "Table 12: longer on the noisy texts",
         {"raw": lambda cache: cache.pretrain(cache.raw()),
