@@ -161,13 +161,13 @@ class ExperimentCache:
         """The web texts as they are, and the human ones."""
         return [str(self.data() / "web.json"), str(self.data() / "human.json")]
 
-    def finetune(self, task: str, **given) -> str:
-        """The model of the raw texts finetuned on the human ones -> its checkpoint.
+    def finetune(self, task: str, init: str = "", **given) -> str:
+        """A model (the one of the raw texts) finetuned on the human ones -> its checkpoint.
 
         task: caption, retrieval, or pretrain for all three objectives.
         """
         return self.train("finetune", self.regime.finetune | {
-            "task": task, "init": self.pretrain(self.raw()),
+            "task": task, "init": init or self.pretrain(self.raw()),
             "data": str(self.data() / "human.json")} | given)
 
     def bootstrap(self, captioner: str, filter: str, **decoding) -> Path:

@@ -56,9 +56,14 @@ class Experiment:
 NEITHER, BOTH = (60.7, 78.4, 127.8), (63.1, 80.6, 129.7)
 
 
+def on_set(cache, folder: Path, times: int = 1, **given) -> str:
+    """A model on a bootstrapped set: human, kept web and kept synthetic texts."""
+    return cache.pretrain(cache.texts(folder, "kept", "kept"), times, **given)
+
+
 def both(cache, times: int = 1, **decoding) -> str:
-    """CapFilt as the paper has it: a new model on human, kept web and kept synthetic texts."""
-    return cache.pretrain(cache.texts(cache.capfilt(**decoding), "kept", "kept"), times)
+    """CapFilt as the paper has it: a new model on what captioner and filter made."""
+    return on_set(cache, cache.capfilt(**decoding), times)
 
 
 def capfilt_set(cache) -> Path:
@@ -105,7 +110,7 @@ BLIP_EXPERIMENTS = {
         (("all but SA", "all"), ("all but SA", "all but CA"), ("all but SA", "none"))),
     "table4": Experiment(
         "Table 4: captioner and filter in one model, or in two",
-        {"one model": lambda cache: cache.pretrain(cache.texts(shared_set(cache), "kept", "kept")),
+        {"one model": lambda cache: on_set(cache, shared_set(cache)),
          "two models": both},
         {"one model": (62.2, 79.8, 129.0), "two models": BOTH},
         (("two models", "one model"),),
@@ -121,8 +126,8 @@ BLIP_EXPERIMENTS = {
          ("CapFilt, twice the steps", "raw, twice the steps"))),
     "table13": Experiment(
         "Table 13: go on with the old model, or start a new one",
-        {"continue": lambda cache: cache.pretrain(cache.texts(cache.capfilt(), "kept", "kept"),
-                                                  init=cache.pretrain(cache.raw())),
+        {"continue": lambda cache: on_set(cache, cache.capfilt(),
+                                          init=cache.pretrain(cache.raw())),
          "new model": both},
         {"continue": (63.0, 80.6, 129.9), "new model": BOTH},
         # In the paper TR@1 is equal, and CIDEr in the other order.

@@ -5,7 +5,7 @@ distillation; where CapFilt begins to pay as the web gets noisier; larger web se
 other papers' losses do in the same trainer.
 """
 
-from tools.experiments import Cell, Experiment, both
+from tools.experiments import Cell, Experiment, both, on_set
 from tools.judge import MEASURES
 from world.web import WorldSets
 
@@ -50,12 +50,12 @@ def by_large(cache, **given) -> str:
     """A model on the set of a large captioner and a large filter."""
     large = cache.pretrain(cache.raw(), **LARGE)
     models = [cache.finetune(task, init=large) for task in ("caption", "retrieval")]
-    return cache.pretrain(cache.texts(cache.bootstrap(*models), "kept", "kept"), **given)
+    return on_set(cache, cache.bootstrap(*models), **given)
 
 
 def on_capfilt(**given) -> Cell:
     """A model with these settings on the set of the base captioner and filter."""
-    return lambda cache: cache.pretrain(cache.texts(cache.capfilt(), "kept", "kept"), **given)
+    return lambda cache: on_set(cache, cache.capfilt(), **given)
 
 
 AGAINST_ALL = tuple(("all", name) for name in PARTS)
