@@ -2,7 +2,11 @@
 reference tensors where they are there."""
 
 import json
+import os
 from pathlib import Path
+
+# The suite runs on the CPU, also where there is a GPU; on it with CUDA_VISIBLE_DEVICES=0.
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 
 import pytest
 import torch
@@ -21,7 +25,7 @@ TOY = dict(image_size=32, vit_width=32, vit_depth=2, vit_heads=2, text_width=48,
 SMALL = ("--image-size 32 --vit-width 16 --vit-depth 1 --vit-heads 2 --text-width 16 --text-depth "
          "1 --text-heads 2 --text-ffn 32 --embed-dim 8 --queue-size 20 --batch-size 8 --min-steps "
          "0 --eval-size 12 --eval-top-k 3 --log-every 2 --warmup-steps 2 --lm-only-steps 2 "
-         "--workers 0").split()
+         "--workers 0 --precision fp32").split()
 REFERENCE = Path(__file__).parents[2] / "shared" / "reference"
 
 
@@ -51,6 +55,7 @@ def reference(name: str) -> dict:
 
 # --precision auto is then float32 on every CPU; with AMX it would be bfloat16.
 torch.cpu.get_capabilities = dict
+torch.set_num_threads(2)  # for the fixtures of a module, which come before the one below
 
 
 @pytest.fixture(autouse=True)

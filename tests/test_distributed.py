@@ -213,7 +213,8 @@ def test_every_task_learns_the_same_on_two_processes(tmp_path, pretrained, task)
     torch.set_num_threads(1)
     # Small steps: a key's bias has no gradient but rounding noise, of which Adam makes whole steps.
     flags = [task, "--init", str(pretrained), "--scenes", "24", "--batch-size", "8",
-             "--eval-size", "4", "--device", "cpu", "--max-tokens", "30", "--warmup-steps", "100"]
+             "--eval-size", "4", "--device", "cpu", "--max-tokens", "30", "--warmup-steps", "100",
+             "--precision", "fp32"]
     finish(torchrun("train.py", *flags, "--out", tmp_path / "two"))
     assert train.main([*flags, "--out", str(tmp_path / "one"), "--accumulate", "2"]) == 0
     one, two = (checkpoints.load(tmp_path / name / "checkpoint.pt") for name in ("one", "two"))

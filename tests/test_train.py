@@ -316,7 +316,7 @@ def test_twins_move_once_before_the_first_step_of_a_finetuning(tmp_path, pretrai
     """As in the released code, which moves them before the features of a step."""
     start = checkpoints.load(pretrained)["model"]
     run = train.start({"task": "retrieval", "init": str(pretrained), "scenes": 16, "batch_size": 8,
-                       "out": str(tmp_path / "r")})
+                       "device": "cpu", "out": str(tmp_path / "r")})
     online, twin = start["vit.cls_token"], start["vit_m.cls_token"]
     assert torch.allclose(run.model.vit_m.cls_token, 0.99 * twin + 0.01 * online, atol=1e-7)
     assert not torch.equal(run.model.vit_m.cls_token, twin)

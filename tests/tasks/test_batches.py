@@ -34,7 +34,7 @@ def test_an_evaluation_reads_photographs_with_the_workers_of_the_training(tmp_pa
              "--data", str(files / "val.json"), "--out", str(tmp_path / "e")]
     assert eval_.main(asked) == 0
     assert [options["num_workers"] for options in loaders] == [1]
-    assert not loaders[0]["pin_memory"]  # that is for CUDA
+    assert loaders[0]["pin_memory"] == torch.cuda.is_available()
     assert json.loads((tmp_path / "e" / "metrics.json").read_text())["images"] == 10
 
 

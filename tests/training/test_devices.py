@@ -60,7 +60,7 @@ def test_cuda_that_is_absent_is_one_sentence(tmp_path, monkeypatch, capsys):
 
 def test_the_generator_of_any_device_is_saved_and_restored(tmp_path, monkeypatch):
     """MPS has one as well. It is imitated: the run itself is on the CPU."""
-    assert run(tmp_path / "a", "--scenes", 16) == 0
+    assert run(tmp_path / "a", "--scenes", 16, "--device", "cpu") == 0
     state = checkpoints.load(tmp_path / "a" / "checkpoint.pt")
     device = SimpleNamespace(state=torch.tensor([1, 2]))
     device.get_rng_state = lambda: device.state
