@@ -87,10 +87,11 @@ class Regime:
     losses: dict  # settings of the experiment `losses`, which runs on clean texts
 
 
-def same_recipe(a: list, b: list) -> bool:
-    """Whether two lists of ingredients differ at most in which code made them."""
-    first, second = (re.sub(r"-[0-9a-f]{10}\b", "", json.dumps(recipe)) for recipe in (a, b))
-    return first == second
+def of_other_code(a: dict, b: dict) -> bool:
+    """Whether two folders are made of the same, but by other code (which folder names hold too)."""
+    first, second = (re.sub(r"-[0-9a-f]{10}\b", "", json.dumps(made_of["of"]))
+                     for made_of in (a, b))
+    return first == second and a["code"] != b["code"]
 
 
 class ExperimentCache:
@@ -107,20 +108,20 @@ class ExperimentCache:
 
     def make(self, kind: str, ingredients: list, make: Callable[[Path], str]) -> str:
         """make(folder) -> the path of what it made there; called only if that is not finished."""
-        made_of = repr([self.seed, ingredients, digest_of_code()])
-        name = hashlib.sha256(made_of.encode()).hexdigest()[:10]
+        made_of = {"of": ingredients, "code": digest_of_code()}
+        name = hashlib.sha256(repr([self.seed, *made_of.values()]).encode()).hexdigest()[:10]
         folder = Path(self.regime.out) / f"{kind}-{self.seed}-{name}"
         folder.mkdir(parents=True, exist_ok=True)
         with open(folder / "lock", "w") as lock:
             if fcntl:
                 fcntl.flock(lock, fcntl.LOCK_EX)
             if not (folder / "done").exists():
-                for earlier in sorted(folder.parent.glob(f"{kind}-{self.seed}-*/made_of.json")):
-                    if earlier.parent != folder and same_recipe(read_json(earlier), ingredients):
+                for earlier in sorted(folder.parent.glob(f"{kind}-{self.seed}-*/recipe.json")):
+                    if earlier.parent != folder and of_other_code(read_json(earlier), made_of):
                         self.made_again.append(f"{folder.name} is made anew: "
                                                f"{earlier.parent.name} is of other code")
                         break
-                write_json(folder / "made_of.json", ingredients)
+                write_json(folder / "recipe.json", made_of)
                 path = make(folder)
                 with whole_file(folder / "done") as file:
                     file.write(path)

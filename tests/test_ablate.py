@@ -195,9 +195,11 @@ def test_some_cells_alone_and_what_is_made_again(tmp_path, capsys, monkeypatch):
     assert ablate.main([*flags[:-1], "without ITN"]) == 2
     assert "no cell 'without ITN'" in capsys.readouterr().err
     cache = ablate.ExperimentCache(regime(tmp_path / "runs"), 0)
-    def make(kind: str) -> str:
-        return cache.make(kind, ["lr", f"{tmp_path}/clean-0-0123456789/run"], lambda folder: "x")
+    def make(kind: str, clean: str = "clean-0-0123456789") -> str:
+        return cache.make(kind, ["lr", f"{tmp_path}/{clean}/run"], lambda folder: "x")
     make("model")
+    make("model", "clean-0-abcdefabcd")  # another start, not other code
+    assert not cache.made_again
     monkeypatch.setattr(ablate, "digest_of_code", lambda: "other code")
     make("model")
     assert len(cache.made_again) == 1 and "is of other code" in cache.made_again[0]
