@@ -88,7 +88,7 @@ class Regime:
 
 
 def of_other_code(a: dict, b: dict) -> bool:
-    """Whether two folders are made of the same, but by other code (which folder names hold too)."""
+    """Whether two folders are made of the same by other code. (Their names hold it as well.)"""
     first, second = (re.sub(r"-[0-9a-f]{10}\b", "", json.dumps(made_of["of"]))
                      for made_of in (a, b))
     return first == second and a["code"] != b["code"]

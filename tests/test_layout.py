@@ -18,7 +18,8 @@ LEAVES = {"attention", "losses", "decoding", "config", "training.distributed",
           "training.trainable"}
 CORE = LEAVES | {"vit", "med", "blip"}
 MAY_IMPORT_COMMANDS = {"ablate": {"capfilt", "train"}, "capfilt": {"train"},
-                       "exercises.checks": {"capfilt"}, "exercises.tour": {"train"}}
+                       "exercises.checks": {"capfilt"}, "exercises.tour": {"train"},
+                       "tools.sampling": {"capfilt"}}
 
 
 def name_of(path: Path) -> str:

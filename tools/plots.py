@@ -1,0 +1,85 @@
+"""The plots of results/, drawn from the json beside them.
+
+    python -m tools.plots results/noise.json         CapFilt as the web gets noisier
+    python -m tools.plots results/sampling.json      truth and variety of captions
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from data.files import InputError, read_json
+from reports.charts import COLOURS, MARGIN, Page, draw_panel
+from reports.sheets import LINE
+from training.program import exit_status
+
+WIDTH, HEIGHT = 420, 320  # of a panel
+NOISE = {"t2i_r1_rerank": "text-to-image R@1, re-ranked", "itm_swap": "ITM prefers the true text",
+         "caption_true": "captions wholly true"}
+
+
+def mean(rows: list[dict], measure: str) -> float:
+    """Of seeds, in percent."""
+    return 100 * sum(row[measure] for row in rows) / len(rows)
+
+
+def write_names(page: Page, names: list[str]) -> None:
+    """Which colour is what."""
+    for number, name in enumerate(names):
+        page.draw.line((MARGIN, page.y + 8, MARGIN + 30, page.y + 8), COLOURS[number], 4)
+        page.write(MARGIN + 38, page.y, name)
+        page.y += LINE + 2
+    page.y += LINE
+
+
+def draw_noise(path: Path, result: dict) -> None:
+    """Raw and bootstrapped texts over the share of bad ones; result: noise.json."""
+    levels = sorted({float(cell.split(", ")[1].split("%")[0]) for cell in result["cells"]})
+    page = Page(2 * MARGIN + len(NOISE) * WIDTH, "CapFilt as the web gets noisier",
+                f"Across: bad texts on the web, percent. Up: percent, on held-out scenes. Mean of "
+                f"{len(result['seeds'])} seeds.")
+    write_names(page, ["raw", "CapFilt"])
+    for column, (measure, title) in enumerate(NOISE.items()):
+        curves = [(colour, [(level, mean(result["cells"][f"{kind}, {level:.0f}% bad"], measure))
+                            for level in levels])
+                  for kind, colour in zip(("raw", "CapFilt"), COLOURS)]
+        draw_panel(page, MARGIN + column * WIDTH, page.y, WIDTH, HEIGHT, title, curves)
+    page.y += HEIGHT
+    page.save(path)
+
+
+def draw_sampling(path: Path, experiments: dict[str, dict[str, list[dict]]]) -> None:
+    """Truth against variety; a curve for each captioner over p, a point for each other way."""
+    page = Page(2 * MARGIN + 2 * WIDTH, "How captions are sampled: truth and variety",
+                "Across: distinct-4, percent: how varied the wording is. Up: captions that are "
+                "wholly true, percent. A curve is nucleus sampling from p = 0.8 to 1.")
+    write_names(page, list(experiments))
+    curves = []
+    for colour, ways in zip(COLOURS, experiments.values()):
+        places = {way: (mean(rows, "distinct"), mean(rows, "true")) for way, rows in ways.items()}
+        curves.append((colour, [at for way, at in places.items()
+                                if way.startswith("p ") and "," not in way]))
+        curves += [(colour, [at]) for way, at in places.items()]
+    draw_panel(page, MARGIN, page.y, 2 * WIDTH, 2 * HEIGHT, "all", curves)
+    page.y += 2 * HEIGHT
+    page.save(path)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """-> exit status."""
+    p = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
+                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("json", help="noise.json or sampling.json")
+    path = Path(p.parse_args(arguments).json)
+
+    def run() -> None:
+        draw = {"noise": draw_noise, "sampling": draw_sampling}.get(path.stem)
+        if draw is None:
+            raise InputError(f"{path}: there is a plot of noise.json and of sampling.json alone")
+        draw(path.with_suffix(".png"), read_json(path))
+        print(f"wrote {path.with_suffix('.png')}")
+    return exit_status(run, "interrupted")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
