@@ -49,19 +49,20 @@ def draw_noise(path: Path, result: dict) -> None:
 
 
 def draw_sampling(path: Path, experiments: dict[str, dict[str, list[dict]]]) -> None:
-    """Truth against variety; a curve for each captioner over p, a point for each other way."""
-    page = Page(2 * MARGIN + 2 * WIDTH, "How captions are sampled: truth and variety",
+    """Truth against variety: a curve over p and a point for beam search, for each captioner."""
+    page = Page(2 * MARGIN + 2 * WIDTH, "How captions are sampled",
                 "Across: distinct-4, percent: how varied the wording is. Up: captions that are "
-                "wholly true, percent. A curve is nucleus sampling from p = 0.8 to 1.")
-    write_names(page, list(experiments))
-    curves = []
-    for colour, ways in zip(COLOURS, experiments.values()):
+                "wholly true, percent. A curve is nucleus sampling, from its smallest p (left) to "
+                "its largest (right).")
+    curves, names = [], []
+    for name, ways in experiments.items():
         places = {way: (mean(rows, "distinct"), mean(rows, "true")) for way, rows in ways.items()}
-        curves.append((colour, [at for way, at in places.items()
-                                if way.startswith("p ") and "," not in way]))
-        curves += [(colour, [at]) for way, at in places.items()]
-    draw_panel(page, MARGIN, page.y, 2 * WIDTH, 2 * HEIGHT, "all", curves)
-    page.y += 2 * HEIGHT
+        over_p = [at for way, at in places.items() if way.startswith("p ") and "," not in way]
+        curves += [over_p, [places["beam search"]]]
+        names += [f"{name}: nucleus sampling", f"{name}: beam search"]
+    write_names(page, names)
+    draw_panel(page, MARGIN, page.y, 2 * WIDTH, HEIGHT, "", list(zip(COLOURS, curves)))
+    page.y += HEIGHT
     page.save(path)
 
 
