@@ -16,7 +16,7 @@ PARTS = {"without ITC": dict(itc_weight=0.0), "without ITM": dict(itm_weight=0.0
          "without LM alone first": dict(lm_only_steps=0),
          "with label smoothing": dict(label_smoothing=0.1),
          "with the released initialisation": dict(init_std=0.02)}
-NOISE = (0.0, 0.2, 0.5, 0.8)  # share of web texts that are bad; 0.5 is that of the other tables
+NOISE = (0.0, 0.5, 0.8)  # share of web texts that are bad; 0.5 is that of the other tables
 WEB = (1, 2, 4)  # times as many web images
 LARGE = dict(vit_width=192, vit_heads=6, text_width=192, text_heads=6, text_ffn=768)
 
