@@ -139,7 +139,7 @@ def test_the_claims_cells_are_made_of_what_their_names_say(tmp_path):
 
     world, _, given = last("noise", "CapFilt, 80% bad")
     assert world.world_noise == 0.8 and given["sources"][0].startswith("set of finetune")
-    assert last("noise", "raw, 20% bad")[0].world_noise == 0.2
+    assert last("noise", "raw, 0% bad")[0].world_noise == 0
     assert last("web", "raw, web x 4")[0].world_web == 4 * WorldSets.world_web
     assert last("losses", "without queue")[2]["queue_size"] == 0
     assert last("losses-noisy", "without ITM")[2] == {"sources": ["raw"], "itm_weight": 0.0}

@@ -77,6 +77,6 @@ def test_float16_is_resumed_with_its_scaler(tmp_path):
     assert not torch.equal(first["model"][weight], last["model"][weight])
     (tmp_path / "part").mkdir()
     (tmp_path / "whole" / "checkpoint-00000003.pt").rename(tmp_path / "part" / "checkpoint.pt")
-    assert run(tmp_path / "part", "--resume") == 0
+    assert run(tmp_path / "part", "--precision", "fp16", "--resume") == 0
     assert equal_states(tmp_path / "whole", tmp_path / "part")
     assert checkpoints.load(tmp_path / "part" / "checkpoint.pt")["scaler"] == last["scaler"]
