@@ -5,6 +5,7 @@ no plotting package is needed.
 """
 
 import math
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -44,6 +45,15 @@ class Page:
             self.write(x, self.y, line, colour)
             self.y += LINE
         self.y += LINE // 2
+
+    def name_colours(self, names: Iterable[str]) -> None:
+        """Which colour is what: a line for each name; after ten the colours repeat."""
+        for number, name in enumerate(names):
+            colour = COLOURS[number % len(COLOURS)]
+            self.draw.line((MARGIN, self.y + 8, MARGIN + 30, self.y + 8), colour, 4)
+            self.write(MARGIN + 38, self.y, name)
+            self.y += LINE + 2
+        self.y += LINE
 
     def paste(self, picture: np.ndarray, x: int, y: int, side: int) -> None:
         """A picture (3, S, S) uint8, `side` pixels wide and high."""

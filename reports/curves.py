@@ -51,12 +51,7 @@ def draw_curves(path: str | Path, logs: dict[str, list[dict]],
     dashed = "Dashed: what a model has that knows nothing." if levels else ""
     page = Page(2 * MARGIN + COLUMNS * WIDTH, "Training curves", "Across: steps. A point is the "
                 f"mean over the steps since the point before. {dashed}")
-    for number, name in enumerate(logs):
-        colour = COLOURS[number % len(COLOURS)]
-        page.draw.line((MARGIN, page.y + 8, MARGIN + 30, page.y + 8), colour, 4)
-        page.write(MARGIN + 38, page.y, name)
-        page.y += LINE + 2
-    page.y += LINE
+    page.name_colours(logs)
     across = (0, max(line["step"] for log in logs.values() for line in log))
     for place, (name, title) in enumerate(titles.items()):
         row, column = divmod(place, COLUMNS)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from data.files import InputError, read_json
 from reports.charts import COLOURS, MARGIN, Page, draw_panel
-from reports.sheets import LINE
+from reports.metrics import mean
 from training.program import exit_status
 
 WIDTH, HEIGHT = 420, 320  # of a panel
@@ -18,29 +18,20 @@ NOISE = {"t2i_r1_rerank": "text-to-image R@1, re-ranked", "itm_swap": "ITM prefe
          "caption_true": "captions wholly true"}
 
 
-def mean(rows: list[dict], measure: str) -> float:
-    """Of seeds, in percent."""
-    return 100 * sum(row[measure] for row in rows) / len(rows)
-
-
-def write_names(page: Page, names: list[str]) -> None:
-    """Which colour is what."""
-    for number, name in enumerate(names):
-        page.draw.line((MARGIN, page.y + 8, MARGIN + 30, page.y + 8), COLOURS[number], 4)
-        page.write(MARGIN + 38, page.y, name)
-        page.y += LINE + 2
-    page.y += LINE
+def percent(rows: list[dict], measure: str) -> float:
+    """Mean over seeds."""
+    return 100 * mean(row[measure] for row in rows)
 
 
 def draw_noise(path: Path, result: dict) -> None:
     """Raw and bootstrapped texts over the share of bad ones; result: noise.json."""
-    levels = sorted({float(cell.split(", ")[1].split("%")[0]) for cell in result["cells"]})
+    levels = sorted({int(cell.split(", ")[1].removesuffix("% bad")) for cell in result["cells"]})
     page = Page(2 * MARGIN + len(NOISE) * WIDTH, "CapFilt as the web gets noisier",
                 f"Across: bad texts on the web, percent. Up: percent, on held-out scenes. Mean of "
                 f"{len(result['seeds'])} seeds.")
-    write_names(page, ["raw", "CapFilt"])
+    page.name_colours(["raw", "CapFilt"])
     for column, (measure, title) in enumerate(NOISE.items()):
-        curves = [(colour, [(level, mean(result["cells"][f"{kind}, {level:.0f}% bad"], measure))
+        curves = [(colour, [(level, percent(result["cells"][f"{kind}, {level}% bad"], measure))
                             for level in levels])
                   for kind, colour in zip(("raw", "CapFilt"), COLOURS)]
         draw_panel(page, MARGIN + column * WIDTH, page.y, WIDTH, HEIGHT, title, curves)
@@ -56,11 +47,12 @@ def draw_sampling(path: Path, experiments: dict[str, dict[str, list[dict]]]) -> 
                 "its largest (right).")
     curves, names = [], []
     for name, ways in experiments.items():
-        places = {way: (mean(rows, "distinct"), mean(rows, "true")) for way, rows in ways.items()}
+        places = {way: (percent(rows, "distinct"), percent(rows, "true"))
+                  for way, rows in ways.items()}
         over_p = [at for way, at in places.items() if way.startswith("p ") and "," not in way]
         curves += [over_p, [places["beam search"]]]
         names += [f"{name}: nucleus sampling", f"{name}: beam search"]
-    write_names(page, names)
+    page.name_colours(names)
     draw_panel(page, MARGIN, page.y, 2 * WIDTH, HEIGHT, "", list(zip(COLOURS, curves)))
     page.y += HEIGHT
     page.save(path)

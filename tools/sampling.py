@@ -21,10 +21,10 @@ from tqdm import tqdm
 from capfilt import itm_scores, open_captioner, open_filter
 from data.files import InputError, read_json, whole_file, write_json
 from data.images import prepare_images
-from reports.metrics import ngrams, tokenise
+from reports.metrics import mean, ngrams, tokenise
 from reports.statistics import mean_and_spread
 from reports.tables import markdown_row
-from tasks.captioning import write_captions
+from tasks.captioning import Decoding, write_captions
 from tasks.task import TrainedModel
 from tools.plots import draw_sampling
 from training import devices
@@ -50,27 +50,27 @@ def judge_captions(captions: list[str], scores: list[float], world: World) -> di
     kept = [score >= 0.5 for score in scores]
     sequences = [sequence for caption in captions for sequence in ngrams(tokenise(caption), 4)]
     kept_true = [t for t, k in zip(true, kept) if k]
-    return {"true": sum(true) / len(true),
-            "distinct": len(set(sequences)) / max(len(sequences), 1),
-            "rejected": 1 - sum(kept) / len(kept),
-            "kept_true": sum(kept_true) / max(len(kept_true), 1)}
+    return {"true": mean(true), "distinct": len(set(sequences)) / max(len(sequences), 1),
+            "rejected": 1 - mean(kept), "kept_true": mean(kept_true)}
 
 
 @torch.no_grad()
-def judge_way(captioner: str, filter: TrainedModel, way: dict, world: World,
-              device: torch.device) -> dict[str, float]:
-    """A captioner (its checkpoint) that decodes in this way -> MEASURES."""
-    writer = open_captioner(captioner, way, device)
-    trained, captions, scores = writer.trained, [], []
-    for start in range(0, len(world), BATCH):
-        images = torch.stack([world.picture(i)
-                              for i in range(start, min(start + BATCH, len(world)))])
-        images = prepare_images(images, device)
-        written = write_captions(trained.model, trained.tokenizer, images, writer.decoding)
-        texts = [[of_image[0][0]] for of_image in written]
-        captions += [text for text, in texts]
-        scores += [score for score, in itm_scores(filter, images, texts)]
-    return judge_captions(captions, scores, world)
+def judge_captioner(checkpoint: str, filter: TrainedModel, size: int,
+                    device: torch.device) -> dict[str, dict[str, float]]:
+    """MEASURES of one captioner for each way to decode, on `size` held-out scenes."""
+    trained = open_captioner(checkpoint, {}, device).trained
+    world, numbers = World("held-out", size, trained.image_size), {}
+    pictures = torch.stack([world.picture(i) for i in range(size)])
+    for name, way in tqdm(WAYS.items(), desc="ways to decode"):
+        decoding, captions, scores = Decoding.choose(way, trained.settings), [], []
+        for batch in pictures.split(BATCH):
+            images = prepare_images(batch, device)
+            written = write_captions(trained.model, trained.tokenizer, images, decoding)
+            texts = [[of_image[0][0]] for of_image in written]
+            captions += [text for text, in texts]
+            scores += [score for score, in itm_scores(filter, images, texts)]
+        numbers[name] = judge_captions(captions, scores, world)
+    return numbers
 
 
 def table(experiments: dict[str, dict[str, list[dict]]], about: str) -> str:
@@ -92,13 +92,10 @@ def run(o: argparse.Namespace) -> None:
         raise InputError(f"{len(o.captioner)} captioners and {len(o.filter)} filters; give each "
                          "captioner its filter, in the same order")
     device, path = devices.start(o.device), Path(f"{o.out}.json")
-    world = World("held-out", o.size)
-    filters = [open_filter(path, {}, device) for path in o.filter]
     experiments = read_json(path) if path.exists() else {}
-    bar = tqdm(WAYS.items(), desc="ways to decode")
-    experiments[o.name] = {
-        name: [judge_way(captioner, filter, way, world, device)
-               for captioner, filter in zip(o.captioner, filters)] for name, way in bar}
+    seeds = [judge_captioner(captioner, open_filter(filter, {}, device), o.size, device)
+             for captioner, filter in zip(o.captioner, o.filter)]
+    experiments[o.name] = {way: [of_seed[way] for of_seed in seeds] for way in WAYS}
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, experiments)
     text = table(experiments, f"`python -m tools.sampling`, on {o.size} held-out scenes of the "
