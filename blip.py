@@ -73,8 +73,7 @@ class BLIP(nn.Module):
     def train(self, mode: bool = True) -> "BLIP":
         """Training or evaluation mode.
 
-        NOTE(differs from salesforce/BLIP): the twins stay in eval mode; dropout would only add
-        noise to targets.
+        NOTE(differs from salesforce/BLIP): the twins stay in eval mode: no dropout in the targets.
         """
         super().train(mode)
         for _, twin in self.twins():
@@ -231,7 +230,8 @@ class BLIP(nn.Module):
         text_neg, text_valid = mine_hard_negatives(sims[0], positives, *how)
         image_neg, image_valid = mine_hard_negatives(sims[1], positives, *how)
         if from_all_ranks:  # with gradient: other ranks' texts train this rank's images
-            kv_neg = self.med.project(distributed.all_gather_with_grad(image_tokens)[image_neg])
+            all_tokens = distributed.all_gather_with_grad(image_tokens)
+            kv_neg = self.med.project(all_tokens.index_select(0, image_neg))
         else:
             kv_neg = kv.select(image_neg)
         logits = torch.cat([self.match(kv, ids[own], mask[own]),

@@ -96,7 +96,7 @@ class LanguageModel(nn.Module):
 
     def select(self, past: Cache, rows: Tensor) -> Cache:
         """The cache of rows[0], rows[1] ..., repeats allowed."""
-        return [(k[rows], v[rows]) for k, v in past]
+        return [(k.index_select(0, rows), v.index_select(0, rows)) for k, v in past]
 
 
 class DecoderLM(LanguageModel):

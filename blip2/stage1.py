@@ -202,9 +202,11 @@ class Stage1(FrozenVision):
         image_neg, image_valid = mine_hard_negatives(sims[1], positives, *how)
         all_ids, all_mask = distributed.gather_texts(ids, mask)
         if distributed.world_size() > 1:  # with gradient: it trains ln_vision
-            kv_neg = self.project(distributed.all_gather_with_grad(tokens)[image_neg])
-        else:
-            kv_neg = [pair and (pair[0][image_neg], pair[1][image_neg]) for pair in kv]
+            all_tokens = distributed.all_gather_with_grad(tokens)
+            kv_neg = self.project(all_tokens.index_select(0, image_neg))
+        else:  # (index_select: as in med.ContextKV.select)
+            kv_neg = [pair and tuple(part.index_select(0, image_neg) for part in pair)
+                      for pair in kv]
         logits = torch.cat([self.match(kv, ids, mask), self.match(kv_neg, ids, mask),
                             self.match(kv, all_ids[text_neg], all_mask[text_neg])])
         ones, zeros = torch.ones_like(text_neg), torch.zeros_like(text_neg)

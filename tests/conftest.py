@@ -11,6 +11,7 @@ os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 import pytest
 import torch
 from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import train
 from blip import BLIP
@@ -61,6 +62,22 @@ torch.set_num_threads(2)  # for the fixtures of a module, which come before the 
 @pytest.fixture(autouse=True)
 def two_threads():
     torch.set_num_threads(2)
+
+
+class SumsInAnyOrder(TorchDispatchMode):
+    """Counts the sums that are not the same in every run.
+
+    On a CPU: threads race for a row in the gradient of x[rows] where a row is repeated. (Two runs
+    may be equal by luck; this does not depend on luck.)
+    """
+
+    count = 0
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        if operation == torch.ops.aten.index_put.default and len(args) == 4 and args[3]:
+            rows = torch.stack([index for index in args[1] if index is not None])
+            self.count += rows.shape[1] > rows.unique(dim=1).shape[1]
+        return operation(*args, **(kwargs or {}))
 
 
 def run(out, *flags) -> int:

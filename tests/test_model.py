@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import TOY, reference, toy_batch, toy_model
+from conftest import TOY, SumsInAnyOrder, reference, toy_batch, toy_model
 
 import blip
 from attention import attend
@@ -239,6 +239,15 @@ def test_forward_leaves_all_state_as_it_was():
         losses, _ = model(**toy_batch(), alpha=0.4)
         sum(losses.values()).backward()
         assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def test_a_seed_gives_the_same_gradient_on_any_number_of_threads():
+    model, rows = toy_model(), torch.zeros(2, requires_grad=True)
+    with SumsInAnyOrder() as sums:
+        sum(model(**toy_batch(8), alpha=0.4)[0].values()).backward()
+        assert sums.count == 0
+        rows[torch.tensor([1, 1])].sum().backward()
+        assert sums.count == 1  # this is what it counts
 
 
 def test_twins_stay_in_eval_mode_and_get_no_gradient():

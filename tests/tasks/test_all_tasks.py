@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from conftest import SMALL, run, toy_model
+from conftest import SMALL, SumsInAnyOrder, run, toy_model
 from PIL import Image
 
 import eval as eval_
@@ -33,6 +33,17 @@ def test_a_task_starts_from_the_pretrained_model():
     assert fresh == {"med.layers.1.cross_attn.attn.merge.weight",
                      "med.layers.1.cross_attn.attn.merge.bias", "head.0.weight", "head.0.bias",
                      "head.2.weight", "head.2.bias"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", ["pretrain", "retrieval", "caption", "vqa", "nlvr2", "visdial",
+                                  "blip2-stage1", "language-model"])
+def test_no_task_leaves_a_sum_to_chance(task, pretrained, tmp_path):
+    start = [] if task in ("pretrain", "language-model") else ["--init", str(pretrained)]
+    with SumsInAnyOrder() as sums:
+        assert train.main([task, *start, *FINETUNE, "--scenes", "16", "--out",
+                           str(tmp_path / "r")]) == 0
+    assert sums.count == 0
 
 
 @pytest.mark.parametrize("task", ["vqa", "nlvr2"])
