@@ -14,6 +14,9 @@ held-out scenes with clean texts.
     python ablate.py web                    CapFilt on larger web sets
     python ablate.py models                 larger captioner and filter, larger model
     python ablate.py recipes                CLIP's, SigLIP's and ALBEF's losses
+    python ablate.py rounds                 CapFilt again, with the model that it gave
+    python ablate.py captions               several synthetic captions an image
+    python ablate.py ensembles              two captioners, two filters
     python ablate.py losses --cells "all" "without ITM"
     python ablate.py blip2-figure5          BLIP-2: stage 2 with and without stage 1
     python ablate.py all --seeds 3 --jobs 2
@@ -25,7 +28,8 @@ is written to --results as json and markdown: mean and spread over seeds, the pa
 beside them, whether the paper's order came out, and a paired test.
 
 The experiments are in tools/: experiments.py has the tables of the paper, experiments_claims.py
-what it claims without a table, experiments_blip2.py the second paper.
+what it claims without a table and what it leaves to future work, experiments_blip2.py the second
+paper.
 """
 
 import argparse
@@ -51,7 +55,7 @@ import train
 from capfilt import CapFiltConfig, bootstrap, open_captioner, open_filter
 from data.files import read_json, whole_file, write_json
 from data.sources import PairIndex, with_shares
-from reports.tables import cell_table, set_lines, verdict_table, verdicts
+from reports.tables import cell_table, set_table, verdict_table, verdicts
 from tools.experiments import BLIP_EXPERIMENTS, Experiment
 from tools.experiments_blip2 import BLIP2_EXPERIMENTS
 from tools.experiments_claims import CLAIM_EXPERIMENTS
@@ -171,23 +175,26 @@ class ExperimentCache:
             "task": task, "init": init or self.pretrain(self.raw()),
             "data": str(self.data() / "human.json")} | given)
 
-    def bootstrap(self, captioner: str, filter: str, **decoding) -> Path:
-        """Folder of a bootstrapped set."""
-        config = CapFiltConfig()
+    def bootstrap(self, captioners: list[str], filters: list[str], settings: dict | None = None,
+                  **decoding) -> Path:
+        """Folder of a bootstrapped set; settings: of CapFiltConfig."""
+        config = CapFiltConfig(**settings or {})
         def make(folder: Path) -> str:
             web, human = (PairIndex.open(path, self.data(), folder / "index")
                           for path in self.raw())
-            report = bootstrap(web, human, [open_captioner(captioner, decoding, self.device)],
-                               [open_filter(filter, {}, self.device)], config, folder, self.seed)
+            report = bootstrap(
+                web, human, [open_captioner(path, decoding, self.device) for path in captioners],
+                [open_filter(path, {}, self.device) for path in filters], config, folder, self.seed)
             truth = truth_of_set(folder, self.regime.world.web(self.seed))
             report.pop("examples")
             write_json(folder / "report.json", report | truth)
             return str(folder)
-        return Path(self.make("set", [captioner, filter, repr(config), decoding], make))
+        return Path(self.make("set", [captioners, filters, repr(config), decoding], make))
 
-    def capfilt(self, **decoding) -> Path:
+    def capfilt(self, settings: dict | None = None, **decoding) -> Path:
         """The bootstrapped set of a captioner and a filter that were finetuned separately."""
-        return self.bootstrap(self.finetune("caption"), self.finetune("retrieval"), **decoding)
+        return self.bootstrap([self.finetune("caption")], [self.finetune("retrieval")], settings,
+                              **decoding)
 
     def texts(self, folder: Path, web: str, synthetic: str) -> list[str]:
         """The human texts, and those of a bootstrapped set -> a json list.
@@ -211,6 +218,19 @@ class ExperimentCache:
 
 
 EXPERIMENTS = BLIP_EXPERIMENTS | CLAIM_EXPERIMENTS | BLIP2_EXPERIMENTS
+
+
+def set_numbers(folder: Path) -> dict:
+    """A bootstrapped set's report, and of each source the shares of rejected, distinct texts."""
+    numbers = read_json(folder / "report.json")
+    numbers.pop("image_root")
+    records = [record for name in ("bootstrapped", "rejected")
+               for record in read_json(folder / f"{name}.json")]
+    for source in ("web", "synthetic"):
+        texts = [record["caption"] for record in records if record["source"] == source]
+        numbers[f"{source}_reject_rate"] = 1 - numbers[f"{source}_kept_rate"]
+        numbers[f"{source}_distinct"] = len(set(texts)) / max(len(texts), 1)
+    return numbers
 
 
 # ---- running cells -------------------------------------------------------------------------------
@@ -239,8 +259,7 @@ def run_cell(regime: Regime, name: str, cell: str, seed: int, device: str,
         numbers = {measure: judged[measure] for measure in experiment.measures}
         numbers["minutes"] = evaluated["train_minutes"]
         if cell in experiment.sets:
-            report = read_json(experiment.sets[cell](cache) / "report.json")
-            numbers["set"] = {k: v for k, v in report.items() if k != "image_root"}
+            numbers["set"] = set_numbers(experiment.sets[cell](cache))
     return numbers, cache.made_again
 
 
@@ -298,8 +317,9 @@ def markdown(experiment: Experiment, cells: dict[str, list[dict]], command: str,
              f"{regime.world.held_out} held-out scenes with clean texts, straight after "
              f"{'' if experiment.evaluated else 'pre'}training. {machine()}.", "",
              *cell_table(cells, experiment.measures, experiment.paper)]
-    for cell in experiment.sets:
-        lines += set_lines(cell, cells[cell])
+    if experiment.sets:
+        lines += ["", *set_table({cell: cells[cell] for cell in experiment.sets},
+                                 experiment.paper_rejected)]
     lines += ["", *verdict_table(experiment.claims, experiment.judged_by(), cells, order), "",
               "Is the first better than the second? The difference of the means in points. yes, "
               "no: paired t-test over seeds, two-sided, p below 0.05, not corrected for the number "

@@ -41,15 +41,22 @@ def cell_table(cells: Cells, measures: dict[str, str],
     return lines
 
 
-def set_lines(cell: str, rows: list[dict]) -> list[str]:
-    """What the filter did to the texts of a cell's bootstrapped set."""
-    lines = []
-    for source in ("web", "synthetic"):
-        before, kept, kept_true, true_kept = (
-            mean_and_spread([row["set"][f"{source}_{name}"] for row in rows])
-            for name in ("true", "kept_rate", "kept_true", "true_kept"))
-        lines += ["", f"{cell}, {source} texts: {before} % true before filtering; {kept} % kept, "
-                      f"{kept_true} % of these true; {true_kept} % of the true ones kept."]
+def set_table(cells: Cells, paper_rejected: dict[str, float]) -> list[str]:
+    """What the filter did to the texts of the cells' bootstrapped sets.
+
+    paper_rejected: cell -> percent of the synthetic texts that the paper's filter rejects.
+    """
+    columns = {"true": "true before filtering", "reject_rate": "rejected",
+               "kept_true": "true among the kept", "true_kept": "kept of the true ones",
+               "distinct": "distinct texts"}
+    lines = [markdown_row(["bootstrapped set", "texts", *columns.values(), "paper: rejected"]),
+             "|---" * (len(columns) + 3) + "|"]
+    for cell, rows in cells.items():
+        for source in ("web", "synthetic"):
+            ours = [mean_and_spread([row["set"][f"{source}_{column}"] for row in rows])
+                    for column in columns]
+            paper = paper_rejected.get(cell, "") if source == "synthetic" else ""
+            lines.append(markdown_row([cell, source, *ours, paper]))
     return lines
 
 

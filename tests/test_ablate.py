@@ -10,7 +10,7 @@ import ablate
 import blip
 import train
 from capfilt import CapFiltConfig, training_flags
-from data.files import read_json
+from data.files import read_json, write_json
 from reports.tables import verdicts
 from tools.experiments_claims import LARGE, PARTS
 from tools.judge import MEASURES
@@ -53,13 +53,28 @@ def test_each_experiment_becomes_a_table(name, tmp_path):
     experiment = ablate.EXPERIMENTS[name]
     row = {**dict.fromkeys(experiment.measures, 0.5), "minutes": 2.0}
     rates = {f"{source}_{rate}": 0.5 for source in ("web", "synthetic")
-             for rate in ("true", "kept_rate", "kept_true", "true_kept")}
+             for rate in ("true", "reject_rate", "kept_true", "true_kept", "distinct")}
     cells = {cell: [row | ({"set": rates} if cell in experiment.sets else {})] * 2
              for cell in experiment.cells}
     text = ablate.markdown(experiment, cells, "python ablate.py x", regime(tmp_path), [0, 1])
     assert all(f"| {cell} | 50.0 ± 0.0 |" in text for cell in experiment.cells)
     assert all(f"| {' > '.join(claim)} | tie" in text for claim in experiment.claims)
-    assert all(f"{cell}, web texts: 50.0 ± 0.0 % true" in text for cell in experiment.sets)
+    for cell in experiment.sets:
+        assert f"| {cell} | web |{' 50.0 ± 0.0 |' * 5}  |" in text
+        paper = experiment.paper_rejected.get(cell, "")
+        assert f"| {cell} | synthetic |{' 50.0 ± 0.0 |' * 5} {paper} |" in text
+
+
+def test_numbers_of_a_bootstrapped_set(tmp_path):
+    def texts(source: str, *captions: str) -> list[dict]:
+        return [{"image": "1.png", "caption": caption, "source": source} for caption in captions]
+    write_json(tmp_path / "bootstrapped.json", texts("synthetic", "a", "b") + texts("human", "c"))
+    write_json(tmp_path / "rejected.json", texts("synthetic", "a", "a") + texts("web", "d"))
+    write_json(tmp_path / "report.json", {"image_root": "x", "synthetic_kept_rate": 0.5,
+                                          "web_kept_rate": 0.0})
+    assert ablate.set_numbers(tmp_path) == {
+        "synthetic_kept_rate": 0.5, "synthetic_reject_rate": 0.5, "synthetic_distinct": 0.5,
+        "web_kept_rate": 0.0, "web_reject_rate": 1.0, "web_distinct": 1.0}
 
 
 def test_the_papers_numbers_follow_its_claims():
@@ -90,6 +105,7 @@ def test_sets_and_models_are_made_once(tmp_path, monkeypatch):
     assert {name: cell(again) for name, cell in cells.items()} == paths
     assert len(made) == count
     folder = cache.capfilt()
+    assert ablate.set_numbers(folder).keys() >= {"web_reject_rate", "synthetic_distinct"}
     kept, rejected = (read_json(folder / f"{n}.json") for n in ("bootstrapped", "rejected"))
     def of(web, synthetic):
         texts = read_json(cache.texts(folder, web, synthetic)[0])
@@ -105,7 +121,7 @@ def test_sets_and_models_are_made_once(tmp_path, monkeypatch):
 
 
 def test_the_claims_cells_are_made_of_what_their_names_say(tmp_path):
-    """Noise and size of the web, who makes the set, and what is set aside."""
+    """Noise and size of the web, who makes the set and how often, and what is set aside."""
     made = []
 
     class Recorder(ablate.ExperimentCache):
@@ -119,8 +135,8 @@ def test_the_claims_cells_are_made_of_what_their_names_say(tmp_path):
         def finetune(self, task, **given):
             return self.train("finetune", {"task": task} | given)
 
-        def bootstrap(self, captioner, filter, **decoding):
-            return Path(f"set of {captioner}, {filter}")
+        def bootstrap(self, captioners, filters, settings=None, **decoding):
+            return Path(f"set of {captioners}, {filters}, {settings}")
 
         def texts(self, folder, web, synthetic):
             return [str(folder), web, synthetic]
@@ -138,7 +154,7 @@ def test_the_claims_cells_are_made_of_what_their_names_say(tmp_path):
         return made[-1]
 
     world, _, given = last("noise", "CapFilt, 80% bad")
-    assert world.world_noise == 0.8 and given["sources"][0].startswith("set of finetune")
+    assert world.world_noise == 0.8 and given["sources"][0].startswith("set of ['fine")
     assert last("noise", "raw, 0% bad")[0].world_noise == 0
     assert last("web", "raw, web x 4")[0].world_web == 4 * WorldSets.world_web
     assert last("losses", "without queue")[2]["queue_size"] == 0
@@ -151,6 +167,16 @@ def test_the_claims_cells_are_made_of_what_their_names_say(tmp_path):
     assert [g["init"] for _, kind, g in made if kind == "finetune"] == ["pretrain 1"] * 2
     assert last("models", "large, CapFilt by base")[2]["vit_width"] == LARGE["vit_width"]
     assert last("recipes", "CLIP")[2]["task"] == "pretrain-clip"
+    assert "'captions': 4, 'keep': 'best'" in last("captions", "4 captions, keep best")[2][
+        "sources"][0]
+    assert last("rounds", "2 rounds")[2]["sources"][0].startswith(
+        "set of ['finetune 5'], ['finetune 6']")  # 1: raw; 2, 3: round 1; 4: its model
+    assert [g["init"] for _, kind, g in made if kind == "finetune"] == [
+        "pretrain 1", "pretrain 1", "pretrain 4", "pretrain 4"]
+    pair = last("ensembles", "two filters, both")[2]["sources"][0]
+    seeds = [(g["task"], g["seed"]) for _, kind, g in made if kind == "finetune" and "seed" in g]
+    assert seeds == [("retrieval", 1000)] and pair.endswith("{'agree': 'all'}")
+    assert pair.count("finetune") == 3
 
 
 def test_blip2s_cells_are_made_of_what_their_names_say():
