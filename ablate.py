@@ -55,12 +55,13 @@ import train
 from capfilt import CapFiltConfig, bootstrap, open_captioner, open_filter
 from data.files import read_json, whole_file, write_json
 from data.sources import PairIndex, with_shares
-from reports.tables import cell_table, set_table, verdict_table, verdicts
+from reports.tables import cell_table, parameter_table, set_table, verdict_table, verdicts
 from tools.experiments import BLIP_EXPERIMENTS, Experiment
 from tools.experiments_blip2 import BLIP2_EXPERIMENTS
 from tools.experiments_claims import CLAIM_EXPERIMENTS
 from tools.judge import judge_in_world
 from training import devices
+from training.checkpoints import open_model
 from training.code import digest_of_code
 from training.program import exit_status
 from training.settings import add_flags, at_least, given_for, training_flags
@@ -258,6 +259,9 @@ def run_cell(regime: Regime, name: str, cell: str, seed: int, device: str,
             judged = read_json(world_numbers)
         numbers = {measure: judged[measure] for measure in experiment.measures}
         numbers["minutes"] = evaluated["train_minutes"]
+        if experiment.paper_parameters:  # without the twins
+            model = open_model(checkpoint, device=cache.device).model
+            numbers["parameters"] = sum(p.numel() for p in model.parameters())
         if cell in experiment.sets:
             numbers["set"] = set_numbers(experiment.sets[cell](cache))
     return numbers, cache.made_again
@@ -317,6 +321,8 @@ def markdown(experiment: Experiment, cells: dict[str, list[dict]], command: str,
              f"{regime.world.held_out} held-out scenes with clean texts, straight after "
              f"{'' if experiment.evaluated else 'pre'}training. {machine()}.", "",
              *cell_table(cells, experiment.measures, experiment.paper)]
+    if experiment.paper_parameters:
+        lines += ["", *parameter_table(cells, experiment.paper_parameters)]
     if experiment.sets:
         lines += ["", *set_table({cell: cells[cell] for cell in experiment.sets},
                                  experiment.paper_rejected)]

@@ -41,6 +41,14 @@ def cell_table(cells: Cells, measures: dict[str, str],
     return lines
 
 
+def parameter_table(cells: Cells, paper: dict[str, float]) -> list[str]:
+    """Parameters of each cell's model, in millions, beside the paper's."""
+    lines = [markdown_row(["parameters, millions", "here", "paper"]), "|---|---|---|"]
+    for cell, rows in cells.items():
+        lines.append(markdown_row([cell, f"{rows[0]['parameters'] / 1e6:.2f}", paper[cell]]))
+    return lines
+
+
 def set_table(cells: Cells, paper_rejected: dict[str, float]) -> list[str]:
     """What the filter did to the texts of the cells' bootstrapped sets.
 

@@ -51,7 +51,7 @@ def test_verdicts_and_the_table():
 def test_each_experiment_becomes_a_table(name, tmp_path):
     """After hours of training: columns, verdicts and rates of whatever the experiment has."""
     experiment = ablate.EXPERIMENTS[name]
-    row = {**dict.fromkeys(experiment.measures, 0.5), "minutes": 2.0}
+    row = {**dict.fromkeys(experiment.measures, 0.5), "minutes": 2.0, "parameters": 1_234_567}
     rates = {f"{source}_{rate}": 0.5 for source in ("web", "synthetic")
              for rate in ("true", "reject_rate", "kept_true", "true_kept", "distinct")}
     cells = {cell: [row | ({"set": rates} if cell in experiment.sets else {})] * 2
@@ -59,6 +59,8 @@ def test_each_experiment_becomes_a_table(name, tmp_path):
     text = ablate.markdown(experiment, cells, "python ablate.py x", regime(tmp_path), [0, 1])
     assert all(f"| {cell} | 50.0 ± 0.0 |" in text for cell in experiment.cells)
     assert all(f"| {' > '.join(claim)} | tie" in text for claim in experiment.claims)
+    for cell, millions in experiment.paper_parameters.items():
+        assert f"| {cell} | 1.23 | {millions} |" in text
     for cell in experiment.sets:
         assert f"| {cell} | web |{' 50.0 ± 0.0 |' * 5}  |" in text
         paper = experiment.paper_rejected.get(cell, "")

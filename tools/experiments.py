@@ -30,6 +30,8 @@ class Experiment:
     sets: dict[str, Callable[[Any], Any]] = field(default_factory=dict)
     # cell -> percent of the synthetic texts that the paper's filter rejects
     paper_rejected: dict[str, float] = field(default_factory=dict)
+    # cell -> millions of parameters in the paper; ours are shown beside them
+    paper_parameters: dict[str, float] = field(default_factory=dict)
     measures: dict[str, str] = field(default_factory=lambda: dict(MEASURES))  # the columns
     evaluated: bool = False  # the trainings' own evaluation is used, else tools.judge's
 
@@ -110,7 +112,8 @@ BLIP_EXPERIMENTS = {
          "all but SA": sharing("all_but_sa"), "none": sharing("none")},
         {"all": (59.5, 77.3, 125.9), "all but CA": (59.9, 77.5, 126.1), "all but SA": NEITHER,
          "none": (60.5, 78.3, 127.4)},
-        (("all but SA", "all"), ("all but SA", "all but CA"), ("all but SA", "none"))),
+        (("all but SA", "all"), ("all but SA", "all but CA"), ("all but SA", "none")),
+        paper_parameters={"all": 224, "all but CA": 252, "all but SA": 252, "none": 361}),
     "table4": Experiment(
         "Table 4: captioner and filter in one model, or in two",
         {"one model": lambda cache: on_set(cache, shared_set(cache)),
