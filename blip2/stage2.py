@@ -33,6 +33,8 @@ class Stage2Config(Blip2Config):
                                                "finetuning, BLIP-2 sec. 4.3)")
     language_model: str = setting("", "a checkpoint of `train.py language-model` (.pt), or a name "
                                       "or folder of the transformers library")
+    new_layers: int = setting(0, "so many last layers of the Q-Former are not taken from stage 1 "
+                                 "(paper: 0)", least=0)
     text_from: str = setting("", "the blip2-stage1 checkpoint whose text stream reads the question "
                                  "(blip2-vqa)")
     # LanguageConfig's fields, of a language model of this project; else a name or folder of
@@ -67,8 +69,15 @@ class Stage2(FrozenVision):
         return self
 
     def pretrained_name(self, name: str) -> str:
-        """Of stage 1 all but its heads and its text stream, of a BLIP the ViT."""
-        return "" if name.startswith(("proj.", "language.")) else name
+        """Of stage 1 all but its heads, its text stream and the `new_layers`; of a BLIP the ViT.
+
+        Stage 1 makes the last states of the queries alike: ITC needs only the best of them. A
+        small model unlearns that slowly (results/blip2_world.md).
+        """
+        config = self.config
+        new = [f"qformer.layers.{layer}."
+               for layer in range(config.depth - config.new_layers, config.depth)]
+        return "" if name.startswith(("proj.", "language.", *new)) else name
 
     @property
     def is_decoder(self) -> bool:

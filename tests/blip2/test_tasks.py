@@ -1,6 +1,7 @@
 """BLIP-2's commands on a small world: each starts from the one before, and what is frozen stays."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from blip2.task_stage1 import SIZES
 from blip2.texts import encode_prompts, encode_texts, question_prompt, split_text
 from blip2.transformers_language import describe_library_model
 from data.files import InputError
-from training.checkpoints import load, open_model
+from training.checkpoints import initialise, load, open_model
 
 SMALL = ["--epochs", "1", "--batch-size", "8", "--eval-size", "8", "--warmup-steps", "0",
          "--device", "cpu", "--log-every", "1"]
@@ -70,6 +71,19 @@ def test_stage2_takes_both_and_trains_the_bridge_alone(models, kind):
     assert not any("ffn_text" in name for name in after)
     numbers = json.loads((models / f"stage2-{kind}/metrics.json").read_text())
     assert {"caption_true", "accuracy", "blank_accuracy", "other_accuracy"} <= numbers.keys()
+
+
+def test_stage2_takes_what_stage1_learnt_but_for_its_new_layers(models):
+    stage1 = open_model(models / "stage1/checkpoint.pt", kinds=(Stage1,)).model
+    config = open_model(models / "stage2-decoder/checkpoint.pt", kinds=(Stage2,)).model.config
+    for new_layers, expected in ((0, set()), (1, {"1"}), (2, {"0", "1"})):
+        model = Stage2(replace(config, new_layers=new_layers))
+        fresh = initialise(model, stage1)
+        layers = {name.split(".")[2] for name in fresh if name.startswith("qformer.layers.")}
+        assert layers == expected and "qformer.queries" not in fresh
+        taken = model.state_dict()["qformer.layers.0.attn.attn.out.weight"]
+        original = stage1.state_dict()["qformer.layers.0.attn.attn.out.weight"]
+        assert torch.equal(taken, original) == (new_layers < 2)
 
 
 def test_a_frozen_part_has_no_gradient_and_no_dropout(models):
