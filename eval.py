@@ -194,13 +194,14 @@ def chat(o: argparse.Namespace) -> None:
 
 
 def queries(o: argparse.Namespace) -> None:
-    """Where each of BLIP-2's queries looks."""
+    """Where each of BLIP-2's queries looks, and how much they differ."""
     trained = open_checkpoint(o, (), FrozenVision)
     image = demo.open_picture(o.picture, trained.image_size)
-    names, heat = blip2_demo.query_attention(trained, image)
+    names, heat, rank = blip2_demo.query_attention(trained, image)
     path = make_folder(o.out) / "queries.png"
     demo.draw_attention(path, image, names, heat, "where each query looks")
-    print(f"wrote {path}")
+    print(f"the {len(names)} queries differ in about {rank:.1f} directions (effective rank of "
+          f"their last states)\nwrote {path}")
 
 
 # ---- command line --------------------------------------------------------------------------------

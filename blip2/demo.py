@@ -23,21 +23,32 @@ def chat(trained: TrainedModel, image: Tensor, questions: list[str]) -> list[tup
     return dialog
 
 
+def effective_rank(states: Tensor) -> float:
+    """In how many directions the queries of a picture differ: 1 to Q - 1.
+
+    states (Q, D). The exponential of the entropy of the squared singular values, each divided by
+    their sum (Roy and Vetterli 2007), once the queries' mean is taken off.
+    """
+    power = torch.linalg.svdvals((states - states.mean(0)).float()).square()
+    share = power / power.sum().clamp(min=1e-30)
+    return torch.special.entr(share).sum().exp().item()
+
+
 @torch.no_grad()
-def query_attention(trained: TrainedModel, image: Tensor) -> tuple[list[str], Tensor]:
-    """Where each query looks in a picture: names (Q), maps (Q, S, S) in [0, 1].
+def query_attention(trained: TrainedModel, image: Tensor) -> tuple[list[str], Tensor, float]:
+    """Where each query looks in a picture: names (Q), maps (Q, S, S) in [0, 1], effective_rank.
 
     image (3, S, S) uint8. The cross-attention of the last layer that has one, averaged over
-    heads; [CLS] is left out. Each
-    map is stretched to its own largest value.
+    heads; [CLS] is left out. Each map is stretched to its own largest value.
     """
     model: FrozenVision = trained.model.eval()
     tokens = model.encode_tokens(prepare_images(image[None], trained.device))
     attn_maps = []
-    model.qformer.encode_queries(model.qformer.project(tokens), attn_maps)
+    states, _ = model.qformer.encode_queries(model.qformer.project(tokens), attn_maps)
     patches = attn_maps[-1][0].mean(0)[:, 1:]  # (Q, N)
     grid = model.config.image_size // model.config.patch_size
     heat = F.interpolate(patches.view(1, -1, grid, grid), size=image.shape[1:],
                          mode="bilinear")[0]
     names = [f"query {number + 1}" for number in range(len(heat))]
-    return names, (heat / heat.amax((1, 2), keepdim=True).clamp(min=1e-12)).cpu()
+    heat = (heat / heat.amax((1, 2), keepdim=True).clamp(min=1e-12)).cpu()
+    return names, heat, effective_rank(states[0])

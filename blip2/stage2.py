@@ -71,8 +71,8 @@ class Stage2(FrozenVision):
     def pretrained_name(self, name: str) -> str:
         """Of stage 1 all but its heads, its text stream and the `new_layers`; of a BLIP the ViT.
 
-        Stage 1 makes the last states of the queries alike: ITC needs only the best of them. A
-        small model unlearns that slowly (results/blip2_world.md).
+        Stage 1 makes the queries of a picture alike: ITC needs only the best of them. A small model
+        unlearns that slowly (results/blip2_world.md).
         """
         config = self.config
         new = [f"qformer.layers.{layer}."

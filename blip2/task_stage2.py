@@ -252,7 +252,7 @@ def of_stage2(name: str, about: str, *functions, **changes) -> Task:
                 initialise=initialise, **changes)
 
 
-TINY_SIZES = SIZES["tiny"] | dict(new_layers=1, language_model="runs/language/checkpoint.pt",
+TINY_SIZES = SIZES["tiny"] | dict(new_layers=2, language_model="runs/language/checkpoint.pt",
                                   text_from="runs/blip2-stage1/checkpoint.pt")
 STAGE2_SIZES = SIZES | {"tiny": TINY_SIZES}
 TASKS = (

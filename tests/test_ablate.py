@@ -201,8 +201,8 @@ def test_blip2s_cells_are_made_of_what_their_names_say():
     assert with_stage1[-1] | {"scenes": 0} == {
         "task": "blip2-stage2", "init": "blip2-stage1", "language_model": "language-model",
         "scenes": 0, "new_layers": 0}
-    assert calls("blip2-figure5", "with stage 1, last layer new, 300 steps")[-1] == with_stage1[
-        -1] | {"new_layers": 1}
+    assert calls("blip2-figure5", "with stage 1, two layers new, 300 steps")[-1] == with_stage1[
+        -1] | {"new_layers": 2}
     assert with_stage1[-1]["scenes"] == 300 * 16 and without[-1]["scenes"] == 1400 * 16
     assert without[-1]["init"] == "pretrain"
     assert [call["kind"] for call in without if "kind" in call] == ["encoder-decoder"]

@@ -44,9 +44,9 @@ def figure5(kind: str) -> Experiment:
     for steps in STEPS:
         given = dict(kind=kind, scenes=steps * BATCH)
         paper, new, without = (f"{name}, {steps} steps" for name in (
-            "with stage 1", "with stage 1, last layer new", "without"))
+            "with stage 1", "with stage 1, two layers new", "without"))
         cells |= {paper: with_stage1(new_layers=0, **given),
-                  new: with_stage1(new_layers=1, **given), without: without_stage1(**given)}
+                  new: with_stage1(new_layers=2, **given), without: without_stage1(**given)}
         claims += [(paper, without), (new, without), (new, paper)]
     return Experiment(f"BLIP-2, Figure 5: stage 2 with and without stage 1 (language model: "
                       f"{kind})", cells, claims=tuple(claims), measures=STAGE2, evaluated=True)

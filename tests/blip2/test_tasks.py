@@ -8,6 +8,7 @@ import torch
 
 import eval as eval_command
 import train
+from blip2.demo import effective_rank
 from blip2.language import LanguageConfig, make_language
 from blip2.stage1 import Stage1
 from blip2.stage2 import Stage2
@@ -118,9 +119,17 @@ def test_chat_and_queries(models, tmp_path, capsys):
     assert eval_command.main(["queries", str(tmp_path / "p.png"), "--checkpoint", checkpoint,
                               "--out", str(tmp_path)]) == 0
     assert Image.open(tmp_path / "queries.png").size[0] > 300
+    assert "queries differ in about" in capsys.readouterr().out
     assert eval_command.main(["chat", str(tmp_path / "p.png"), "what? " * 150, "--checkpoint",
                               checkpoint]) == 2
     assert "does not fit the language model's" in capsys.readouterr().err
+
+
+def test_in_how_many_directions_queries_differ():
+    assert effective_rank(torch.eye(4)) == pytest.approx(3)  # the mean is taken off
+    one_direction = torch.tensor([[1.0], [2.0], [4.0]]) * torch.ones(3, 8)
+    assert effective_rank(one_direction) == pytest.approx(1)
+    assert effective_rank(torch.ones(4, 8)) == pytest.approx(1)  # all are the same
 
 
 @pytest.mark.parametrize("task, flags, message", [
