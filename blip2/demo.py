@@ -36,9 +36,9 @@ def effective_rank(states: Tensor) -> float:
 
 @torch.no_grad()
 def query_attention(trained: TrainedModel, image: Tensor) -> tuple[list[str], Tensor, float]:
-    """Where each query looks in a picture: names (Q), maps (Q, S, S) in [0, 1], effective_rank.
+    """Where each query looks in a picture, and how much the queries differ.
 
-    image (3, S, S) uint8. The cross-attention of the last layer that has one, averaged over
+    image (3, S, S) uint8 -> names (Q), maps (Q, S, S) in [0, 1], effective_rank. The cross-attention of the last layer that has one, averaged over
     heads; [CLS] is left out. Each map is stretched to its own largest value.
     """
     model: FrozenVision = trained.model.eval()
