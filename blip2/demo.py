@@ -38,8 +38,9 @@ def effective_rank(states: Tensor) -> float:
 def query_attention(trained: TrainedModel, image: Tensor) -> tuple[list[str], Tensor, float]:
     """Where each query looks in a picture, and how much the queries differ.
 
-    image (3, S, S) uint8 -> names (Q), maps (Q, S, S) in [0, 1], effective_rank. The cross-attention of the last layer that has one, averaged over
-    heads; [CLS] is left out. Each map is stretched to its own largest value.
+    image (3, S, S) uint8 -> names (Q), maps (Q, S, S) in [0, 1], effective_rank. A map is the
+    cross-attention of the last layer that has one, averaged over heads, without [CLS]; each is
+    stretched to its own largest value.
     """
     model: FrozenVision = trained.model.eval()
     tokens = model.encode_tokens(prepare_images(image[None], trained.device))
