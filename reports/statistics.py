@@ -2,6 +2,7 @@
 
 import math
 import statistics
+from functools import cache
 
 import numpy as np
 
@@ -31,6 +32,19 @@ def paired_test(differences: list[float]) -> float:
     return t_test(t, len(differences) - 1)
 
 
+@cache
+def critical_t(df: int) -> float:
+    """The t whose two-sided p-value is LEVEL."""
+    low, high = 0.0, 1000.0
+    for _ in range(60):  # halved until they meet
+        middle = (low + high) / 2
+        if t_test(middle, df) > LEVEL:
+            low = middle
+        else:
+            high = middle
+    return high
+
+
 def smallest_visible(differences: list[float]) -> float | None:
     """The smallest mean difference that the paired test would call more than chance.
 
@@ -38,14 +52,8 @@ def smallest_visible(differences: list[float]) -> float | None:
     """
     if len(differences) < 2:
         return None
-    low, high = 0.0, 1000.0  # of t: halved until the p-value is LEVEL
-    for _ in range(60):
-        middle = (low + high) / 2
-        if t_test(middle, len(differences) - 1) > LEVEL:
-            low = middle
-        else:
-            high = middle
-    return high * statistics.stdev(differences) / math.sqrt(len(differences))
+    t = critical_t(len(differences) - 1)
+    return t * statistics.stdev(differences) / math.sqrt(len(differences))
 
 
 def verdict(differences: list[float]) -> str:
