@@ -88,6 +88,7 @@ def wait_for_a_slow_rank(rank: int, port: int) -> None:
     distributed.finish()
 
 
+@pytest.mark.slow
 def test_ranks_wait_for_a_slow_one():
     mp.spawn(wait_for_a_slow_rank, (29547,), WORLD)
 
@@ -227,6 +228,7 @@ def test_every_task_learns_the_same_on_two_processes(tmp_path, pretrained, task)
     assert one[name] == pytest.approx(two[name]) and one[f"blank_{name}"] == two[f"blank_{name}"]
 
 
+@pytest.mark.slow
 def test_resuming_on_another_number_of_processes_sees_the_same_samples(tmp_path):
     flags = [*SMALL, "--scenes", "64", "--epochs", "2", "--device", "cpu", "--itm-weight", "0"]
     finish(torchrun("train.py", *flags, "--out", tmp_path / "two", "--save-every", "5",

@@ -146,6 +146,7 @@ def test_losses_see_tensors_only():
 
 # ---- speed that shows without a clock ----
 
+@pytest.mark.slow
 def test_a_full_size_step_costs_two_thirds_of_the_released_one():
     assert bench.step_gflop("base", batch=8) <= 0.68 * bench.RELEASED_GFLOP
 
