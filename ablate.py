@@ -192,10 +192,13 @@ class ExperimentCache:
             return str(folder)
         return Path(self.make("set", [captioners, filters, repr(config), decoding], make))
 
-    def capfilt(self, settings: dict | None = None, **decoding) -> Path:
-        """The bootstrapped set of a captioner and a filter that were finetuned separately."""
-        return self.bootstrap([self.finetune("caption")], [self.finetune("retrieval")], settings,
-                              **decoding)
+    def capfilt(self, settings: dict | None = None, init: str = "", **decoding) -> Path:
+        """The bootstrapped set of a captioner and a filter that were finetuned separately.
+
+        Both start from `init` (the model of the raw texts).
+        """
+        return self.bootstrap([self.finetune("caption", init)], [self.finetune("retrieval", init)],
+                              settings, **decoding)
 
     def texts(self, folder: Path, web: str, synthetic: str) -> list[str]:
         """The human texts, and those of a bootstrapped set -> a json list.

@@ -134,8 +134,8 @@ def test_the_claims_cells_are_made_of_what_their_names_say(tmp_path):
         def pretrain(self, sources, times=1, **given):
             return self.train("pretrain", {"sources": sources} | given)
 
-        def finetune(self, task, **given):
-            return self.train("finetune", {"task": task} | given)
+        def finetune(self, task, init="", **given):
+            return self.train("finetune", {"task": task, "init": init} | given)
 
         def bootstrap(self, captioners, filters, settings=None, **decoding):
             return Path(f"set of {captioners}, {filters}, {settings}")

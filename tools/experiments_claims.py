@@ -51,16 +51,10 @@ def raw_and_capfilt(name: str, **web) -> dict[str, Cell]:
     return {f"raw, {name}": on_web(on_noisy(), **web), f"CapFilt, {name}": on_web(both, **web)}
 
 
-def set_from(cache, model: str) -> Path:
-    """Bootstrapped by a captioner and a filter that start from this model."""
-    return cache.bootstrap([cache.finetune("caption", init=model)],
-                           [cache.finetune("retrieval", init=model)])
-
-
 def by_large(cache, **given) -> str:
     """A model on the set of a large captioner and a large filter."""
     large = cache.pretrain(cache.raw(), **LARGE)
-    return on_set(cache, set_from(cache, large), **given)
+    return on_set(cache, cache.capfilt(init=large), **given)
 
 
 def on_capfilt(**given) -> Cell:
@@ -73,7 +67,7 @@ def rounds(count: int) -> Cell:
     def cell(cache) -> str:
         model = cache.pretrain(cache.raw())
         for _ in range(count):
-            model = on_set(cache, set_from(cache, model))
+            model = on_set(cache, cache.capfilt(init=model))
         return model
     return cell
 
