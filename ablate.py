@@ -13,7 +13,8 @@ held-out scenes with clean texts.
     python ablate.py noise                  CapFilt as the web gets noisier
     python ablate.py web                    CapFilt on larger web sets
     python ablate.py models                 larger captioner and filter, larger model
-    python ablate.py recipes                CLIP's, SigLIP's and ALBEF's losses
+    python ablate.py recipes                CLIP's, SigLIP's, ALBEF's and SimVLM's losses
+    python ablate.py recipes-vqa            questions, finetuned from each of these models
     python ablate.py rounds                 CapFilt again, with the model that it gave
     python ablate.py captions               several synthetic captions an image
     python ablate.py ensembles              two captioners, two filters
@@ -260,7 +261,7 @@ def run_cell(regime: Regime, name: str, cell: str, seed: int, device: str,
                 write_json(world_numbers, judge_in_world(checkpoint, cache.device,
                                                          regime.world.held_out))
             judged = read_json(world_numbers)
-        numbers = {measure: judged[measure] for measure in experiment.measures}
+        numbers = {measure: judged[measure] for measure in experiment.measures if measure in judged}
         numbers["minutes"] = evaluated["train_minutes"]
         if experiment.paper_parameters:  # without the twins
             model = open_model(checkpoint, device=cache.device).model

@@ -6,14 +6,20 @@ import statistics
 from reports.statistics import mean_and_spread, paired_test, smallest_visible, verdict
 
 Cells = dict[str, list[dict]]  # cell -> the numbers of each seed
+CANNOT = "–"  # where a model has no such number: one without a decoder writes no captions
 
 
 def verdicts(claims: tuple[tuple[str, str], ...], measures: dict[str, str],
              cells: Cells) -> list[dict]:
-    """For each claim (better, worse) and measure: the difference, the paired test, the order."""
+    """For each claim (better, worse) and measure: the difference, the paired test, the order.
+
+    A measure that one of the two cells does not have gives none.
+    """
     results = []
     for better, worse in claims:
         for measure in measures:
+            if measure not in cells[better][0] or measure not in cells[worse][0]:
+                continue
             differences = [a[measure] - b[measure] for a, b in zip(cells[better], cells[worse])]
             results.append({"better": better, "worse": worse, "measure": measure,
                             "difference": statistics.mean(differences),
@@ -35,7 +41,8 @@ def cell_table(cells: Cells, measures: dict[str, str],
              "|---" * (len(measures) + 2 + len(columns)) + "|"]
     for cell, rows in cells.items():
         minutes = statistics.mean(row["minutes"] for row in rows)
-        ours = [mean_and_spread([row[measure] for row in rows]) for measure in measures]
+        ours = [mean_and_spread([row[measure] for row in rows]) if measure in rows[0] else CANNOT
+                for measure in measures]
         lines.append(markdown_row([cell, *ours, f"{minutes:.1f}",
                                    *paper.get(cell, [""] * len(columns))]))
     return lines
@@ -73,9 +80,10 @@ def verdict_table(claims: tuple[tuple[str, str], ...], measures: dict[str, str],
     """Which claims came out, by how much, and how surely."""
     lines = [markdown_row([heading, *measures.values()]), "|---" * (len(measures) + 1) + "|"]
     for claim in claims:
-        row = [f"{' > '.join(claim)}"]
-        row += [verdict_words(result) for result in verdicts((claim,), measures, cells)]
-        lines.append(markdown_row(row))
+        words = {result["measure"]: verdict_words(result)
+                 for result in verdicts((claim,), measures, cells)}
+        row = [words.get(measure, CANNOT) for measure in measures]
+        lines.append(markdown_row([" > ".join(claim), *row]))
     return lines
 
 

@@ -47,6 +47,19 @@ def test_verdicts_and_the_table():
     assert {v["verdict"] for v in verdicts(experiment.claims, MEASURES, single)} == {"a look"}
 
 
+def test_a_cell_without_a_measure_has_a_dash_and_no_verdict(tmp_path):
+    """A model without a decoder writes no captions: the other columns stand where they belong."""
+    measures = {"t2i_r1": "R@1", "caption_true": "captions"}
+    experiment = ablate.Experiment("A table", {"a": None, "b": None}, claims=(("a", "b"),),
+                                   measures=measures)
+    cells = {"a": [{"t2i_r1": 0.5, "caption_true": 0.7, "minutes": 1.0}] * 2,
+             "b": [{"caption_true": 0.2, "minutes": 1.0}] * 2}
+    text = ablate.markdown(experiment, cells, "python ablate.py x", regime(tmp_path), [0, 1])
+    assert "| b | – | 20.0 ± 0.0 | 1.0 |" in text
+    assert "| a > b | – | yes: +50.0 (p 0.00) |" in text
+    assert [v["measure"] for v in verdicts(experiment.claims, measures, cells)] == ["caption_true"]
+
+
 @pytest.mark.parametrize("name", ablate.EXPERIMENTS)
 def test_each_experiment_becomes_a_table(name, tmp_path):
     """After hours of training: columns, verdicts and rates of whatever the experiment has."""
