@@ -20,6 +20,11 @@ held-out scenes with clean texts.
     python ablate.py ensembles              two captioners, two filters
     python ablate.py losses --cells "all" "without ITM"
     python ablate.py blip2-figure5          BLIP-2: stage 2 with and without stage 1
+    python ablate.py blip2-figure5-t5       the same for an encoder-decoder
+    python ablate.py blip2-table6           stage 1 with and without ITG
+    python ablate.py blip2-sizes            smaller language model, smaller image encoder
+    python ablate.py blip2-queries          8, 16 or 32 queries
+    python ablate.py blip2-blip             BLIP against BLIP-2
     python ablate.py all --seeds 3 --jobs 2
 
 The world's web set is noisy and its human set small and clean, as for `python capfilt.py`. Every

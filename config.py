@@ -194,10 +194,10 @@ class TrainConfig:
                                "that knows something; not in the papers)", least=0)
     augment: bool = setting(True, "random crop, flip, RandAugment on photographs; the world has "
                                   "none")
-    # NOTE(differs from salesforce/BLIP): there every picture is mirrored half of the time.
     # NOTE(differs from salesforce/BLIP): there they are negatives like all others.
     equal_texts: bool = setting(False, "pretraining: pairs with the same caption are no negatives "
                                        "of one another (for texts that are labels)")
+    # NOTE(differs from salesforce/BLIP): there every picture is mirrored half of the time.
     flip: str = setting("safe", "mirror half of the pictures: safe (not where a text says left or "
                                 "right), always, never", choices=("safe", "always", "never"))
     crop_min: float = setting(0.2, "smallest share of the area in a random crop", above=0, most=1)

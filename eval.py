@@ -22,7 +22,7 @@ Without --data a benchmark runs on held-out scenes of the built-in world, where 
 be checked. With it: a BLIP, Karpathy or COCO json; for vqa BLIP's lists, or VQAv2's
 "questions.json,annotations.json"; for nlvr2 BLIP's list or the official jsonl; for visdial VisDial
 1.0's file. Each writes its numbers beside all settings (metrics.json), a sheet of examples
-(sheet.png) and the files that evaluation servers and tools read into --out.
+(sheet.png) and, where there is one, the file that the evaluation server reads into --out.
 """
 
 import argparse

@@ -385,7 +385,8 @@ def report(run: Run, numbers: dict) -> None:
     for line in final_lines(read_log(run.out), chance_levels(run.model.config, run.config)):
         print(line)
     files = sorted(path.name for path in run.out.iterdir() if path.is_file())
-    print(f"wrote {run.out}/{', '.join(files)} (all numbers: metrics.json; pictures: samples.png)")
+    pictures = "; pictures: samples.png" if "samples.png" in files else ""
+    print(f"wrote {run.out}/{', '.join(files)} (all numbers: metrics.json{pictures})")
     if run.config.task == "pretrain":
         checkpoint = f"--checkpoint {run.out}/checkpoint.pt"
         print(f"try next: python eval.py describe PICTURE {checkpoint}\n"

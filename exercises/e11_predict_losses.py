@@ -5,8 +5,8 @@ the built-in picture world (about half an hour on two cores):
 
     python ablate.py losses --seeds 1 --jobs 2
 
-With all three objectives the model has, in percent: text-to-image R@1 of 1,000 by ITC 93 (chance
-0.1); ITM prefers the true text to one with a word swapped 97 (chance 50); captions wholly true 95.
+With all three objectives the model has, in percent: text-to-image R@1 of 1,000 by ITC 94 (chance
+0.1); ITM prefers the true text to one with a word swapped 96 (chance 50); captions wholly true 96.
 A number counts as right within 10 points.
 
 a   without ITC: text-to-image R@1?

@@ -98,9 +98,9 @@ def run(o: argparse.Namespace) -> None:
     experiments[o.name] = {way: [of_seed[way] for of_seed in seeds] for way in WAYS}
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, experiments)
-    text = table(experiments, f"`python -m tools.sampling`, on {o.size} held-out scenes of the "
-                              "built-in world; one caption each. The filter rejects what it gives "
-                              "less than 0.5.")
+    text = table(experiments, "`python -m tools.sampling --captioner C.pt --filter F.pt`, on "
+                              f"{o.size} held-out scenes of the built-in world; one caption each. "
+                              "The filter rejects what it gives less than 0.5.")
     with whole_file(path.with_suffix(".md")) as file:
         file.write(text)
     draw_sampling(path.with_suffix(".png"), experiments)
