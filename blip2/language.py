@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attention import KeysValues, SelfAttention, attend, merge_heads, split_heads
-from config import check_settings, setting
+from config import SettingError, check_settings, setting
 
 Cache = list[KeysValues]  # self-attention's keys and values of each layer
 KINDS = ("decoder", "encoder-decoder")
@@ -38,8 +38,9 @@ class LanguageConfig:
     head_width: int = setting(64, "of a head", least=1)
     ffn: int = setting(3072, "of the feed-forward layers", least=1)
     max_positions: int = setting(2048, "of a decoder", least=4)
-    near_heads: int = setting(0, "of a decoder: so many heads weigh a token down by its distance "
-                                 "(ALiBi, Press et al. 2022); OPT has none", least=0)
+    near_heads: int = setting(0, "so many heads weigh a token down by its distance (ALiBi, Press "
+                                 "et al. 2022), those of an encoder-decoder at the start of its "
+                                 "training; OPT and T5 have none", least=0)
     buckets: int = setting(32, "of relative positions, of an encoder-decoder", least=4)
     farthest: int = setting(128, "distance with a bucket of its own, of an encoder-decoder",
                             least=4)
@@ -54,6 +55,12 @@ class LanguageConfig:
 
     def __post_init__(self):
         check_settings(self)
+        if self.kind == "decoder" and self.width % self.heads:
+            raise SettingError(f"--width {self.width} is not a multiple of --heads {self.heads}")
+        if self.width % 2:
+            raise SettingError(f"--width {self.width} is odd; give an even one")
+        if self.near_heads > self.heads:
+            raise SettingError(f"--near-heads {self.near_heads} is more than --heads {self.heads}")
 
 
 # ---- a decoder: OPT ------------------------------------------------------------------------------
@@ -99,6 +106,13 @@ class LanguageModel(nn.Module):
         return [(k.index_select(0, rows), v.index_select(0, rows)) for k, v in past]
 
 
+def near_slopes(config: LanguageConfig) -> Tensor:
+    """How much a head weighs a token down per step of distance: 1/2, 1/4 ... 0 ... (H,)."""
+    slopes = torch.zeros(config.heads)
+    slopes[:config.near_heads] = 0.5 ** torch.arange(1, config.near_heads + 1)
+    return slopes
+
+
 class DecoderLM(LanguageModel):
     """OPT: every token looks at those before it, soft tokens included."""
 
@@ -120,13 +134,13 @@ class DecoderLM(LanguageModel):
         """Tokens -> states that predict the next one, and the cache.
 
         embeds (B, L, D), mask (B, past + L): False for padding, on either side. A position counts
-        the tokens that may be attended, so padding changes nothing. Raises ValueError where there
+        the tokens that may be attended, so padding changes nothing. Raises SettingError where there
         are more of them than positions.
         """
         length = embeds.shape[1]
         position = mask.long().cumsum(1) - 1
         if mask.shape[1] > self.config.max_positions:
-            raise ValueError(f"{mask.shape[1]} tokens do not fit the language model's "
+            raise SettingError(f"{mask.shape[1]} tokens do not fit the language model's "
                              f"{self.config.max_positions} positions; shorten the prompt")
         position = (position.masked_fill(~mask.bool(), -1) + self.OFFSET)[:, -length:]
         x = self.dropout(embeds + self.position(position))
@@ -146,13 +160,11 @@ class DecoderLM(LanguageModel):
     def near_bias(self, mask: Tensor, length: int) -> Tensor:
         """Added to the scores of the last `length` tokens: minus distance times a head's slope.
 
-        mask (B, T); slopes 1/2, 1/4 ... of the first heads, 0 of the rest -> (B, H, length, T).
+        mask (B, T) -> (B, H, length, T).
         """
         place = mask.long().cumsum(1).float()
         distance = place[:, -length:, None] - place[:, None, :]
-        slopes = torch.zeros(self.config.heads, device=mask.device)
-        near = torch.arange(self.config.near_heads, device=mask.device)
-        slopes[:self.config.near_heads] = 0.5 ** (near + 1)
+        slopes = near_slopes(self.config).to(mask.device)
         return -slopes[:, None, None] * distance[:, None]
 
     def logits(self, states: Tensor) -> Tensor:

@@ -11,7 +11,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from blip2.language import LanguageConfig, make_language
+from blip2.language import (
+    EncoderDecoderLM,
+    LanguageConfig,
+    T5Attention,
+    make_language,
+    near_slopes,
+)
 from blip2.texts import (
     CAPTION_PROMPT,
     WordPieces,
@@ -57,8 +63,6 @@ def initialise_language(language: nn.Module) -> None:
     for name, weight in language.named_parameters():
         if name.endswith("word.weight"):
             nn.init.normal_(weight, std=1.0)
-        elif name.endswith("relative.weight"):
-            nn.init.normal_(weight, std=0.5)
         elif weight.ndim == 2:
             nn.init.normal_(weight, std=weight.shape[1] ** -0.5)
         if name.endswith(("out.weight", "fc2.weight")):  # what is added to the residual stream
@@ -70,6 +74,25 @@ def initialise_language(language: nn.Module) -> None:
         rates = torch.exp(torch.arange(0, width, 2) * (-math.log(1000.0) / width))
         angles = torch.arange(positions)[:, None] * rates
         language.position.weight.data = torch.stack([angles.sin(), angles.cos()], 2).flatten(1)
+    else:
+        initialise_lookup(language)
+
+
+def initialise_lookup(language: EncoderDecoderLM) -> None:
+    """Every head of an encoder-decoder starts by looking for equal tokens, some heads nearby.
+
+    Keys are made as queries are. In the first heads the relative positions start as ALiBi's, twice
+    as steep as a decoder's.
+    """
+    c = language.config
+    for attention in language.modules():
+        if isinstance(attention, T5Attention):
+            attention.k.weight.data.copy_(attention.q.weight)
+            attention.q.weight.data.mul_(c.head_width ** -0.5)  # T5 does not scale its scores
+    for stack in (language.encoder, language.decoder):
+        one_way = c.buckets if stack.decoder else c.buckets // 2  # an encoder looks both ways
+        distance = torch.arange(c.buckets) % one_way  # far ones by their bucket's number
+        stack.relative.weight.data = -2 * distance[:, None] * near_slopes(c)
 
 
 class TextModel(Trainable):
