@@ -59,7 +59,7 @@ from tqdm import tqdm
 
 import train
 from capfilt import CapFiltConfig, bootstrap, open_captioner, open_filter
-from data.files import read_json, whole_file, write_json
+from data.files import make_folder, read_json, whole_file, write_json
 from data.sources import PairIndex, with_shares
 from reports.tables import cell_table, parameter_table, set_table, verdict_table, verdicts
 from tools.experiments import BLIP_EXPERIMENTS, Experiment
@@ -321,14 +321,14 @@ def run_all(regime: Regime, experiments: dict[str, Experiment], seeds: list[int]
 # ---- what came out -------------------------------------------------------------------------------
 
 def markdown(experiment: Experiment, cells: dict[str, list[dict]], command: str,
-             regime: Regime, seeds: list[int]) -> str:
+             regime: Regime, seeds: list[int], device: str = "cpu") -> str:
     """A table with mean and standard deviation over seeds, and the verdicts."""
     order = "the paper's order" if experiment.paper else "expected order"
     lines = [f"# {experiment.title}", "", f"`{command}`", "",
              f"In the built-in world, {len(seeds)} seed{'s' * (len(seeds) > 1)} "
              f"({', '.join(map(str, seeds))}): mean ± standard deviation, percent, on "
              f"{regime.world.held_out} held-out scenes with clean texts, straight after "
-             f"{'' if experiment.evaluated else 'pre'}training. {machine()}.", "",
+             f"{'' if experiment.evaluated else 'pre'}training. {machine(device)}.", "",
              *cell_table(cells, experiment.measures, experiment.paper)]
     if experiment.paper_parameters:
         lines += ["", *parameter_table(cells, experiment.paper_parameters)]
@@ -343,11 +343,11 @@ def markdown(experiment: Experiment, cells: dict[str, list[dict]], command: str,
     return "\n".join(lines)
 
 
-def machine() -> str:
+def machine(device: str) -> str:
     """What it ran on."""
     name = f"{os.cpu_count()} CPU cores"
-    if torch.cuda.is_available():
-        name = torch.cuda.get_device_name()
+    if device.startswith("cuda"):
+        name = torch.cuda.get_device_name(device)
     return f"{name}, torch {torch.__version__}"
 
 
@@ -373,8 +373,8 @@ def command_line() -> argparse.ArgumentParser:
     for flag, recipe, about in (("--pretrain", WORLD_PRETRAIN, "every pretraining"),
                                 ("--finetune", WORLD_FINETUNE, "every finetuning"),
                                 ("--losses", WORLD_RECIPE, "the experiment `losses` and BLIP-2's")):
-        p.add_argument(flag, default=recipe, type=training_flags, metavar="FLAGS",
-                       help=f"of train.py for {about} (default {recipe})")
+        p.add_argument(flag, default={}, type=training_flags, metavar="FLAGS",
+                       help=f"of train.py for {about}, beside {recipe}")
     add_flags(p.add_argument_group("the built-in world"), WorldSets, {})
     return p
 
@@ -382,7 +382,10 @@ def command_line() -> argparse.ArgumentParser:
 def run(o: argparse.Namespace, command: str) -> None:
     """Make the tables that the command line asks for."""
     regime = Regime(str(Path(o.out).resolve()), WorldSets(**given_for(WorldSets, vars(o))), o.pairs,
-                    o.pretrain, o.finetune, o.losses)
+                    WORLD_PRETRAIN | o.pretrain, WORLD_FINETUNE | o.finetune,
+                    WORLD_RECIPE | o.losses)
+    for folder in (o.out, o.results):
+        make_folder(folder)
     names = list(EXPERIMENTS) if "all" in o.experiments else o.experiments
     experiments = {name: EXPERIMENTS[name].only(o.cells) for name in names}
     if o.device:
@@ -391,13 +394,13 @@ def run(o: argparse.Namespace, command: str) -> None:
         "cuda" if torch.cuda.is_available() else "cpu")
     for name, cells in run_all(regime, experiments, seeds, device, o.jobs):
         experiment = experiments[name]
-        text = markdown(experiment, cells, command, regime, seeds)
-        file_name = name + "-cells" * bool(o.cells)  # the whole table is not written over
-        Path(o.results).mkdir(parents=True, exist_ok=True)
+        text = markdown(experiment, cells, command, regime, seeds, device)
+        # The whole table is not written over, nor one of other cells.
+        file_name = "-".join([name, *(re.sub(r"\W+", "_", cell) for cell in o.cells)])[:120]
         with whole_file(Path(o.results) / f"{file_name}.md") as file:
             file.write(text)
         write_json(Path(o.results) / f"{file_name}.json", {
-            "command": command, "machine": machine(), "seeds": seeds, "cells": cells,
+            "command": command, "machine": machine(device), "seeds": seeds, "cells": cells,
             "verdicts": verdicts(experiment.claims, experiment.judged_by(), cells)})
         print(f"{text}\nwrote {o.results}/{file_name}.md, {file_name}.json", flush=True)
 

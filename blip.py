@@ -218,11 +218,11 @@ class BLIP(nn.Module):
         """
         B, floor = len(ids), 0.0 if finetuning else self.config.negative_floor
         own = torch.arange(B, device=ids.device)  # where this rank's texts stand in `ids`
-        row_ids = column_ids = own if image_ids is None else image_ids
         from_all_ranks = all_negatives and distributed.world_size() > 1
         if from_all_ranks:
-            ids, mask = distributed.gather_texts(ids, mask)
-            column_ids, own = distributed.all_gather(row_ids), own + distributed.rank() * B
+            ids, mask, own = *distributed.gather_texts(ids, mask), own + distributed.rank() * B
+        row_ids = own if image_ids is None else image_ids
+        column_ids = distributed.all_gather(row_ids) if from_all_ranks else row_ids
         positives = row_ids[:, None] == column_ids  # (B, B), or (B, processes * B)
         if sims is None or not self.config.hard_negatives:  # (None: ITC is off)
             sims = (torch.zeros(positives.shape, device=ids.device),) * 2

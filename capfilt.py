@@ -208,9 +208,9 @@ def check(o: argparse.Namespace) -> None:
         kind(**given_for(kind, vars(o)))
     if o.finetune is not None and not o.human:
         raise InputError("--finetune needs --human: pairs of good quality, as COCO's")
-    if o.finetune is None and not o.captioner + o.filter:
+    if (o.finetune is None) != bool(o.captioner + o.filter):
         raise InputError("give --captioner and --filter (checkpoints of `train.py caption` and "
-                         "`train.py retrieval`), or --init and --finetune to make them")
+                         "`train.py retrieval`), or else --init and --finetune to make them")
     if o.rounds > 1 and None in (o.finetune, o.pretrain):
         raise InputError("--rounds needs --finetune and --pretrain: each starts from the last")
     if o.finetune is not None and not o.init and o.pretrain is None:

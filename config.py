@@ -1,6 +1,6 @@
 """The settings of a model and of a training, with the paper's values, and the schedules.
 
-Every field of BLIPConfig and TrainConfig is a flag of train.py, with its text as help. Later ones
+The fields of BLIPConfig and TrainConfig are flags of train.py, with their text as help. Later ones
 override earlier ones: the field's default (the paper's pretraining of ViT-B), the task's settings
 (its record in tasks/), the preset's, what the command line gives (training/settings.py).
 """
@@ -245,7 +245,7 @@ class CapFiltConfig:
     """What CapFilt's set depends on, beside the models and how they generate (BLIP sec. 3.3)."""
 
     captions: int = setting(1, "synthetic captions that each captioner writes for an image (paper: "
-                               "1)", least=1)
+                               "1)", least=1, most=100)
     keep: str = setting("all", "of an image's accepted synthetic captions: all, best (by ITM) or "
                                "sample", choices=("all", "best", "sample"))
     agree: str = setting("mean", "of several filters, what must reach the threshold: their mean, "
@@ -280,14 +280,19 @@ def alpha_at(config: TrainConfig, step: int, steps_per_epoch: int) -> float:
     ramp = config.alpha_epochs * steps_per_epoch
     if not ramp:
         return config.alpha
-    return config.alpha * min(1.0, max(0, step - config.lm_only_steps) / ramp)
+    return config.alpha * min(1.0, max(0, step - lm_alone_until(config)) / ramp)
+
+
+def lm_alone_until(config: TrainConfig) -> int:
+    """The first step that is not of LM alone."""
+    return config.lm_only_steps if config.lm_weight else 0
 
 
 def objectives_at(config: TrainConfig, step: int) -> tuple[str, ...]:
     """The losses that are on in a step."""
     active = tuple(name for name, weight in config.objective_weights().items() if weight)
-    if step < config.lm_only_steps and "lm" in active:
+    if step < lm_alone_until(config):
         return ("lm",)
     if step < config.itm_from:
-        return tuple(name for name in active if name != "itm")
+        active = tuple(name for name in active if name != "itm") or active
     return active

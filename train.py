@@ -10,7 +10,7 @@
     python train.py --resume            continue the run in --out
     python train.py --itc-weight 0      an ablation: switch a loss off
 
-Every field of BLIPConfig and TrainConfig (config.py) is a flag; `--help` lists them. In the run's
+The fields of BLIPConfig and TrainConfig (config.py) are flags; `--help` lists them. In the run's
 folder: log.jsonl (one line per logged step), checkpoint.pt (everything), best.pt (finetuning: the
 model after the epoch that did best on the validation split), metrics.json, samples.png and
 curves.png (at the end).
@@ -18,6 +18,7 @@ curves.png (at the end).
 
 import math
 import os
+import re
 import sys
 import time
 import uuid
@@ -247,10 +248,31 @@ def start(given: dict, resume: bool = False) -> Run:
         raise InputError(f"--batch-size {config.batch_size} is not a multiple of {chunks}, which "
                          f"are {distributed.world_size()} processes x {config.accumulate} "
                          "micro-batches")
+    if task_needs_negatives(config) and config.batch_size == chunks:
+        raise InputError(f"--batch-size {config.batch_size} leaves one pair to each process and "
+                         "micro-batch, and ITM needs a second one as a negative; give a larger "
+                         "one, or a smaller --accumulate")
+    refuse_own_files(config)
     run = Run(model_config, config, device, state, source, given, run_id)
     if distributed.rank() == 0:
         prepare_folder(run.out, resume=state is not None)
     return run
+
+
+def refuse_own_files(config: TrainConfig) -> None:
+    """InputError where the run's folder holds what the run reads: it may be moved aside."""
+    out = Path(config.out).resolve()
+    files = [*config.data.split(","), *config.val.split(","), config.image_root, config.vocab]
+    for file in filter(None, files):
+        if Path(file).resolve().is_relative_to(out):
+            raise InputError(f"{file} lies in the run's folder {config.out}, and an earlier run's "
+                             "folder is moved aside; give another --out")
+
+
+def task_needs_negatives(config: TrainConfig) -> bool:
+    """Whether ITM takes its negatives from the pairs of one process and micro-batch."""
+    from_all = config.all_negatives and distributed.world_size() > 1
+    return bool(TASKS[config.task].reranks and config.itm_weight and not from_all)
 
 
 def begin(out: Path, state: dict | None, restarted: bool) -> str:
@@ -311,7 +333,8 @@ def prepare_folder(out: Path, resume: bool) -> None:
                   "it)")
         make_folder(out)
         for leftover in out.glob("*.tmp"):  # of a process that was killed while it wrote
-            leftover.unlink()
+            if re.search(r"\.\d+\.tmp$", leftover.name):  # data.files.whole_file
+                leftover.unlink()
     except OSError as error:
         raise InputError(f"the run's folder {out} cannot be made ({error}); give another --out")
 
@@ -322,6 +345,9 @@ def describe(run: Run) -> None:
     parameters = sum(p.numel() for name, p in run.model.named_parameters()
                      if name in run.trainable)
     share = c.batch_size // (processes * c.accumulate)
+    if run.edited:
+        print0("WARNING the code was edited since this run's checkpoint: it goes on with the new "
+               "one; for a comparison start a new run")
     print0(f"model    {flags_of(run.model.config)}\ntraining {flags_of(c)}")
     print0(f"{parameters / 1e6:.2f}M parameters without twins, on {run.device} ({run.precision}), "
            f"writing to {c.out}")
@@ -351,10 +377,13 @@ def train_into(folder: Path, given: dict) -> str:
     """Train with these settings, or go on where it stopped -> the best checkpoint.
 
     For programs that train several models. KeyboardInterrupt when a signal asks to stop. Raises
-    InputError where the folder holds a run of other settings.
+    InputError where the folder holds a run of other settings or of other code.
     """
     resume = (folder / "checkpoint.pt").exists()
     run = start(given | {"out": str(folder)}, resume)
+    if run.edited:
+        raise InputError(f"{folder} holds a model of other code: train.py, the model, a loss or "
+                         "what they use was edited since; give another --out")
     print0(f"{run.steps} steps into {folder}")
     if not train(run):
         raise KeyboardInterrupt

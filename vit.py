@@ -91,7 +91,7 @@ class ViT(nn.Module):
         x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], 1)
         x = x + resize_positions(self.pos_embed, x.shape[1])
         for block in self.blocks:
-            if self.grad_checkpoint and self.training:
+            if self.grad_checkpoint and torch.is_grad_enabled():
                 x = checkpoint(block, x, use_reentrant=False)
             else:
                 x = block(x)

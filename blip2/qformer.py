@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from attention import CrossAttention, KeysValues
+from config import SettingError
 from med import NORM_EPS, CrossAttentionLayer, FeedForward, LMHead, SelfAttentionLayer, with_first
 
 Cache = list[KeysValues]  # self-attention's keys and values of each layer
@@ -132,7 +133,7 @@ class QFormer(nn.Module):
         """ids (B, L) -> (B, L, D). Positions start at 0, behind queries too."""
         end = start + ids.shape[1]
         if end > self.position.num_embeddings:
-            raise ValueError(f"a text of {end} tokens does not fit the Q-Former's "
+            raise SettingError(f"a text of {end} tokens does not fit the Q-Former's "
                              f"{self.position.num_embeddings} positions; shorten it")
         position = torch.arange(start, end, device=ids.device)
         return self.dropout(self.norm(self.word(ids) + self.position(position)))

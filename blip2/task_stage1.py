@@ -8,9 +8,10 @@ from dataclasses import replace
 
 from blip2.config import Blip2Config
 from blip2.stage1 import Stage1
+from config import TrainConfig
 from data.text import Tokenizer
-from tasks import captioning, pretraining, retrieval
-from tasks.task import FINETUNE, OWN_WORDS, TINY, Task, collate_pairs, open_pairs
+from tasks import pretraining, retrieval
+from tasks.task import FINETUNE, OWN_WORDS, TINY, WEIGHTS, Task, collate_pairs, open_pairs
 
 # What stage 1 and stage 2 are like with each preset. tiny: this project's pretrained ViT.
 SIZES = {
@@ -57,9 +58,14 @@ def trained_vision(start: dict) -> dict:
     return vision_of(start) | dict(train_vision=True)
 
 
+def inputs(config: TrainConfig, tokenizer: Tokenizer, alpha: float) -> dict:
+    """Arguments of Stage1.forward beside the batch's tensors: [DEC] gives no loss."""
+    return {"prompt_length": 1}
+
+
 TASKS = (
     Task("blip2-stage1", "BLIP-2: queries learn to extract what a text needs", Stage1, open_pairs,
-         collate_pairs, pretraining.evaluate, inputs=captioning.inputs, config=Blip2Config,
+         collate_pairs, pretraining.evaluate, inputs=inputs, reads=WEIGHTS, config=Blip2Config,
          sizes=SIZES, starts_from=("pretrain",), from_start=vision_of, complete=complete,
          holds_splits=True, reranks=True,
          settings=dict(RECIPE, out="runs/blip2-stage1", epochs=10),
@@ -67,7 +73,7 @@ TASKS = (
          tiny_own=dict(min_steps=1000, crop_min=0.5, equal_texts=True, new_pieces=OWN_WORDS),
          highlights=pretraining.TASK.highlights),
     Task("blip2-retrieval", "BLIP-2: find images by text, finetuned", Stage1, open_pairs,
-         retrieval.collate, retrieval.evaluate, retrieval.score, captioning.inputs,
+         retrieval.collate, retrieval.evaluate, retrieval.score, inputs, reads=WEIGHTS,
          config=Blip2Config, sizes=SIZES, starts_from=("blip2-stage1",), from_start=trained_vision,
          complete=complete, needs=("itc", "itm"), holds_splits=True, reranks=True,
          settings=dict(FINETUNE, out="runs/blip2-retrieval", lr=1e-5, epochs=5, warmup_steps=1000,

@@ -165,7 +165,7 @@ def answer(trained: TrainedModel, images: Tensor, questions: list[str],
     prompts = [question_prompt(kind, question, dialogs[i] if dialogs else ())
                for i, question in enumerate(questions)]
     ids, mask = encode_prompts(tokenizer, kind, prompts)
-    most = getattr(language.config, "max_positions", 512) - ANSWERS["max_length"]
+    most = language.config.max_positions - ANSWERS["max_length"]
     if kind == "decoder" and ids.shape[1] + model.config.queries > most:
         raise InputError(f"a prompt of {ids.shape[1]} tokens does not fit the language model's "
                          f"{language.config.max_positions} positions; ask less at a time")
@@ -258,7 +258,8 @@ STAGE2_SIZES = SIZES | {"tiny": TINY_SIZES}
 TASKS = (
     of_stage2("blip2-stage2", "BLIP-2: a frozen language model reads what the queries extracted",
               open_pairs, caption_batches, evaluate, sizes=STAGE2_SIZES,
-              starts_from=("blip2-stage1", "pretrain"), from_start=vision_of, holds_splits=True,
+              starts_from=("blip2-stage1", "pretrain"), from_start=vision_of, reads=("prompt",),
+              holds_splits=True,
               settings=dict(RECIPE, out="runs/blip2-stage2", epochs=10, min_lr=5e-5,
                             batch_size=1920),
               tiny=dict(TINY, epochs=1, scenes=22400, batch_size=16, lr=1.5e-3,
@@ -273,7 +274,8 @@ TASKS = (
                   (("other_accuracy", "% of them when it is another scene's", ""),))),
     of_stage2("blip2-caption", "BLIP-2: describe images, finetuned", open_pairs, caption_batches,
               evaluate_captions, lambda numbers: numbers["cider"], sizes=STAGE2_SIZES,
-              starts_from=("blip2-stage2",), from_start=trained_vision, holds_splits=True,
+              starts_from=("blip2-stage2",), from_start=trained_vision, reads=("prompt",),
+              holds_splits=True,
               settings=dict(FINETUNE, out="runs/blip2-caption", lr=1e-5, epochs=5,
                             warmup_steps=1000, max_tokens=32, prompt=CAPTION_PROMPT),
               tiny=dict(TINY, epochs=2, scenes=6400, lr=3e-4), tiny_own=dict(min_steps=400),

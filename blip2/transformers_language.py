@@ -5,6 +5,7 @@ its models. What the two classes below offer is what blip2/language.py's own mod
 """
 
 import functools
+import math
 from types import SimpleNamespace
 
 from torch import Tensor, nn
@@ -87,8 +88,10 @@ class LibraryModel(nn.Module):
             raise InputError(f"the language model {name} cannot be read "
                              f"({str(error).splitlines()[0]})")
         tokenizer = open_library_tokenizer(name)
+        positions = getattr(self.model.config, "max_position_embeddings", math.inf)
         self.config = SimpleNamespace(kind=language["kind"], pad_id=tokenizer.pad,
-                                      bos_id=tokenizer.bos, eos_id=tokenizer.eos)
+                                      bos_id=tokenizer.bos, eos_id=tokenizer.eos,
+                                      max_positions=positions)
         if not decoder:
             self.config.pad_id = self.model.config.decoder_start_token_id
 

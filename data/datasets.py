@@ -143,18 +143,18 @@ class ImageDataset(Dataset):
     choices, equal for equal (seed, epoch, index); broken: names of the pictures that could not be
     read.
 
-    Training (`augment=True`): augmented anew in each epoch; an image that cannot be read is
-    replaced by the next of 99 that can, so that batches keep their size. Evaluation: an unreadable
-    image has `image` None.
+    Training: augmented anew in each epoch (`augment`); an image that cannot be read is replaced by
+    the next of 99 that can (`replace_broken`), so that batches keep their size. Evaluation: an
+    unreadable image has `image` None.
     """
 
     def __init__(self, examples: Sequence, image_root: str | Path, image_size: int,
                  augment: bool = False, crop: tuple[float, float] = (0.2, 1.0),
-                 flip: str = "safe", seed: int = 0):
+                 flip: str = "safe", seed: int = 0, replace_broken: bool = False):
         """crop: smallest and largest share of the area; flip: TrainConfig.flip."""
         self.examples, self.root, self.image_size = examples, Path(image_root), image_size
         self.augment, self.crop, self.flip = augment, crop, flip
-        self.seed, self.epoch = seed, 0
+        self.seed, self.epoch, self.replace_broken = seed, 0, replace_broken
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -179,7 +179,7 @@ class ImageDataset(Dataset):
 
     def __getitem__(self, index: int) -> dict:
         broken, image, seed = [], None, f"{self.seed} {self.epoch} {index}"
-        for i in range(index, index + (100 if self.augment else 1)):
+        for i in range(index, index + (100 if self.replace_broken else 1)):
             example = self.examples[i % len(self)]
             try:
                 image = self.load(example, random.Random(seed) if self.augment else None)

@@ -55,6 +55,14 @@ def iterate_records(path: str | Path, split: str) -> Iterator[tuple[str, dict]]:
         raise InputError(f"{where}: {missing}; a record needs {needs}")
 
 
+def is_karpathy(path: str | Path) -> bool:
+    """Whether it is a Karpathy file, which holds all splits."""
+    if not str(path).endswith(".json") or is_list(path):
+        return False
+    content = read_json(path)
+    return isinstance(content, dict) and "images" in content and "annotations" not in content
+
+
 def make_pair(where: str, record: dict, root: str, need_captions: bool = True) -> Pair:
     """A record, checked; empty captions are left out, perhaps all. Raises InputError."""
     image, captions = record["image"], record.get("caption", None if need_captions else [])

@@ -28,6 +28,8 @@ from data.pairs import merge_captions
 from data.sources import PairIndex
 from training import distributed
 
+ENOUGH = 20  # images of a shard: if none of so many can be read, the folder is the wrong one
+
 
 class ShardImages(Dataset):
     """The images of a shard at one or several sizes.
@@ -103,7 +105,7 @@ def claim(out: Path, settings: dict) -> None:
     """
     make_folder(out / "shards")
     path, settings = out / "settings.json", json.loads(json.dumps(settings))
-    if not path.exists():
+    if not path.exists() or not any((out / "shards").glob("*.json")):
         write_json(path, settings)
         return
     before = read_json(path)
@@ -138,7 +140,8 @@ def pending(web: PairIndex, out: Path, settings: dict, shard_size: int,
 
 def write(shard: Shard, images: list[dict]) -> None:
     """Write a shard's outcome: for each image {image, texts: [{caption, source, kept, ...}]}."""
-    if not images:
+    is_first = not any(shard.path.parent.glob("*.json"))
+    if not images and (is_first or len(shard.pairs) >= ENOUGH):
         reason = next(iter(shard.broken))
         raise InputError(f"none of the {len(shard.pairs)} images of shard {shard.path.stem} can be "
                          f"read (the first: {shard.pairs[0].image} in {shard.root}, {reason}); is "

@@ -120,7 +120,7 @@ class PairIndex(Sequence):
         files = [os.path.realpath(path) for path in shards or [source] if os.path.exists(path)]
         # Tar shards hold their images: they are found where the shards are.
         root = (os.path.commonpath([os.path.dirname(path) for path in files]) if shards
-                else os.path.abspath(image_root or Path(source).parent))
+                else os.path.realpath(image_root or Path(source).parent))
         states = [(path, os.stat(path).st_size, os.stat(path).st_mtime_ns) for path in files]
         stamp = hashlib.sha256(repr([INDEX_FORMAT, root] + states).encode()).hexdigest()[:16]
         index = folder / f"{Path((shards or [source])[0]).stem}-{stamp}"

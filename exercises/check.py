@@ -69,7 +69,7 @@ def grade(exercise: Exercise, module: ModuleType) -> Grader:
     grader = Grader()
     try:
         exercise.check(module, grader)
-    except Exception as error:  # for instance a function that was deleted or renamed
+    except (Exception, SystemExit) as error:  # for instance a function that was deleted
         grader.add(False, in_words(error))
     return grader
 
@@ -87,7 +87,7 @@ def check(number: int, solution: bool, hint: bool, own_tests: bool) -> bool:
     print(f"== {number}: exercises/{'solutions/' * solution}{exercise.file}.py")
     try:
         module = load(exercise, solution)
-    except Exception as error:  # a file that is no Python, too
+    except (Exception, SystemExit) as error:  # a file that is no Python, too
         print(f"WRONG   the file cannot be read: {in_words(error)}")
         return False
     grader = grade(exercise, module)
@@ -98,7 +98,7 @@ def check(number: int, solution: bool, hint: bool, own_tests: bool) -> bool:
         sys.stdout.flush()
         passed = run_own_tests(number, solution)
     if hint:
-        print(f"hint    {load(exercise, False).HINT}")
+        print(f"hint    {getattr(load(exercise, False), 'HINT', 'it was deleted from the file')}")
     elif not passed:
         print(f"        for a hint: python -m exercises.check {number} --hint")
     return passed

@@ -80,6 +80,7 @@ def wrap(text: str, width: int, size: int = FONT) -> list[str]:
 def fit(text: str, width: int, size: int = FONT) -> str:
     """The text, cut with dots where it is wider than `width` pixels."""
     font = ImageFont.load_default(size)
+    text = text[:width]  # no letter is narrower than a pixel: a long text is not measured
     if font.getlength(text) <= width:
         return text
     while text and font.getlength(f"{text}...") > width:

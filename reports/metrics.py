@@ -43,7 +43,7 @@ def rank_statistics(rank: Tensor, prefix: str) -> dict[str, float]:
             f"{prefix}_mean_rank": rank.double().add(1).mean().item()}
 
 
-def recall_chance(rows: int, columns: int, positives_per_row: int, prefix: str,
+def recall_chance(columns: int, positives_per_row: int, prefix: str,
                   at=(1, 5, 10)) -> dict[str, float]:
     """Expected recall of a random order: 1 - P(no positive among the first k)."""
     chance = {}

@@ -16,6 +16,7 @@ LIGHT = (240, 240, 240)  # beside a picture that is no square
 BLACK, GREY, GREEN, RED = (20, 20, 20), (120, 120, 120), (0, 130, 50), (200, 20, 30)
 # pixels: a picture's side, the gap between cells, font size, line height
 SIDE, GAP, FONT, LINE = 128, 14, 12, 15
+MOST = 500  # characters of a line of text; more is cut off
 
 
 @dataclass
@@ -35,7 +36,7 @@ class Cell:
         """The lines, broken where they are wider than a picture."""
         columns = int(SIDE / FONT * 1.9)  # characters that fit under a picture
         return [(part, colour) for text, colour in self.lines
-                for part in textwrap.wrap(text, columns) or [""]]
+                for part in textwrap.wrap(text[:MOST], columns) or [""]]
 
     def height(self) -> int:
         """In pixels."""
@@ -118,7 +119,11 @@ def draw_judged_texts(path: str | Path, images: list[dict], root: Path) -> None:
             scores = "".join(f" ({value:.2f})" for value in text.get("itm", []))
             lines.append((f"{text['source'][0].upper()}: {text['caption'][:120]}{scores}",
                           GREEN if text["kept"] else RED))
-        cells.append(Cell(load_whole(open_member(root, record["image"]), SIDE), lines))
+        try:
+            picture = load_whole(open_member(root, record["image"]), SIDE)
+        except OSError as error:  # moved since it was judged
+            picture, lines = None, [(f"{record['image']}: {error}", GREY), *lines]
+        cells.append(Cell(picture, lines))
     heading = ("W: web text, S: synthetic text; green: accepted, red: rejected by the filter (ITM "
                "probability)")
     draw_sheet(path, [(heading, in_rows(cells, 6) or [[Cell(None, [("none", BLACK)])]])])

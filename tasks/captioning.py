@@ -28,6 +28,7 @@ from tasks.task import (
     FINETUNE,
     OWN_WORDS,
     TINY,
+    WEIGHTS,
     EvalSettings,
     Evaluation,
     Task,
@@ -48,15 +49,16 @@ class Decoding:
 
     prompt: str = setting("", "words that captions start with; default: the checkpoint's")
     method: str = setting("beam", "beam or nucleus", choices=("beam", "nucleus"))
-    beams: int = setting(3, "of beam search", least=1)
+    beams: int = setting(3, "of beam search", least=1, most=100)
     min_length: int = setting(5, "tokens; default: the checkpoint's", least=1)
     max_length: int = setting(20, "tokens; default: the checkpoint's", least=2)
     repetition_penalty: float = setting(1.0, "1 is none; NoCaps 1.1", above=0)
-    length_penalty: float = setting(1.0, "of beam search: a score is divided by length to this")
+    length_penalty: float = setting(1.0, "of beam search: a score is divided by length to this",
+                                    least=-10, most=10)
     top_p: float = setting(0.9, "of nucleus sampling", above=0, most=1)
     temperature: float = setting(1.0, "of nucleus sampling", above=0)
     top_k: int = setting(0, "of nucleus sampling; 0 keeps all", least=0)
-    seed: int = setting(0, "of nucleus sampling", least=0)
+    seed: int = setting(0, "of all that is drawn by chance", least=0)
 
     def __post_init__(self):
         check_settings(self)
@@ -140,8 +142,8 @@ def evaluate(trained: TrainedModel, dataset: Dataset, settings: EvalSettings,
     caption_true: every fact is right, and none left out. "constant" holds what one and the same
     caption for every image would score: the commonest of the world, of `settings.training`, or else
     of the references. Of a data set with subsets (NoCaps) also the measures of each subset by
-    itself: its own images make the document frequencies. Without references (a test set) there are
-    no numbers.
+    itself: its own images make the document frequencies. Images without references count in no
+    measure; where none has any (a test set) there are no numbers.
     """
     decoding = Decoding.choose(settings.decoding, trained.settings)
     records, broken = caption_all(trained, dataset, decoding, write)
@@ -150,7 +152,8 @@ def evaluate(trained: TrainedModel, dataset: Dataset, settings: EvalSettings,
         index, captions = record["index"], record.pop("example").captions
         record["references"] = world.references(index) if world else captions
     counts = {"images": len(records), "broken": len(broken)}
-    if not any(record["references"] for record in records):
+    scored = [record for record in records if record["references"]]
+    if not scored:
         shown = [records[i] for i in pick_examples([0.0] * len(records), 8)["random"]]
         return Evaluation(counts, [("captions, random", [caption_cells(dataset, shown)])],
                           result_files(dataset, records))
@@ -159,22 +162,22 @@ def evaluate(trained: TrainedModel, dataset: Dataset, settings: EvalSettings,
         record["facts_hold"] = is_true(record["caption"], scene)
         record["true"] = record["facts_hold"] and is_complete(record["caption"], scene)
         record["wrong"] = wrong_facts(record["caption"], scene)
-    numbers, each = score_records(records)
-    for record, value in zip(records, each):
+    numbers, each = score_records(scored)
+    for record, value in zip(scored, each):
         record["cider"] = round(value, 4)
     for name, indices in subsets_of(dataset).items():
         inside = set(indices)
-        of_subset = [record for record in records if record["index"] in inside]
+        of_subset = [record for record in scored if record["index"] in inside]
         if of_subset:
             numbers |= {f"{name}_{measure}": value
                         for measure, value in score_records(of_subset)[0].items()}
     if world:
         numbers["caption_true"] = mean(record["true"] for record in records)
         numbers["caption_facts_hold"] = mean(record["facts_hold"] for record in records)
-    numbers |= {"constant": score_constant(records, world, settings.training)} | counts
+    numbers |= {"constant": score_constant(scored, world, settings.training)} | counts
     sections = overview(dataset, records) if world else []
     sections += [(f"captions, {title} (by CIDEr; grey: a reference)",
-                  [caption_cells(dataset, [records[i] for i in chosen])])
+                  [caption_cells(dataset, [scored[i] for i in chosen])])
                  for title, chosen in pick_examples(each, 8).items()]
     return Evaluation(numbers, sections, result_files(dataset, records))
 
@@ -337,14 +340,15 @@ def captions_by_image(path: str | Path, records: list[dict], key: str,
 
 def inputs(config: TrainConfig, tokenizer: Tokenizer, alpha: float) -> dict:
     """Arguments of BLIP.forward beside the batch's tensors: [DEC] and the prompt give no loss."""
-    return {"prompt_length": 1 + len(tokenizer.piece_ids(config.prompt))}
+    return {"alpha": alpha, "prompt_length": 1 + len(tokenizer.piece_ids(config.prompt))}
 
 
 # The best epoch is the one with the highest CIDEr.
 # NOTE(differs from salesforce/BLIP): there, the sum of BLEU-4 and CIDEr.
 TASK = Task(
     "caption", "describe images", BLIP, open_pairs, collate_pairs, evaluate,
-    lambda numbers: numbers["cider"], inputs, needs=("lm",), holds_splits=True,
+    lambda numbers: numbers["cider"], inputs, needs=("lm",), reads=(*WEIGHTS, "prompt"),
+    holds_splits=True,
     settings=dict(FINETUNE, out="runs/caption", lr=1e-5, epochs=5, max_tokens=40, itc_weight=0.0,
                   itm_weight=0.0, prompt="a picture of"),
     large=dict(lr=2e-6), tiny=dict(TINY, epochs=2, scenes=12800, lr=5e-4, prompt=""),

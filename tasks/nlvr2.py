@@ -33,6 +33,7 @@ from tasks.task import (
     TrainedModel,
     broken_images,
     evaluation_batches,
+    require_readable,
 )
 from training import distributed
 from world.datasets import Statements
@@ -207,6 +208,7 @@ def evaluate(trained: TrainedModel, dataset: Dataset, settings: EvalSettings) ->
     "chance": the commoner label. With baselines blank_accuracy, the same model on grey images.
     """
     records = judge_statements(trained, dataset)
+    require_readable(records, dataset)
     right = [record["answer"] == record["label"] for record in records]
     true_share = mean(record["label"] for record in records)
     numbers = {"accuracy": mean(right),

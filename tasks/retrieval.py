@@ -41,6 +41,7 @@ from tasks.task import (
     FINETUNE,
     OWN_WORDS,
     TINY,
+    WEIGHTS,
     EvalSettings,
     Evaluation,
     Task,
@@ -225,8 +226,8 @@ def evaluate(trained: TrainedModel, dataset: Dataset, settings: EvalSettings) ->
             of_suffix[f"t2i_{name}_r1"] = (of_subset == 0).float().mean().item()
         numbers |= {name + suffix: value for name, value in of_suffix.items()}
     images, texts = len(gallery.index), len(gallery.texts)
-    chance = (recall_chance(texts, images, 1, "t2i")
-              | recall_chance(images, texts, round(texts / images), "i2t"))
+    chance = (recall_chance(images, 1, "t2i")
+              | recall_chance(texts, round(texts / images), "i2t"))
     chance |= {f"t2i_{name}_r1": chance["t2i_r1"] for name in subsets_of(dataset)}
     is_right = truth_in(gallery)
     if isinstance(dataset, World):
@@ -311,7 +312,8 @@ def inputs(config: TrainConfig, tokenizer: Tokenizer, alpha: float) -> dict:
 
 TASK = Task(
     "retrieval", "find images by text and texts by image", BLIP, open_pairs, collate, evaluate,
-    score, inputs, needs=("itc", "itm"), holds_splits=True, reranks=True,
+    score, inputs, needs=("itc", "itm"), reads=(*WEIGHTS, "all_negatives"),
+    holds_splits=True, reranks=True,
     settings=dict(FINETUNE, out="runs/retrieval", lr=1e-5, epochs=6, max_tokens=35,
                   alpha_epochs=1.0, lm_weight=0.0, eval_top_k=128),  # k: Flickr; COCO 256
     large=dict(lr=5e-6), tiny=dict(TINY, epochs=2, scenes=6400, lr=5e-4),

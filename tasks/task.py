@@ -23,10 +23,11 @@ from data.datasets import (
     name_hash,
     worker_options,
 )
+from data.files import InputError
 from data.images import batch_to
 from data.pairs import merge_captions, read_pairs
 from data.sources import open_mixture
-from data.text import Tokenizer
+from data.text import Tokenizer, clean_caption
 from reports.sheets import Sections
 from training import distributed
 from training.trainable import Trainable
@@ -98,6 +99,7 @@ class Source:
     image_size: int  # pixels
     seed: int = 0
     augment: bool = False  # random crops, flips and RandAugment, for training
+    replace_broken: bool = False  # an image that cannot be read by another one, for training
     crop_min: float = 1.0  # smallest share of the area in a random crop
     flip: str = "safe"  # TrainConfig.flip
     noise: float = 0.0  # share of bad texts in the world
@@ -120,7 +122,8 @@ class Source:
     def images(self, examples: list, kind: type[ImageDataset] = ImageDataset) -> ImageDataset:
         """Examples from files as a data set."""
         return kind(self.first(examples), self.folder(), self.image_size,
-                    self.augment, (self.crop_min, 1.0), self.flip, self.seed)
+                    self.augment, (self.crop_min, 1.0), self.flip, self.seed,
+                    self.replace_broken)
 
 
 @dataclass
@@ -173,6 +176,11 @@ class Benchmark:
     need_labels: bool = True  # an example without its captions or answers is an error
 
 
+# Settings of TrainConfig that only some tasks read: what would do nothing is refused.
+WEIGHTS = ("itc_weight", "itm_weight", "lm_weight")
+SOME_READ = (*WEIGHTS, "all_negatives", "answers", "prompt")
+
+
 @dataclass(frozen=True)
 class Task:
     """What train.py has to know of a task."""
@@ -197,6 +205,7 @@ class Task:
     complete: Callable[[object, Tokenizer], object] = (
         lambda config, tokenizer: replace(config, **tokenizer.config()))
     needs: tuple[str, ...] = ()  # objectives that its start must have been trained with
+    reads: tuple[str, ...] = ()  # which of SOME_READ
     holds_splits: bool = False  # a file may hold training and validation (Karpathy's)
     reranks: bool = False  # it is judged by re-ranking --eval-top-k candidates
     # before training: what the data sets must still be told, or be rid of
@@ -243,7 +252,7 @@ def open_pairs(source: Source) -> Dataset:
         return source.images(merge_captions(pairs))
     pairs = open_mixture(source.data, source.image_root, source.index)
     return ImageDataset(pairs, "", source.image_size, source.augment, (source.crop_min, 1.0),
-                        source.flip, source.seed)
+                        source.flip, source.seed, source.replace_broken)
 
 
 def collate_pairs(tokenizer: Tokenizer, config: TrainConfig, model_config) -> Collate:
@@ -254,7 +263,7 @@ def collate_pairs(tokenizer: Tokenizer, config: TrainConfig, model_config) -> Co
     def encode(items):
         tensors = of_captions.encode(items)
         if config.equal_texts:
-            captions = [item["example"].captions[0].lower() for item in items]
+            captions = [clean_caption(item["example"].captions[0]) for item in items]
             tensors["image_ids"] = torch.tensor([name_hash(caption) for caption in captions])
         return tensors
     of_captions = caption_collate(tokenizer, config.max_words, config.max_tokens, config.prompt)
@@ -282,6 +291,7 @@ def evaluation_batches(dataset: Dataset, collate: Collate, trained: TrainedModel
     loader = DataLoader(dataset, collate_fn=collate,
                         batch_sampler=shared_batches(len(dataset), batch_size),
                         pin_memory=trained.device.type == "cuda",
+                        generator=torch.Generator(),  # else it would move a training's
                         **worker_options(dataset, trained.workers))
     for batch in distributed.progress(loader, about, unit="batch"):
         if broken is not None:
@@ -291,6 +301,12 @@ def evaluation_batches(dataset: Dataset, collate: Collate, trained: TrainedModel
         if grey:
             batch["image"] = torch.full_like(batch["image"], GREY_LEVEL)
         yield batch_to(batch, trained.device)
+
+
+def require_readable(records: list, dataset: Dataset) -> None:
+    """InputError where no picture of a data set could be read."""
+    if not records:
+        raise InputError(f"none of the {len(dataset)} images could be read; is --image-root right?")
 
 
 def broken_images(dataset: Dataset, records: list[dict]) -> int:

@@ -33,6 +33,7 @@ from tasks.task import (
     TaskModel,
     TrainedModel,
     broken_images,
+    require_readable,
 )
 from training import distributed
 from world.datasets import Dialogs
@@ -256,8 +257,7 @@ def evaluate(trained: TrainedModel, dataset: Dataset, settings: EvalSettings) ->
     InputError where no image can be read.
     """
     records = rank_candidates(trained, dataset)
-    if not records:
-        raise InputError(f"none of the {len(dataset)} images could be read")
+    require_readable(records, dataset)
     numbers = dialog_scores(answer_ranks(records))
     dense = [ndcg(r["scores"], r["relevance"]) for r in records if r["relevance"]]
     if dense:

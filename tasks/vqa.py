@@ -37,6 +37,7 @@ from tasks.task import (
     TrainedModel,
     broken_images,
     evaluation_batches,
+    require_readable,
     subsets_of,
 )
 from training import distributed
@@ -355,6 +356,7 @@ def evaluate(trained: TrainedModel, dataset: Dataset, settings: EvalSettings,
     blank_accuracy, the same model on grey images. Of a data set with subsets also accuracy_NAME.
     """
     records = answer(trained, dataset, settings)
+    require_readable(records, dataset)
     counts = {"questions": len(records), "broken": broken_images(dataset, records)}
     examples = [dataset.example(record["index"]) for record in records]
     files = {"answers.json": [{"question_id": record["question_id"], "answer": record["answer"]}
@@ -433,7 +435,7 @@ def sections(dataset: Dataset, records: list[dict], examples: list[VQAExample]) 
 
 TASK = Task(
     "vqa", "answer questions about an image", VQA, open_data, collate, evaluate,
-    lambda numbers: numbers["accuracy"], prepare=prepare,
+    lambda numbers: numbers["accuracy"], prepare=prepare, reads=("answers",),
     settings=dict(FINETUNE, out="runs/vqa", lr=2e-5, epochs=10, max_words=50,
                   max_tokens=35),
     tiny=dict(TINY, epochs=1, scenes=128000, lr=3e-4),

@@ -232,7 +232,7 @@ def test_some_cells_alone_and_what_is_made_again(tmp_path, capsys, monkeypatch):
              "--results", str(tmp_path / "results"), "--held-out", "10",
              "--losses", TINY + " --scenes 32", "--cells", "all", "without ITM"]
     assert ablate.main(flags) == 0
-    table = (tmp_path / "results" / "losses-cells.md").read_text()
+    table = (tmp_path / "results" / "losses-all-without_ITM.md").read_text()
     assert "| all |" in table and "| without ITM |" in table and "| without LM |" not in table
     assert "| all > without ITM | a look" in table and "is made anew" not in capsys.readouterr().err
     assert ablate.main([*flags[:-1], "without ITN"]) == 2

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tarfile
 import time
+from argparse import Namespace
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -19,17 +20,19 @@ from PIL import Image
 from tqdm import tqdm
 
 import capfilt
+from data import shards
 from data.datasets import Pair
-from data.files import read_json
+from data.files import read_json, write_json
 from data.images import load_image, prepare_images
 from data.shards import Shard
 from data.sources import PairIndex
 from data.text import Tokenizer, clean_caption
 from tasks.captioning import Decoding
 from training import checkpoints
+from training.settings import training_flags
 from world.datasets import World
 from world.language import all_captions, is_true
-from world.web import WorldSets, truth_of_set
+from world.web import WORLD_FINETUNE, WORLD_PRETRAIN, WorldSets, stand_in, truth_of_set
 
 ROOT = Path(__file__).parents[1]
 UNTRAINED = {"caption": {"itc_weight": 0.0, "itm_weight": 0.0}, "retrieval": {"lm_weight": 0.0}}
@@ -372,7 +375,37 @@ def test_mistakes_are_one_sentence(files, whole, tmp_path, capsys):
     assert "holds shards made with another threshold" in error(
         ("--out", whole), ("--threshold", 0.7))
     assert "--rounds needs --finetune and --pretrain" in error(("--rounds", 2))
-    assert "--finetune needs a pretrained model" in error(("--finetune", None))
+    assert "or else --init and --finetune to make them" in error(("--finetune", ""))
+    (tmp_path / "empty").mkdir()  # a first try that failed does not stand in the way of the next
+    assert "is --image-root right" in error(("--image-root", tmp_path / "empty"))
+    run(files, tmp_path / "out", "--threshold", THRESHOLD)
+
+
+def test_flags_change_the_worlds_recipe_and_do_not_replace_it(tmp_path):
+    """One setting of a finetuning is given: pictures of the world are still not cropped."""
+    options = Namespace(seed=0, captioner=[], filter=[], pairs=0, vocab="", pretrain=None,
+                        finetune=training_flags("--label-smoothing 0.2"))
+    stand_in(options, WorldSets(4, 4, 0.5, 4), tmp_path)
+    assert options.finetune == WORLD_FINETUNE | {"label_smoothing": 0.2}
+    assert options.pretrain == WORLD_PRETRAIN and not options.finetune["augment"]
+
+
+def test_a_last_shard_without_a_readable_picture_costs_nothing_else(tmp_path):
+    web = web_of(tmp_path, 5)
+    (tmp_path / "4.png").unlink()
+    for shard in shards.pending(web, tmp_path / "out", {}, 2, 0):
+        readable = [pair for pairs, _, _ in shard.batches({8}, 2, 0) for pair in pairs]
+        shards.write(shard, [{"image": pair.image, "texts": []} for pair in readable])
+    assert shards.merge(web, None, tmp_path / "out", 2)["images"] == 4
+
+
+def web_of(folder: Path, count: int) -> PairIndex:
+    records = []
+    for i in range(count):
+        Image.new("RGB", (8, 8), (i, i, i)).save(folder / f"{i}.png")
+        records.append({"image": f"{i}.png", "caption": f"text {i}"})
+    write_json(folder / "pairs.json", records)
+    return PairIndex.open(str(folder / "pairs.json"), None, folder / "index")
 
 
 # ---- the loop ----

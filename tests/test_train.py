@@ -27,9 +27,11 @@ from config import (
     objectives_at,
     setting,
 )
+from data.files import InputError
 from tasks.registry import TASKS
+from tasks.task import EvalSettings
 from training import checkpoints, program
-from training.run import EpochBatches
+from training.run import EpochBatches, open_datasets
 from training.settings import add_flags, parse, resolve
 from world.datasets import World
 
@@ -51,6 +53,13 @@ def test_a_wrong_flag_is_an_error(flags, message, capsys):
     (["--preset", "huge"], "choose one of base, large, tiny"),
     (["--vit-heads", "7"], "not a multiple of --vit-heads"),
     (["--itc-weight", "0", "--itm-weight", "0", "--lm-weight", "0"], "above 0"),
+    (["--prompt", "a"], "--prompt does nothing in pretrain; leave it out (it is a setting of"),
+    (["pretrain", "--all-negatives", "true"], "--all-negatives does nothing in pretrain"),
+    (["vqa", "--lm-weight", "2"], "--lm-weight does nothing in vqa"),
+    (["--val", "val.json"], "--val is of own data"),
+    (["--batch-size", "4", "--accumulate", "4"], "ITM needs a second one as a negative"),
+    (["language-model", "--heads", "5"], "--width 128 is not a multiple of --heads 5"),
+    (["language-model", "--heads", "2"], "--near-heads 4 is more than --heads 2"),
     (["caption"], "caption starts from another model: give --init CHECKPOINT, which "
                   "`python train.py` writes")])
 def test_a_setting_that_cannot_be_is_one_sentence(flags, message, capsys):
@@ -142,6 +151,8 @@ def test_alpha_ramps_from_the_first_step_with_itc():
         [0, 0.2, 0.4, 0.4])
     late = TrainConfig(alpha_epochs=1, lm_only_steps=50)
     assert [alpha_at(late, s, 100) for s in (50, 100, 150)] == pytest.approx([0, 0.2, 0.4])
+    without_lm = TrainConfig(alpha_epochs=1, lm_only_steps=50, lm_weight=0)
+    assert [alpha_at(without_lm, s, 100) for s in (0, 50, 100)] == pytest.approx([0, 0.2, 0.4])
 
 
 def test_objectives_follow_weights_and_warm_start():
@@ -151,6 +162,8 @@ def test_objectives_follow_weights_and_warm_start():
     late = TrainConfig(itm_from=5)
     assert objectives_at(late, 4) == ("itc", "lm") and objectives_at(late, 5) == OBJECTIVES
     assert objectives_at(TrainConfig(lm_only_steps=5, lm_weight=0), 0) == ("itc", "itm")
+    alone = TrainConfig(itc_weight=0, lm_weight=0, itm_from=5)
+    assert objectives_at(alone, 0) == ("itm",)  # there is nothing else to begin with
 
 
 def test_data_order_is_a_function_of_seed_epoch_and_step(monkeypatch):
@@ -359,6 +372,61 @@ def test_a_finetuning_that_cannot_start_says_why(tmp_path, pretrained, capsys, t
     assert finetune(task, pretrained, tmp_path / "a", *flags) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1 and not (tmp_path / "a").exists()
+
+
+def test_own_files_in_the_runs_folder_are_refused_and_left_alone(tmp_path, capsys):
+    folder = photographs(tmp_path)
+    (folder / "notes.tmp").write_text("mine")
+    assert run(folder, "--data", folder / "train.json") == 2
+    assert "lies in the run's folder" in capsys.readouterr().err
+    (tmp_path / "run").mkdir()
+    for name in ("notes.tmp", "checkpoint.pt.123.tmp"):  # the second one is of a killed run
+        (tmp_path / "run" / name).write_text("")
+    assert run(tmp_path / "run", "--data", folder / "train.json", "--epochs", 1) == 0
+    assert (tmp_path / "run/notes.tmp").exists() and (folder / "notes.tmp").exists()
+    assert not (tmp_path / "run/checkpoint.pt.123.tmp").exists()
+
+
+def test_annotations_that_are_trained_on_do_not_judge(tmp_path):
+    """COCO's file has no splits: without --val there is no evaluation, and no best epoch."""
+    folder = photographs(tmp_path)
+    records = json.loads((folder / "train.json").read_text())
+    (folder / "coco.json").write_text(json.dumps({
+        "images": [{"id": i, "file_name": record["image"]} for i, record in enumerate(records)],
+        "annotations": [{"image_id": i, "caption": "a thing"} for i in range(len(records))]}))
+    config = TrainConfig(data=str(folder / "coco.json"), out=str(tmp_path / "run"))
+    datasets = open_datasets(TASKS["caption"], config, 32)
+    assert len(datasets.train) == len(records) and datasets.val is None and datasets.final is None
+
+
+def test_a_validation_set_without_a_picture_is_said_before_training(tmp_path, capsys):
+    folder = photographs(tmp_path)
+    (folder / "gone.json").write_text('[{"image": "gone.jpg", "caption": "a thing"}]')
+    assert run(tmp_path / "run", "--data", folder / "train.json", "--val",
+               folder / "gone.json", "--eval-top-k", 1) == 2
+    error = capsys.readouterr().err
+    assert "none of the 1 images of" in error and "gone.json can be read" in error
+
+
+def test_edited_code_is_not_taken_for_the_models_own(tmp_path, monkeypatch, capsys):
+    """Going on with other code is said; a program of several trainings refuses."""
+    given = parse([*SMALL, "--scenes", "32"], "")[0]
+    train.train_into(tmp_path / "model", given)
+    assert train.train_into(tmp_path / "model", given)  # the same code: nothing to do
+    monkeypatch.setattr("training.run.digest_of_code", lambda: "edited00")
+    with pytest.raises(InputError, match="holds a model of other code"):
+        train.train_into(tmp_path / "model", given)
+    assert train.main(["--resume", "--out", str(tmp_path / "model")]) == 0
+    assert "the code was edited since this run's checkpoint" in capsys.readouterr().out
+    code = json.loads((tmp_path / "model/metrics.json").read_text())["settings"]["code"]
+    assert code.endswith(", then edited00")
+
+
+def test_an_evaluation_draws_no_number_of_the_trainings(pretrained):
+    trained = checkpoints.open_model(str(pretrained))
+    state = torch.get_rng_state()
+    TASKS["retrieval"].evaluate(trained, World("val", 8, trained.image_size), EvalSettings())
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_too_many_unreadable_images_stop_the_run(tmp_path, capsys):

@@ -22,6 +22,7 @@ with random weights, 20 tokens each ([DEC] included), none ending earlier.
 import argparse
 import contextlib
 import json
+import sys
 import tempfile
 import time
 from dataclasses import replace
@@ -40,9 +41,12 @@ from tasks.visdial import VisDial
 from tasks.vqa import VQA
 from tools.bench_blip2 import blip2_seconds
 from tools.timing import fastest
+from training import devices
 from training.devices import compile_forward
 from training.precision import autocast, speed_up_generation
+from training.program import exit_status
 from training.run import make_optimizer
+from training.settings import at_least
 from weights.transformers_library import transformers_configs
 
 RELEASED_GFLOP = 306.6  # a pair, forward and backward, counted the same way
@@ -203,7 +207,8 @@ def step_speed(size: str, batch: int, device: str, bf16: bool, compiled: bool,
 def data_speed(data: str, image_size: int, count: int = 500) -> dict:
     """Pairs a second that one core reads, decodes and augments."""
     with tempfile.TemporaryDirectory() as folder:
-        dataset = ImageDataset(open_mixture(data, "", Path(folder)), "", image_size, augment=True)
+        dataset = ImageDataset(open_mixture(data, "", Path(folder)), "", image_size, augment=True,
+                               replace_broken=True)
         order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0)).tolist()
         start = time.perf_counter()
         for i in order[:count]:
@@ -214,21 +219,32 @@ def data_speed(data: str, image_size: int, count: int = 500) -> dict:
             "pairs_per_s": round(done / seconds, 1)}
 
 
-def main() -> None:
-    """Print what was measured as json."""
+def main() -> int:
+    """Print what was measured as json -> exit status."""
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["flops", "generate", "answer", "step", "blip2", "data"])
     parser.add_argument("--size", choices=list(SIZES), default="base", help="default base")
-    parser.add_argument("--batch", type=int, help="default: flops 8 pairs, generate 4 images")
+    parser.add_argument("--batch", type=at_least(1),
+                        help="default: flops 8 pairs, generate 4 images")
     parser.add_argument("--device", help="flops: default none, counts without computing; else "
                                          "default cpu")
     parser.add_argument("--bf16", action="store_true", help="step: bfloat16 autocast")
     parser.add_argument("--compile", action="store_true", help="step: torch.compile")
     parser.add_argument("--grad-checkpoint", action="store_true", help="step: of the ViT")
     parser.add_argument("--data", help="data: as for train.py")
-    parser.add_argument("--image-size", type=int, default=224, help="data: pixels, default 224")
+    parser.add_argument("--image-size", type=at_least(1), default=224,
+                        help="data: pixels, default 224")
     options = parser.parse_args()
+    if options.what == "data" and not options.data:
+        parser.error("data needs --data")
+    return exit_status(lambda: measure(options))
+
+
+def measure(options: argparse.Namespace) -> None:
+    """Print what was measured."""
+    if options.device:
+        devices.start(options.device)
     if options.what == "step":
         print(json.dumps(step_speed(options.size, options.batch or 8, options.device or "cpu",
                                     options.bf16, options.compile, options.grad_checkpoint)))
@@ -264,4 +280,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -23,9 +23,10 @@ from reports.numbers import factor_and_digits, trivial_levels
 from reports.statistics import mean_and_spread, paired_test, smallest_visible
 from reports.tables import markdown_row
 from training.program import exit_status
-from training.settings import FREE_ON_RESUME, flag_name
+from training.settings import flag_name
 
-SAME_RUN = FREE_ON_RESUME | {"seed"}  # settings that do not make another group
+# Settings that do not make another group.
+SAME_RUN = {"seed", "out", "device", "workers", "log_every", "save_every", "save_minutes", "keep"}
 
 
 @dataclass

@@ -250,6 +250,10 @@ def attention(trained: TrainedModel, image: Tensor, text: str,
     if not words:
         raise InputError(f"the text {text!r} has no words")
     ids, mask = tokenize(trained, " ".join(words))
+    pieces = len(tokenizer.piece_ids(" ".join(words)))
+    if pieces + 2 > ids.shape[1]:  # [ENC] and [SEP]
+        raise InputError(f"the text has {pieces} pieces, more than the {ids.shape[1] - 2} that the "
+                         "model reads; give a shorter one")
     attn_maps = []
     with torch.no_grad():
         kv = model.project(model.vit(prepare_images(image[None], trained.device)))

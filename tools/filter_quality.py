@@ -42,6 +42,9 @@ def report_filters(filters: list[TrainedModel], human: PairIndex | None, score: 
                 qualities.append(filter_quality(own, others, threshold))
                 name = f"filter {number + 1}" if len(filters) > 1 else "filter"
                 print_quality(qualities[-1], threshold, name)
+            else:
+                print0("WARNING of the human pairs none can be read, or all texts are equal: the "
+                       "filter was not judged; is --image-root right?")
         write_json(make_folder(folder) / "filter.json", qualities)
     if human is not None and filters:
         distributed.from_rank_0(judge)

@@ -41,6 +41,7 @@ from training import devices
 from training.checkpoints import open_model
 from training.program import exit_status
 from training.run import EpochBatches, open_datasets
+from training.settings import at_least
 
 ALPHAS = (0.0, 0.4)  # whose soft targets are shown; the paper's is 0.4
 Call = tuple[dict, object]  # arguments by name, what was returned
@@ -107,7 +108,8 @@ def see(trained: TrainedModel, batch: dict) -> Seen:
     with ExitStack() as stack:
         itc, mined, itm, lm = (stack.enter_context(calls_of(blip, name)) for name in (
             "itc_loss", "mine_hard_negatives", "itm_loss", "lm_loss"))
-        model(moved["image"], moved["ids"], moved["mask"], alpha=max(ALPHAS))
+        model(moved["image"], moved["ids"], moved["mask"], alpha=max(ALPHAS),
+              image_ids=moved.get("image_ids"))
     model.draw_negative = own_draw
     if not (itc and len(mined) == 2 and itm and lm):
         raise InputError("look draws what itc_loss, mine_hard_negatives, itm_loss and lm_loss get; "
@@ -243,7 +245,8 @@ def open_batch(trained: TrainedModel, o: argparse.Namespace) -> dict:
     source = Source(o.data, o.image_root, "train" if o.data else "held-out", o.batch,
                     trained.image_size, noise=noise)
     dataset = TASKS["pretrain"].open_data(source)
-    collate = caption_collate(trained.tokenizer, trained.max_words, trained.max_tokens)
+    collate = TASKS["pretrain"].collate(trained.tokenizer, TrainConfig(**settings),
+                                        trained.model.config)
     batch = collate([dataset[index] for index in range(min(o.batch, len(dataset)))])
     if len(batch["examples"]) < 2:
         raise InputError(f"{o.data or '--batch'} gives fewer than two pairs with a readable "
@@ -291,8 +294,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--image-root", default="", help="default: the folder of the json")
     parser.add_argument("--noise", type=float, default=None,
                         help="share of bad texts in the world (default: the checkpoint's)")
-    parser.add_argument("--batch", type=int, default=24, help="pairs (default 24)")
-    parser.add_argument("--seed", type=int, default=0, help="of the drawn negatives (default 0)")
+    parser.add_argument("--batch", type=at_least(2), default=24, help="pairs (default 24)")
+    parser.add_argument("--seed", type=at_least(0), default=0,
+                        help="of the drawn negatives (default 0)")
     parser.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
     parser.add_argument("--out", default="runs/look", help="folder (default runs/look)")
     o = parser.parse_args(arguments)

@@ -19,7 +19,7 @@ import torch
 from tqdm import tqdm
 
 from capfilt import itm_scores, open_captioner, open_filter
-from data.files import InputError, read_json, whole_file, write_json
+from data.files import InputError, make_folder, read_json, whole_file, write_json
 from data.images import prepare_images
 from reports.metrics import mean, ngrams, tokenise
 from reports.statistics import mean_and_spread
@@ -92,7 +92,10 @@ def run(o: argparse.Namespace) -> None:
         raise InputError(f"{len(o.captioner)} captioners and {len(o.filter)} filters; give each "
                          "captioner its filter, in the same order")
     device, path = devices.start(o.device), Path(f"{o.out}.json")
+    make_folder(path.parent)
     experiments = read_json(path) if path.exists() else {}
+    if not isinstance(experiments, dict):
+        raise InputError(f"{path} is not a file of this program; give another --out")
     seeds = [judge_captioner(captioner, open_filter(filter, {}, device), o.size, device)
              for captioner, filter in zip(o.captioner, o.filter)]
     experiments[o.name] = {way: [of_seed[way] for of_seed in seeds] for way in WAYS}

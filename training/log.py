@@ -66,10 +66,11 @@ class Log:
         all_means = {name: round(total.item() / self.counts[name], 4)
                      for name, total in self.sums.items()}
         means = {name: all_means[name] for name in losses}
-        measured = {name: all_means[name] for name in measures}
         if not all(map(math.isfinite, means.values())):
             raise InputError(f"the loss is no longer finite at step {step} ({means}); try a "
                              "smaller --lr or --grad-clip 1, or --precision fp32")
+        # A gradient that overflows in fp16 is skipped by the scaler: its norm is no number.
+        measured = {name: all_means[name] for name in measures if math.isfinite(all_means[name])}
         rate = self.count * batch_size / (time.perf_counter() - self.since)
         self.sums, self.count, self.since = {}, 0, time.perf_counter()
         self.counts.clear()
@@ -78,7 +79,7 @@ class Log:
             bar.write(f"step {step}: {rate:.0f} pairs a second with {' + '.join(means)}; at this "
                       f"rate about {left:.1f} minutes to the end")
         bar.set_postfix(means | {"pairs/s": round(rate)} | measured)
-        self.write({"step": step, **all_means, **{k: float(v) for k, v in values.items()},
+        self.write({"step": step, **means, **measured, **{k: float(v) for k, v in values.items()},
                     "pairs_per_s": round(rate, 1)})
 
     def write(self, line: dict) -> None:

@@ -13,7 +13,7 @@ from training import distributed
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 # Full and read-only disks, a full quota, folders of somebody else.
-NO_ROOM = (errno.ENOSPC, errno.EROFS, errno.EDQUOT, errno.EACCES, errno.EPERM)
+NO_ROOM = (errno.ENOSPC, errno.EFBIG, errno.EROFS, errno.EDQUOT, errno.EACCES, errno.EPERM)
 
 
 @contextlib.contextmanager

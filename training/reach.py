@@ -19,7 +19,7 @@ def reached_parameters(model: nn.Module, inputs: dict) -> set[str]:
     was_training = model.training
     model.eval()  # so that no statistics are updated
     with devices.generators_kept(device):
-        losses, _ = model.forward(**inputs)  # not model(...): nothing is compiled for this once
+        losses, _ = model.forward(**inputs)  # not model(...): Diagnostics does not hear this pass
     for name, loss in losses.items():
         if loss.ndim:
             raise InputError(f"the loss {name!r} has shape {tuple(loss.shape)}; it must be a "

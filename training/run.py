@@ -1,9 +1,9 @@
 """What a training run consists of, and how all of it gets into a checkpoint and out of it.
 
 Data in its order, model, optimizer, counters. What a run does depends on (seed, epoch, step), not
-on the clock or the loader's workers and, but for dropout and mining, not on the number of
-processes: with 2 processes and 2 micro-batches a batch is cut into 4 parts; rank 0 takes parts 0
-and 2, rank 1 takes parts 1 and 3.
+on the clock or the loader's workers. With 2 processes and 2 micro-batches a batch is cut into 4
+parts; rank 0 takes parts 0 and 2, rank 1 takes parts 1 and 3. So, but for dropout and mining, it
+depends on the number of parts, and not on how many processes they are for.
 """
 
 import math
@@ -19,8 +19,9 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from blip import BLIP
 from config import TrainConfig
 from data.datasets import some_examples, worker_options
-from data.files import InputError, is_list
+from data.files import InputError
 from data.images import batch_to
+from data.pairs import is_karpathy
 from data.text import Tokenizer, clean_caption
 from tasks.captioning import Decoding
 from tasks.registry import TASKS, make_model
@@ -74,17 +75,19 @@ def open_datasets(task: Task, config: TrainConfig, image_size: int) -> Datasets:
     base = Source(c.data, c.image_root, "train", 0, image_size, c.seed,
                   index=Path(c.out).parent / "index")
     train = task.open_data(replace(base, size=0 if c.data else c.scenes, noise=c.noise,
-                                   augment=c.augment, crop_min=c.crop_min, flip=c.flip))
+                                   augment=c.augment, crop_min=c.crop_min, flip=c.flip,
+                                   replace_broken=True))
     if not c.data:
         val = task.open_data(replace(base, split="val", size=min(300, c.eval_size), seed=0))
         return Datasets(train, val, task.open_data(
             replace(base, split="held-out", size=c.eval_size, seed=0)))
     files = c.val
-    if not files and c.data.endswith(".json") and "," not in c.data and not is_list(c.data):
-        files = c.data if task.holds_splits else ""  # a Karpathy file holds all splits
+    if not files and task.holds_splits and "," not in c.data and is_karpathy(c.data):
+        files = c.data
     if not files:
         return Datasets(train, None, None)
     held_out = task.open_data(replace(base, data=files, split=c.val_split, size=c.eval_size))
+    require_a_picture(held_out, files)
     val = held_out
     if files == c.data and c.val_split == "test" and task.score:  # chosen by one, judged by another
         val = task.open_data(replace(base, data=files, split="val", size=c.eval_size))
@@ -92,6 +95,13 @@ def open_datasets(task: Task, config: TrainConfig, image_size: int) -> Datasets:
         raise InputError(f"--eval-top-k {c.eval_top_k} is larger than the gallery of "
                          f"{len(held_out)} images in {files}; give a smaller one")
     return Datasets(train, val, held_out)
+
+
+def require_a_picture(dataset: Dataset, files: str) -> None:
+    """InputError where no picture can be read: now, and not after the first epoch."""
+    if all(dataset[i]["image"] is None for i in range(len(dataset))):
+        raise InputError(f"none of the {len(dataset)} images of {files} can be read; is "
+                         "--image-root right?")
 
 
 def texts_of(train: Dataset, most: int) -> list[str]:
@@ -170,6 +180,10 @@ class Run:
         other; it stands in its checkpoints.
         """
         self.run_id, self.code = run_id, digest_of_code()[:8]  # before anybody edits it
+        begun_by = (state or {}).get("code", self.code)
+        self.edited = not begun_by.endswith(self.code)  # since the checkpoint
+        if self.edited:
+            self.code = f"{begun_by}, then {self.code}"
         self.device, self.out, self.task = device, Path(config.out), TASKS[config.task]
         image_size = getattr(model_config, "image_size", 0)  # 0: of a model of texts alone
         self.datasets = open_datasets(self.task, config, image_size)
@@ -194,7 +208,11 @@ class Run:
         self.datasets = self.task.prepare(self.datasets, self.tokenizer, config)
         self.model = self.make_model(model_config, state, source)
         if isinstance(self.model, BLIP) and config.lm_weight:  # it will write captions
-            Decoding.choose({}, asdict(config)).prompt_ids(self.model, self.tokenizer)
+            prompt = Decoding.choose({}, asdict(config)).prompt_ids(self.model, self.tokenizer)
+            if len(prompt) + 2 >= config.max_tokens:  # [CLS] and [SEP]
+                raise InputError(f"the prompt {config.prompt!r} has {len(prompt)} tokens, which "
+                                 f"leaves none for a caption of --max-tokens {config.max_tokens}; "
+                                 "give a larger one, or a shorter prompt")
         self.optimizer = make_optimizer(self.model, config)
         self.precision = choose_precision(config.precision, device)
         # float16 holds nothing below 6e-8: losses are scaled up so that gradients do not vanish.
@@ -236,6 +254,9 @@ class Run:
         if not state:
             self.task.initialise(model, model.config)
         if not state and (c.init_vit or c.init_text):
+            if not isinstance(model, BLIP):
+                raise InputError(f"--init-vit and --init-text are for a BLIP; {c.task} starts from "
+                                 "--init")
             if c.init_text and not c.vocab:
                 raise InputError("--init-text needs --vocab with the vocab.txt of those weights")
             distributed.print0(start_from(model, c.init_vit, c.init_text))
@@ -298,7 +319,7 @@ class Run:
         """What rebuilds the model and its tokenizer, and says how they were trained."""
         state = {"model": self.model.state_dict(), "model_config": asdict(self.model.config),
                  "tokenizer": self.tokenizer.state(), "train_config": asdict(self.config),
-                 "run_id": self.run_id}
+                 "run_id": self.run_id, "code": self.code}
         return state | ({"answers": self.datasets.answers} if self.datasets.answers else {})
 
     def save(self) -> None:

@@ -8,11 +8,15 @@ from dataclasses import MISSING, fields
 
 from config import MOST, SettingError, TrainConfig
 from tasks.registry import TASKS, preset_settings
+from tasks.task import SOME_READ
 
-# What may differ from the checkpoint when a run is resumed: nothing that the result depends on.
+# What may differ from the checkpoint when a run is resumed: what another machine may need.
 FREE_ON_RESUME = {"out", "device", "workers", "log_every", "save_every", "save_minutes", "keep",
                   "accumulate", "compile"}
 
+
+# What a program that trains several models (capfilt.py, ablate.py) sets itself.
+SET_BY_THE_PROGRAM = ("data", "image_root", "init", "out", "seed", "device")
 
 EPILOG = ("`python train.py TASK --help` shows the settings of a task; on your own data "
           "(--data) epochs are added until there are --min-steps")
@@ -102,6 +106,9 @@ def training_flags(text: str) -> dict:
     """FLAGS of train.py in one text -> settings by field name, each in its range."""
     try:
         given, _ = parse(shlex.split(text), "FLAGS of train.py.")
+        taken = [flag_name(name) for name in SET_BY_THE_PROGRAM if name in given]
+        if taken:
+            raise SettingError(f"{', '.join(taken)} cannot be given here: this program sets it")
         task = TASKS[given.get("task", "pretrain")]
         TrainConfig(**given_for(TrainConfig, given))
         own = given_for(task.config, given)
@@ -118,6 +125,16 @@ def check_positions(given: dict, model_config, recipe: TrainConfig) -> None:
         if name in given and getattr(recipe, name) > positions:
             raise SettingError(f"{flag_name(name)} is {given[name]}, more than the model's "
                                f"{positions} positions; give a smaller one")
+
+
+def check_read(task, given: dict) -> None:
+    """SettingError where something was given that the task does not read."""
+    for name in SOME_READ:
+        if name not in task.reads and given.get(name, getattr(TrainConfig, name)) != getattr(
+                TrainConfig, name):
+            readers = ", ".join(other.name for other in TASKS.values() if name in other.reads)
+            raise SettingError(f"{flag_name(name)} does nothing in {task.name}; leave it out (it "
+                               f"is a setting of {readers})")
 
 
 def resolve(given: dict, start: dict | None = None) -> tuple[object, TrainConfig]:
@@ -141,6 +158,9 @@ def combine(given: dict, start: dict | None) -> tuple[object, TrainConfig]:
     preset = given.get("preset", of_start)
     settings = preset_settings(name, preset, bool(given.get("data"))) | {"preset": preset}
     recipe = TrainConfig(**(settings | given_for(TrainConfig, given)))
+    check_read(task, given)
+    if recipe.val and not recipe.data:
+        raise SettingError("--val is of own data: give --data too, or leave it out")
     own = given_for(task.config, given)
     if not start:
         if task.start_is_needed:
@@ -149,14 +169,15 @@ def combine(given: dict, start: dict | None) -> tuple[object, TrainConfig]:
                                f"{makers.replace(' pretrain', '')} writes")
         return task.config(**(task.sizes[preset] | own)), recipe
     start_task = TASKS[start["train_config"].get("task", "pretrain")]
-    if start_task.config is not task.config:
-        model = task.sizes[preset] | task.from_start(start["model_config"])
-        return task.config(**(model | own)), recipe
     model = dict(task.from_start(start["model_config"]))
     for f in fields(task.config):
-        if f.metadata.get("in_weights") and own.get(f.name, model[f.name]) != model[f.name]:
-            raise SettingError(f"{flag_name(f.name)} is {model[f.name]} in the weights of --init "
+        of_weights = model.get(f.name)
+        if f.metadata.get("in_weights") and f.name in model and own.get(
+                f.name, of_weights) != of_weights:
+            raise SettingError(f"{flag_name(f.name)} is {of_weights} in the weights of --init "
                                f"and cannot be {own[f.name]}; leave it out")
+    if start_task.config is not task.config:
+        return task.config(**(task.sizes[preset] | model | own)), recipe
     if task.start_is_needed and preset != "tiny":
         model |= task.model_settings
     return task.config(**(model | own)), recipe

@@ -193,8 +193,8 @@ def export(model: BLIP, kind: str = "pretrain") -> dict[str, Tensor]:
             for source, value in zip(sources, split_rows(ours[name], len(sources))):
                 released[source] = value.clone()
     if kind != "retrieval":
-        head = "text_decoder.cls.predictions.decoder"
-        released |= {f"{head}.weight": ours["med.embeddings.word.weight"],
+        head, words = "text_decoder.cls.predictions.decoder", model.med.embeddings_dec.word.weight
+        released |= {f"{head}.weight": words.detach().clone(),
                      f"{head}.bias": ours["med.lm_head.bias"]}
     if kind == "pretrain":
         released |= {"image_queue": ours["image_queue"].T.clone(),

@@ -67,9 +67,9 @@ def stand_in(options: Namespace, world: WorldSets, folder: Path) -> None:
     distributed.barrier()
     o.web, o.human, o.image_root = str(folder / "web.json"), str(folder / "human.json"), ""
     o.pairs, o.vocab = o.pairs or WORLD_PAIRS, o.vocab or str(folder / "vocab.txt")
-    o.pretrain = WORLD_PRETRAIN if o.pretrain is None else o.pretrain
-    if o.finetune is None and not o.captioner + o.filter:
-        o.finetune = WORLD_FINETUNE
+    o.pretrain = WORLD_PRETRAIN | (o.pretrain or {})
+    if o.finetune is not None or not o.captioner + o.filter:
+        o.finetune = WORLD_FINETUNE | (o.finetune or {})
 
 
 def truth_of_set(folder: Path, web: World) -> dict[str, float]:

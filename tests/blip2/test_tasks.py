@@ -222,7 +222,7 @@ def test_parameters_at_full_size():
                    if p.requires_grad and not name.startswith(without)) / 1e6
     with torch.device("meta"):
         stage1 = Stage1(Blip2Config())
-        language = make_language(LanguageConfig(width=2560, depth=1))
+        language = make_language(LanguageConfig(width=2560, depth=1, heads=32))
         stage2 = Stage2(Stage2Config(), language)
     assert 186 < millions(stage1) < 188
     assert millions(stage2) == pytest.approx(107.1, abs=0.1)

@@ -44,7 +44,7 @@ def test_unreadable_images_are_replaced_in_training_and_left_out_in_evaluation(t
     (tmp_path / "broken.jpg").write_bytes(b"no image")
     pairs = [Pair("broken.jpg", ("one",), 0), Pair("good.png", ("two",), 1),
              Pair("missing.png", ("three",), 2)]
-    train = ImageDataset(pairs, tmp_path, 16, augment=True)
+    train = ImageDataset(pairs, tmp_path, 16, replace_broken=True)
     assert [train[i]["example"].captions for i in range(3)] == [("two",)] * 3
     assert "broken.jpg" in train[0]["broken"][0] and len(train[2]["broken"]) == 2
     collate = caption_collate(Tokenizer.train(CAPTIONS, 300), 30, 30)

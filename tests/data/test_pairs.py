@@ -5,7 +5,7 @@ from test_files import write_json
 
 from data.datasets import Pair, name_hash
 from data.files import InputError
-from data.pairs import merge_captions, read_pairs
+from data.pairs import is_karpathy, merge_captions, read_pairs
 
 
 def test_blip_json(tmp_path):
@@ -16,6 +16,14 @@ def test_blip_json(tmp_path):
     assert read_pairs(path) == [Pair("a.jpg", ("A dog.",), name_hash("x"), "x"),
                                 Pair("b.jpg", ("One!", "Two"), name_hash("b.jpg"), "b.jpg"),
                                 Pair("a.jpg", ("A cat",), name_hash("x"), "x")]
+
+
+def test_only_karpathys_files_hold_all_splits(tmp_path):
+    images = [{"filename": "a.jpg", "split": "val", "sentences": [{"raw": "x"}]}]
+    assert is_karpathy(write_json(tmp_path / "karpathy.json", {"images": images}))
+    assert not is_karpathy(write_json(tmp_path / "coco.json", {"images": [], "annotations": []}))
+    assert not is_karpathy(write_json(tmp_path / "list.json", [{"image": "a", "caption": "b"}]))
+    assert not is_karpathy(tmp_path / "shards.tar")
 
 
 def test_coco_and_nocaps_annotations(tmp_path):

@@ -61,7 +61,7 @@ def test_tar_shards(tmp_path, capsys):
     error = capsys.readouterr().err
     for reason in ("unsafe or no file", "no caption", "00003.tar is broken"):
         assert reason in error
-    data = ImageDataset(pairs, "", 16, augment=True)
+    data = ImageDataset(pairs, "", 16, augment=True, replace_broken=True)
     item = data[1]
     assert item["example"].captions == ("a blue thing",) and item["image"][2].float().mean() > 150
     assert "(damaged or no image)" in data[2]["broken"][0]

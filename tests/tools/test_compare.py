@@ -49,6 +49,13 @@ def test_two_groups_of_three_seeds(tmp_path, capsys):
     assert colours(tmp_path / "out/curves.png") > 20
 
 
+def test_more_micro_batches_are_another_group(tmp_path):
+    """A micro-batch has its own negatives: --accumulate changes the result."""
+    runs = [compare.open_run(str(make_run(tmp_path / f"{parts}", seed, 0.5, accumulate=parts)))
+            for seed, parts in enumerate((1, 8))]
+    assert len(compare.group_runs(runs)) == 2
+
+
 def test_other_seeds_are_not_paired_and_an_unfinished_run_is_named(tmp_path, capsys):
     folders = [make_run(tmp_path / "a", 0, 0.5), make_run(tmp_path / "b", 1, 0.6, lr=0.2),
                make_run(tmp_path / "c", 0, 0.6, lr=0.2)]

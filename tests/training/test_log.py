@@ -7,8 +7,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import run
 from PIL import Image
+from tqdm import tqdm
 
 import eval as evaluation
 import train
@@ -44,6 +46,15 @@ def test_metrics_that_are_not_whole_are_made_again(tmp_path, content):
     (tmp_path / "a/metrics.json").write_text(content)
     train.train_into(tmp_path / "a", {})
     assert json.loads((tmp_path / "a/metrics.json").read_text())["steps"] == 2
+
+
+def test_a_measure_that_is_no_number_is_left_out(tmp_path):
+    """In float16 a gradient may overflow: the line is json all the same."""
+    log = Log(tmp_path, 0, 1)
+    log.add({"lm": torch.tensor(1.0)}, tqdm(total=2, disable=True), 1, False, 8,
+            {"grad_norm": torch.tensor(float("inf")), "lm_nll": torch.tensor(2.0)}, lr=0.1)
+    line = json.loads((tmp_path / "log.jsonl").read_text(), parse_constant=pytest.fail)
+    assert line["lm_nll"] == 2.0 and "grad_norm" not in line
 
 
 def full_disk(*args, **kwargs):
