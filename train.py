@@ -294,7 +294,7 @@ def resumed_config(given: dict, state: dict, out: Path) -> tuple[object, TrainCo
     """The settings of a checkpoint, with what may change. Raises InputError for the rest."""
     if "optimizer" not in state:
         raise InputError(f"{out}/checkpoint.pt holds a model but no run to continue")
-    saved = state["train_config"] | state["model_config"]
+    saved = state["model_config"] | state["train_config"]  # (--vocab: the file, not its words)
     changed = [flag_name(name) for name in given.keys() - FREE_ON_RESUME
                if given[name] != saved.get(name)]
     if changed:

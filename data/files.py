@@ -222,7 +222,8 @@ def whole_file(path: str | Path, mode: str = "w") -> Iterator:
     except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
         reason = getattr(error, "strerror", None) or (str(error) or repr(error)).splitlines()[0]
         raise InputError(f"{path} could not be written ({reason}); what was there before is as it "
-                         "was: make room or give another folder, and give the same command again")
+                         "was: make room or give another folder; then give the same command again, "
+                         "train.py's with --resume")
     finally:
         temporary.unlink(missing_ok=True)
 

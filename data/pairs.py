@@ -104,8 +104,8 @@ def read_pairs(path: str | Path, image_root: str | Path | None = None, split: st
 
 def merge_captions(pairs: list[Pair]) -> list[Pair]:
     """One Pair for each image, with the captions of all its rows, as evaluation needs it."""
-    by_image: dict[int, list[Pair]] = {}
-    for pair in pairs:
-        by_image.setdefault(pair.image_id, []).append(pair)
+    by_image: dict[tuple, list[Pair]] = {}
+    for pair in pairs:  # an id that a file gives to two pictures does not make them one
+        by_image.setdefault((pair.image_id, pair.image), []).append(pair)
     return [replace(rows[0], captions=tuple(text for row in rows for text in row.captions))
             for rows in by_image.values()]

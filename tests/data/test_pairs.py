@@ -90,3 +90,5 @@ def test_empty_captions_are_left_out_and_counted(tmp_path, capsys):
 def test_rows_of_one_image_are_merged_for_evaluation():
     pairs = [Pair("a", ("x",), 1), Pair("b", ("y",), 2), Pair("a", ("z",), 1)]
     assert merge_captions(pairs) == [Pair("a", ("x", "z"), 1), Pair("b", ("y",), 2)]
+    two = [Pair("a", ("x",), 1), Pair("b", ("y",), 1)]  # one id for two pictures
+    assert merge_captions(two) == two
