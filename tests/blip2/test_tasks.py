@@ -139,6 +139,10 @@ def test_in_how_many_directions_queries_differ():
                       "stage1/checkpoint.pt"], "is not a checkpoint of `python train.py language"),
     ("blip2-caption", ["--init", "stage1/checkpoint.pt"], "is a checkpoint of another task"),
     ("blip2-stage1", ["--init", "decoder/checkpoint.pt"], "is a checkpoint of another task"),
+    ("blip2-stage1", ["--init", "pretrain/checkpoint.pt", "--vit-width", 32],
+     "--vit-width is 128 in the weights of --init"),  # else a random image encoder would be frozen
+    ("blip2-stage2", ["--init", "stage1/checkpoint.pt", "--width", 32, "--heads", 4],
+     "in the weights of --init and cannot be"),
     ("blip2-stage2", ["--init", "stage1/checkpoint.pt", "--language-model", "no/such/model"],
      "transformers library")])
 def test_mistakes_are_one_sentence(models, tmp_path, capsys, monkeypatch, task, flags, message):
