@@ -141,7 +141,7 @@ class DecoderLM(LanguageModel):
         position = mask.long().cumsum(1) - 1
         if mask.shape[1] > self.config.max_positions:
             raise SettingError(f"{mask.shape[1]} tokens do not fit the language model's "
-                             f"{self.config.max_positions} positions; shorten the prompt")
+                               f"{self.config.max_positions} positions; shorten the prompt")
         position = (position.masked_fill(~mask.bool(), -1) + self.OFFSET)[:, -length:]
         x = self.dropout(embeds + self.position(position))
         causal = torch.ones(length, mask.shape[1], device=x.device, dtype=torch.bool)

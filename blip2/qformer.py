@@ -134,7 +134,7 @@ class QFormer(nn.Module):
         end = start + ids.shape[1]
         if end > self.position.num_embeddings:
             raise SettingError(f"a text of {end} tokens does not fit the Q-Former's "
-                             f"{self.position.num_embeddings} positions; shorten it")
+                               f"{self.position.num_embeddings} positions; shorten it")
         position = torch.arange(start, end, device=ids.device)
         return self.dropout(self.norm(self.word(ids) + self.position(position)))
 

@@ -140,8 +140,7 @@ def pending(web: PairIndex, out: Path, settings: dict, shard_size: int,
 
 def write(shard: Shard, images: list[dict]) -> None:
     """Write a shard's outcome: for each image {image, texts: [{caption, source, kept, ...}]}."""
-    is_first = not any(shard.path.parent.glob("*.json"))
-    if not images and (is_first or len(shard.pairs) >= ENOUGH):
+    if not images and (len(shard.pairs) >= ENOUGH or not any(shard.path.parent.glob("*.json"))):
         reason = next(iter(shard.broken))
         raise InputError(f"none of the {len(shard.pairs)} images of shard {shard.path.stem} can be "
                          f"read (the first: {shard.pairs[0].image} in {shard.root}, {reason}); is "

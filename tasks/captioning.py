@@ -36,6 +36,7 @@ from tasks.task import (
     collate_pairs,
     evaluation_batches,
     open_pairs,
+    require_readable,
     subsets_of,
 )
 from training import distributed
@@ -128,8 +129,7 @@ def caption_all(trained: TrainedModel, dataset: Dataset, decoding: Decoding,
         for index, example, hypotheses in zip(batch["index"], batch["examples"], captions):
             records.append({"index": index, "caption": hypotheses[0][0], "example": example})
     records, broken = distributed.gather(records), distributed.gather(broken)
-    if not records:
-        raise InputError(f"none of the {len(dataset)} images could be read; the first: {broken[0]}")
+    require_readable(records, dataset, broken)
     return sorted(records, key=lambda record: record["index"]), broken
 
 

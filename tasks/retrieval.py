@@ -21,7 +21,6 @@ from torch.utils.data import Dataset
 from blip import BLIP
 from config import BLIPConfig, TrainConfig
 from data.datasets import Collate, caption_collate
-from data.files import InputError
 from data.images import prepare_images
 from data.text import Tokenizer, clean_caption
 from reports.metrics import mean, rank_statistics, ranks, recall, recall_chance
@@ -48,6 +47,7 @@ from tasks.task import (
     TrainedModel,
     evaluation_batches,
     open_pairs,
+    require_readable,
     shared_batches,
     subsets_of,
 )
@@ -106,8 +106,7 @@ def encode(trained: TrainedModel, dataset: Dataset) -> Gallery:
         captions = [example.captions for example in batch["examples"]]
         encoded.append((batch["index"], captions, image_feat))
     encoded, broken = distributed.gather(encoded), distributed.gather(broken)
-    if not encoded:
-        raise InputError(f"none of the {len(dataset)} images could be read; the first: {broken[0]}")
+    require_readable(encoded, dataset, broken)
     encoded.sort(key=lambda batch: batch[0][0])
     index = [number for numbers, _, _ in encoded for number in numbers]
     captions = [of_image for _, of_batch, _ in encoded for of_image in of_batch]

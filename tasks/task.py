@@ -303,10 +303,11 @@ def evaluation_batches(dataset: Dataset, collate: Collate, trained: TrainedModel
         yield batch_to(batch, trained.device)
 
 
-def require_readable(records: list, dataset: Dataset) -> None:
-    """InputError where no picture of a data set could be read."""
+def require_readable(records: list, dataset: Dataset, broken: list[str] | None = None) -> None:
+    """InputError where no picture of a data set could be read. broken: their names, if known."""
     if not records:
-        raise InputError(f"none of the {len(dataset)} images could be read; is --image-root right?")
+        hint = f"the first: {broken[0]}" if broken else "is --image-root right?"
+        raise InputError(f"none of the {len(dataset)} images could be read; {hint}")
 
 
 def broken_images(dataset: Dataset, records: list[dict]) -> int:

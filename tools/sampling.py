@@ -99,7 +99,6 @@ def run(o: argparse.Namespace) -> None:
     seeds = [judge_captioner(captioner, open_filter(filter, {}, device), o.size, device)
              for captioner, filter in zip(o.captioner, o.filter)]
     experiments[o.name] = {way: [of_seed[way] for of_seed in seeds] for way in WAYS}
-    path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, experiments)
     text = table(experiments, "`python -m tools.sampling --captioner C.pt --filter F.pt`, on "
                               f"{o.size} held-out scenes of the built-in world; one caption each. "
