@@ -295,6 +295,9 @@ def resumed_config(given: dict, state: dict, out: Path) -> tuple[object, TrainCo
     if "optimizer" not in state:
         raise InputError(f"{out}/checkpoint.pt holds a model but no run to continue")
     saved = state["model_config"] | state["train_config"]  # (--vocab: the file, not its words)
+    if given.get("task", saved["task"]) != saved["task"]:
+        raise InputError(f"the run in {out} is of {saved['task']}, not of {given['task']}; begin "
+                         f"with `python train.py {saved['task']}`, or give another --out")
     changed = [flag_name(name) for name in given.keys() - FREE_ON_RESUME
                if given[name] != saved.get(name)]
     if changed:

@@ -156,7 +156,8 @@ class PairIndex(Sequence):
                         del offsets[:]
                 offsets.tofile(ends)
             if position == 0:
-                raise InputError(f"{source} holds no image with a caption")
+                broken = "".join(f"; {reason}" for reason in skipped if "is broken" in reason)
+                raise InputError(f"{source} holds no image with a caption{broken}")
             skipped = Counter({reason: count for reason, count in skipped.items() if count})
             (temporary / "skipped").write_text(json.dumps(skipped))
             if not index.exists():  # else another process was as quick

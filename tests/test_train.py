@@ -229,6 +229,8 @@ def test_resume_refuses_other_settings(tmp_path, capsys):
     assert run(tmp_path / "a", "--scenes", 16) == 0
     assert train.main(["--resume", "--out", str(tmp_path / "a"), "--lr", "0.5"]) == 2
     assert "--lr cannot change when a run is resumed" in capsys.readouterr().err
+    assert train.main(["caption", "--resume", "--out", str(tmp_path / "a")]) == 2
+    assert "is of pretrain, not of caption; begin with" in capsys.readouterr().err
     assert train.main(["--resume", "--out", str(tmp_path / "nothing")]) == 2
     assert "does not exist" in capsys.readouterr().err
 

@@ -163,8 +163,9 @@ def open_model(path: str | Path, needs: Iterable[str] = (), vocab: str = "",
                          "weights, give --vocab with the vocab.txt of bert-base-uncased")
     task = settings.get("task", "pretrain")
     if not isinstance(model, kinds):
+        fitting = [name for name, other in TASKS.items() if other.model in kinds]
         raise InputError(f"{path} is a checkpoint of another task ({task}); give one of "
-                         f"{' or '.join(kind.__name__ for kind in kinds)}")
+                         f"{' or '.join(fitting)}")
     untrained = [name for name in needs if not settings.get(f"{name}_weight", 1.0)
                  or name in TASKS[task].replaces]
     if untrained:

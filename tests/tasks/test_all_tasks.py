@@ -61,9 +61,10 @@ def test_train_and_evaluate_in_the_world(task, pretrained, tmp_path, capsys):
     told = json.loads((tmp_path / "e" / "answers.json").read_text())
     assert len(told) == 14 and Image.open(tmp_path / "e" / "sheet.png").size[0] > 100
     assert eval_.main(["caption", "--checkpoint", best, "--out", str(tmp_path / "x")]) == 2
-    assert f"checkpoint of another task ({task}); give one of BLIP" in capsys.readouterr().err
+    assert (f"checkpoint of another task ({task}); give one of pretrain or retrieval or caption"
+            in capsys.readouterr().err)
     assert eval_.main([task, "--checkpoint", str(pretrained), "--out", str(tmp_path / "x")]) == 2
-    assert f"give one of {task.upper()}" in capsys.readouterr().err
+    assert f"(pretrain); give one of {task}" in capsys.readouterr().err
     if task == "vqa":
         state = torch.load(best, weights_only=True)
         assert {"yes", "one", "small"} <= set(state["answers"])  # of 40 questions
