@@ -32,7 +32,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from attention import CrossAttention, KeysValues, SelfAttention
+from attention import CrossAttention, KeysValues, SelfAttention, select_rows
 from config import SHARE
 
 MODES = ("text", "grounded", "decode")
@@ -151,18 +151,10 @@ class ContextKV:
         """B."""
         return len((self.enc or self.dec)[0][0])
 
-    @property
-    def device(self) -> torch.device:
-        """Where it lies."""
-        return (self.enc or self.dec)[0][0].device
-
     def select(self, rows: Tensor) -> "ContextKV":
         """rows (R,) -> the keys and values of images rows[0], rows[1] ..., repeats allowed."""
-        def pick(layers):  # (on a CPU k[rows]'s gradient takes 8 times as long, and runs differ)
-            return None if layers is None else [
-                (k.index_select(0, rows), v.index_select(0, rows)) for k, v in layers]
-        enc = pick(self.enc)
-        dec = enc if self.dec is self.enc else pick(self.dec)
+        enc = self.enc and select_rows(self.enc, rows)
+        dec = enc if self.dec is self.enc else self.dec and select_rows(self.dec, rows)
         return ContextKV(enc, dec, None if self.mask is None else self.mask[rows])
 
 
@@ -349,6 +341,6 @@ class DecoderStep:
         if not torch.equal(needed, self.kv_images):
             self.kv, self.kv_images = self.all_kv.select(needed), needed
         if self.past is not None:
-            self.past = [(k[rows], v[rows]) for k, v in self.past]
+            self.past = select_rows(self.past, rows)
         states, self.past = self.med.decode(tokens, None, self.kv, self.past)
         return self.med.logits(states[:, -1])

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from attention import KeysValues, SelfAttention, attend, merge_heads, split_heads
+from attention import KeysValues, SelfAttention, attend, merge_heads, select_rows, split_heads
 from config import SettingError, check_settings, setting
 
 Cache = list[KeysValues]  # self-attention's keys and values of each layer
@@ -103,8 +103,7 @@ class LanguageModel(nn.Module):
 
     def select(self, past: Cache, rows: Tensor) -> Cache:
         """The cache of rows[0], rows[1] ..., repeats allowed."""
-        return [(k.index_select(0, rows), v.index_select(0, rows)) for k, v in past]
-
+        return select_rows(past, rows)
 
 def near_slopes(config: LanguageConfig) -> Tensor:
     """How much a head weighs a token down per step of distance: 1/2, 1/4 ... 0 ... (H,)."""

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from attention import select_rows
 from blip import init_weights, l2_normalize
 from blip2.config import Blip2Config
 from blip2.losses import query_itc_loss, query_similarity
@@ -73,12 +74,11 @@ class QFormerStep:
     def __init__(self, qformer: QFormer, cache: Cache, images: Tensor):
         """cache: of the queries of B images; images (R,): which one each row is about."""
         self.qformer = qformer
-        self.past = [(k[images], v[images]) for k, v in cache]
+        self.past = select_rows(cache, images)
 
     def __call__(self, tokens: Tensor, rows: Tensor) -> Tensor:
         """tokens (R, t), rows (R,) of the previous call -> logits (R, V) for the next token."""
-        past = [(k[rows], v[rows]) for k, v in self.past]
-        states, self.past = self.qformer.decode(tokens, None, past)
+        states, self.past = self.qformer.decode(tokens, None, select_rows(self.past, rows))
         return self.qformer.logits(states[:, -1])
 
 
@@ -204,9 +204,8 @@ class Stage1(FrozenVision):
         if distributed.world_size() > 1:  # with gradient: it trains ln_vision
             all_tokens = distributed.all_gather_with_grad(tokens)
             kv_neg = self.project(all_tokens.index_select(0, image_neg))
-        else:  # (index_select: as in med.ContextKV.select)
-            kv_neg = [pair and tuple(part.index_select(0, image_neg) for part in pair)
-                      for pair in kv]
+        else:
+            kv_neg = select_rows(kv, image_neg)
         logits = torch.cat([self.match(kv, ids, mask), self.match(kv_neg, ids, mask),
                             self.match(kv, all_ids[text_neg], all_mask[text_neg])])
         ones, zeros = torch.ones_like(text_neg), torch.zeros_like(text_neg)
