@@ -62,6 +62,15 @@ def check_settings(config) -> None:
         raise SettingError(", and ".join(sentences))
 
 
+def check_multiples(config, *pairs: tuple[str, str]) -> None:
+    """Raise SettingError where the first field of a pair is not a multiple of the second."""
+    for whole, part in pairs:
+        if getattr(config, whole) % getattr(config, part):
+            raise SettingError(
+                f"--{whole.replace('_', '-')} {getattr(config, whole)} is not a multiple of "
+                f"--{part.replace('_', '-')} {getattr(config, part)}")
+
+
 @dataclass(frozen=True)
 class BLIPConfig:
     """Architecture and objectives. The defaults are the paper's ViT-B/16 + BERT-base."""
@@ -113,14 +122,8 @@ class BLIPConfig:
 
     def __post_init__(self):
         check_settings(self)
-        for width, heads in (("vit_width", "vit_heads"), ("text_width", "text_heads")):
-            if getattr(self, width) % getattr(self, heads):
-                raise SettingError(
-                    f"--{width.replace('_', '-')} {getattr(self, width)} is not a multiple of "
-                    f"--{heads.replace('_', '-')} {getattr(self, heads)}")
-        if self.image_size % self.patch_size:
-            raise SettingError(f"--image-size {self.image_size} is not a multiple of --patch-size "
-                               f"{self.patch_size}")
+        check_multiples(self, ("vit_width", "vit_heads"), ("text_width", "text_heads"),
+                        ("image_size", "patch_size"))
 
 
 SIZES = {

@@ -6,7 +6,7 @@ have the same meaning: stage 1 takes the image encoder's from the BLIP that it s
 
 from dataclasses import dataclass
 
-from config import SettingError, check_settings, setting
+from config import check_multiples, check_settings, setting
 
 
 @dataclass(frozen=True)
@@ -57,11 +57,5 @@ class Blip2Config:
 
     def __post_init__(self):
         check_settings(self)
-        for width, heads in (("vit_width", "vit_heads"), ("width", "heads")):
-            if getattr(self, width) % getattr(self, heads):
-                raise SettingError(
-                    f"--{width.replace('_', '-')} {getattr(self, width)} is not a multiple of "
-                    f"--{heads.replace('_', '-')} {getattr(self, heads)}")
-        if self.image_size % self.patch_size:
-            raise SettingError(f"--image-size {self.image_size} is not a multiple of --patch-size "
-                               f"{self.patch_size}")
+        check_multiples(self, ("vit_width", "vit_heads"), ("width", "heads"),
+                        ("image_size", "patch_size"))

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attention import KeysValues, SelfAttention, attend, merge_heads, select_rows, split_heads
-from config import SettingError, check_settings, setting
+from config import SettingError, check_multiples, check_settings, setting
 
 Cache = list[KeysValues]  # self-attention's keys and values of each layer
 KINDS = ("decoder", "encoder-decoder")
@@ -55,8 +55,8 @@ class LanguageConfig:
 
     def __post_init__(self):
         check_settings(self)
-        if self.kind == "decoder" and self.width % self.heads:
-            raise SettingError(f"--width {self.width} is not a multiple of --heads {self.heads}")
+        if self.kind == "decoder":
+            check_multiples(self, ("width", "heads"))
         if self.width % 2:
             raise SettingError(f"--width {self.width} is odd; give an even one")
         if self.near_heads > self.heads:
