@@ -14,7 +14,6 @@ from torch.utils.data import Dataset
 from blip2.language import (
     EncoderDecoderLM,
     LanguageConfig,
-    T5Attention,
     make_language,
     near_slopes,
 )
@@ -79,20 +78,38 @@ def initialise_language(language: nn.Module) -> None:
 
 
 def initialise_lookup(language: EncoderDecoderLM) -> None:
-    """Every head of an encoder-decoder starts by looking for equal tokens, some heads nearby.
+    """How the heads of an encoder-decoder start: some look at neighbours, the others for equals.
 
-    Keys are made as queries are. In the first heads the relative positions start as ALiBi's, twice
-    as steep as a decoder's.
+    For equal tokens: keys are made as queries are. At neighbours, in the first `near_heads` heads
+    of self-attention: queries are 0, so relative positions alone decide where such a head looks.
     """
     c = language.config
-    for attention in language.modules():
-        if isinstance(attention, T5Attention):
-            attention.k.weight.data.copy_(attention.q.weight)
-            attention.q.weight.data.mul_(c.head_width ** -0.5)  # T5 does not scale its scores
     for stack in (language.encoder, language.decoder):
-        one_way = c.buckets if stack.decoder else c.buckets // 2  # an encoder looks both ways
-        distance = torch.arange(c.buckets) % one_way  # far ones by their bucket's number
-        stack.relative.weight.data = -2 * distance[:, None] * near_slopes(c)
+        for layer in stack.layers:
+            for attention in (layer.attn, layer.cross_attn):
+                if attention is not None:
+                    attention.k.weight.data.copy_(attention.q.weight)
+                    attention.q.weight.data.mul_(c.head_width ** -0.5)  # T5 scales no scores
+            layer.attn.q.weight.data[:c.near_heads * c.head_width] = 0
+        stack.relative.weight.data = neighbour_bias(c, both_ways=not stack.decoder)
+
+
+def neighbour_bias(config: LanguageConfig, both_ways: bool) -> Tensor:
+    """T5's table of relative positions at the start: (buckets, H), 0 for heads that look anywhere.
+
+    A head that looks at neighbours weighs a token down by its distance, as near_slopes has it but
+    twice as steep. It hardly looks at its own token. In an encoder one head looks to the left, the
+    next one to the right.
+    """
+    c = config
+    one_way = c.buckets // 2 if both_ways else c.buckets  # first those of tokens on the left
+    distance = torch.arange(c.buckets) % one_way  # far ones by their bucket's number
+    bias = -2 * distance[:, None] * near_slopes(c)
+    bias[0, :c.near_heads] = -4.0  # the token itself
+    if both_ways:
+        bias[one_way:, :c.near_heads:2] = -8.0
+        bias[:one_way, 1:c.near_heads:2] = -8.0
+    return bias
 
 
 class TextModel(Trainable):

@@ -8,6 +8,7 @@ import torch
 
 import eval as eval_command
 import train
+from attention import split_heads
 from blip2.demo import effective_rank
 from blip2.language import LanguageConfig, make_language
 from blip2.stage1 import Stage1
@@ -214,6 +215,26 @@ def test_a_caption_is_run_once_and_its_questions_do_not_see_each_other():
         total -= log_p.gather(1, ids[0, start + 1:, None]).sum()
         count += ids.shape[1] - start - 1
     assert torch.allclose(losses["lm"], total / count, atol=1e-5)
+
+
+def test_where_heads_of_a_new_encoder_decoder_look():
+    """In an encoder: left, right, at equal tokens; in a decoder: behind, at equal tokens."""
+    torch.manual_seed(0)
+    config = LanguageConfig(kind="encoder-decoder", width=64, depth=1, heads=4, head_width=32,
+                            ffn=32, near_heads=2, vocab_size=30)
+    language = TextModel(config).language
+    ids = torch.tensor([[5, 6, 7, 8, 9, 6, 10]])  # 6 stands twice
+    for stack, second in ((language.encoder, 1), (language.decoder, -1)):
+        layer = stack.layers[0]
+        x = layer.norm1(language.embed(ids))
+        k, _ = layer.attn.project(x)
+        scores = split_heads(layer.attn.q(x), 4) @ k.transpose(2, 3) + stack.bias(7, 7)
+        looked_at = scores.argmax(-1)[0]  # (H, L)
+        assert looked_at[0, 1:].tolist() == [0, 1, 2, 3, 4, 5]
+        assert looked_at[1, 1:6].tolist() == [i + second for i in range(1, 6)]
+        shares = scores.softmax(-1)[0, 2:, 5].mean(0)  # of the second 6, by heads for equal tokens
+        assert shares[[1, 5]].min() > 3 * shares[[0, 2, 3, 4, 6]].max()
+    assert torch.allclose(layer.cross_attn.k.weight, layer.cross_attn.q.weight * 32 ** 0.5)
 
 
 def test_parameters_at_full_size():
