@@ -31,6 +31,8 @@ class Stage2Config(Blip2Config):
 
     question_to_queries: bool = setting(False, "the Q-Former reads the question too (VQA "
                                                "finetuning, BLIP-2 sec. 4.3)")
+    split_captions: bool = setting(True, "an encoder-decoder reads the first part of a caption and "
+                                         "writes the rest (BLIP-2 sec. 3.2); false: it writes all")
     language_model: str = setting("", "a checkpoint of `train.py language-model` (.pt), or a name "
                                       "or folder of the transformers library")
     new_layers: int = setting(0, "so many last layers of the Q-Former are not taken from stage 1 "

@@ -106,15 +106,19 @@ def is_text(name: str) -> bool:
 
 def caption_batches(tokenizer: Tokenizer, config: TrainConfig,
                     model_config: Stage2Config) -> Collate:
-    """Captions behind the prompt; for an encoder-decoder in two parts, the first is read."""
+    """Captions behind the prompt; for an encoder-decoder in two parts, the first is read.
+
+    (If config.split_captions says so.)
+    """
     language, kind = open_tokenizer(model_config.language), kind_of_language(model_config.language)
+    split = kind == "encoder-decoder" and model_config.split_captions
 
     def encode(items):
         prompts, texts = [], []
         for item in items:
             prompt = config.prompt
             text = clean_caption(item["example"].captions[0], config.max_words)
-            if kind == "encoder-decoder":
+            if split:
                 prompt, text = split_text(prompt, text, random.Random(item["seed"]).random())
             prompts.append(prompt)
             texts.append(text)
@@ -246,13 +250,19 @@ def question_reader(start: dict) -> dict:
     return trained_vision(start) | dict(question_to_queries=True)
 
 
+def caption_writer(start: dict) -> dict:
+    """Of a stage 2: it writes whole captions (BLIP-2 sec. 4.2), its image encoder is trained."""
+    return trained_vision(start) | dict(split_captions=False)
+
+
 def of_stage2(name: str, about: str, *functions, **changes) -> Task:
     """A task whose model is a Stage2."""
     return Task(name, about, Stage2, *functions, config=Stage2Config, complete=complete,
                 initialise=initialise, **changes)
 
 
-TINY_SIZES = SIZES["tiny"] | dict(new_layers=2, language_model="runs/language/checkpoint.pt",
+TINY_SIZES = SIZES["tiny"] | dict(new_layers=2, split_captions=False,
+                                  language_model="runs/language/checkpoint.pt",
                                   text_from="runs/blip2-stage1/checkpoint.pt")
 STAGE2_SIZES = SIZES | {"tiny": TINY_SIZES}
 TASKS = (
@@ -274,7 +284,7 @@ TASKS = (
                   (("other_accuracy", "% of them when it is another scene's", ""),))),
     of_stage2("blip2-caption", "BLIP-2: describe images, finetuned", open_pairs, caption_batches,
               evaluate_captions, lambda numbers: numbers["cider"], sizes=STAGE2_SIZES,
-              starts_from=("blip2-stage2",), from_start=trained_vision, reads=("prompt",),
+              starts_from=("blip2-stage2",), from_start=caption_writer, reads=("prompt",),
               holds_splits=True,
               settings=dict(FINETUNE, out="runs/blip2-caption", lr=1e-5, epochs=5,
                             warmup_steps=1000, max_tokens=32, prompt=CAPTION_PROMPT),

@@ -15,8 +15,17 @@ from blip2.stage1 import Stage1
 from blip2.stage2 import Stage2
 from blip2.task_language import TextModel
 from blip2.task_stage1 import SIZES
-from blip2.texts import encode_prompts, encode_texts, question_prompt, split_text
+from blip2.task_stage2 import caption_batches, caption_writer
+from blip2.texts import (
+    encode_prompts,
+    encode_texts,
+    open_tokenizer,
+    question_prompt,
+    split_text,
+)
 from blip2.transformers_language import describe_library_model
+from config import TrainConfig
+from data.datasets import Pair
 from data.files import InputError
 from training.checkpoints import initialise, load, open_model
 
@@ -186,6 +195,27 @@ def test_what_an_encoder_decoder_reads_and_writes():
     splits = {split_text("", "a b c d", share / 10) for share in range(10)}
     assert splits == {("a", "b c d"), ("a b", "c d")}  # from the first word to the middle
     assert split_text("a photo of", "a b", 0.0) == ("a photo of", "a b")
+
+
+def test_how_much_of_a_caption_an_encoder_decoder_has_to_write(models):
+    """A part of it, as in the paper; or all of it: the tiny preset, and every finetuning."""
+    model_config = open_model(models / "stage2-encoder-decoder/checkpoint.pt",
+                              kinds=(Stage2,)).model.config
+    assert not model_config.split_captions
+    whole = "a large red star on a grey background"
+    items = [{"example": Pair("p.png", (whole,), 0), "seed": seed} for seed in range(20)]
+    train_config = TrainConfig(prompt="a photo of", max_tokens=40)
+    pieces = open_tokenizer(model_config.language)
+    for split in (False, True):
+        encode = caption_batches(None, train_config, replace(model_config, split_captions=split))
+        batch = encode.encode(items)
+        read = [pieces.decode(row) for row in batch["ids"].tolist()]
+        written = [pieces.decode([i for i in row if i >= 0]) for row in batch["targets"].tolist()]
+        assert {f"{r} {w}" for r, w in zip(read, written)} == {f"a photo of {whole}"}
+        assert len(set(written)) == (5 if split else 1)  # behind word 0, 1 ... 4 of 8
+        assert (whole in written) and ("a photo of" in read)
+    assert caption_writer(vars(replace(model_config, split_captions=True)))[
+        "split_captions"] is False
 
 
 def test_a_dialog_stands_in_front_of_the_question():
