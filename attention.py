@@ -47,18 +47,13 @@ def merge_heads(x: Tensor) -> Tensor:
 
 
 def select_rows(layers: list[KeysValues | None], rows: Tensor) -> list[KeysValues | None]:
-    """Each layer's keys and values of rows[0], rows[1] ..., repeats allowed; None stays None.
-
-    (On a CPU the gradient of k[rows] takes 8 times as long, and runs differ.)
-    """
+    """Each layer's keys and values of rows[0], rows[1] ..., repeats allowed; None stays None."""
+    # On a CPU the gradient of k[rows] takes 8 times as long, and runs differ.
     return [kv and (kv[0].index_select(0, rows), kv[1].index_select(0, rows)) for kv in layers]
 
 
 class SelfAttention(nn.Module):
-    """Queries, keys and values come from one sequence.
-
-    The output projection is included, the dropout behind it is not.
-    """
+    """Queries, keys and values come from one sequence. The dropout behind it is the caller's."""
 
     def __init__(self, width: int, heads: int, dropout: float = 0.0):
         super().__init__()

@@ -139,8 +139,8 @@ class BLIP(nn.Module):
             raise ValueError(f"max_length {options['max_length']} is more than the model's "
                              f"{self.config.max_positions} positions")
         return write(lambda images: DecoderStep(self.med, kv, images), len(kv),
-                     [self.config.dec_id] + (prompt or []), self.config.sep_id, self.temp.device,
-                     method, num_return, **options)
+                     [self.config.dec_id] + (prompt or []), self.config.sep_id, kv.device, method,
+                     num_return, **options)
 
     # ---- training --------------------------------------------------------------------------------
 

@@ -151,6 +151,11 @@ class ContextKV:
         """B."""
         return len((self.enc or self.dec)[0][0])
 
+    @property
+    def device(self) -> torch.device:
+        """Where it lies."""
+        return (self.enc or self.dec)[0][0].device
+
     def select(self, rows: Tensor) -> "ContextKV":
         """rows (R,) -> the keys and values of images rows[0], rows[1] ..., repeats allowed."""
         enc = self.enc and select_rows(self.enc, rows)

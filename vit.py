@@ -64,8 +64,7 @@ class ViT(nn.Module):
                  drop_path: float = 0.0, grad_checkpoint: bool = False):
         super().__init__()
         if image_size % patch_size:
-            raise ValueError(f"image_size {image_size} is not a multiple of patch_size "
-                             f"{patch_size}")
+            raise ValueError(f"image_size {image_size} is no multiple of patch_size {patch_size}")
         self.patch_size, self.grad_checkpoint = patch_size, grad_checkpoint
         # A convolution whose stride is its kernel is a linear layer on every patch.
         self.patch_embed = nn.Conv2d(3, width, patch_size, stride=patch_size)

@@ -78,7 +78,7 @@ def initialise_language(language: nn.Module) -> None:
 
 
 def initialise_lookup(language: EncoderDecoderLM) -> None:
-    """How the heads of an encoder-decoder start: some look at neighbours, the others for equals.
+    """An encoder-decoder's heads start by looking at neighbours or for equal tokens.
 
     For equal tokens: keys are made as queries are. At neighbours, in the first `near_heads` heads
     of self-attention: queries are 0, so relative positions alone decide where such a head looks.
@@ -95,7 +95,7 @@ def initialise_lookup(language: EncoderDecoderLM) -> None:
 
 
 def neighbour_bias(config: LanguageConfig, both_ways: bool) -> Tensor:
-    """T5's table of relative positions at the start: (buckets, H), 0 for heads that look anywhere.
+    """T5's table of relative positions at the start: (buckets, H), 0 for the other heads.
 
     A head that looks at neighbours weighs a token down by its distance, as near_slopes has it but
     twice as steep. It hardly looks at its own token. In an encoder one head looks to the left, the

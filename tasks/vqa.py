@@ -127,9 +127,8 @@ class VQA(TaskModel):
 
         Lengths count [DEC].
         """
-        device = self.answer.lm_head.bias.device
-        questions = torch.arange(len(kv), device=device)
-        start = torch.full((len(kv), 1), self.config.dec_id, device=device)
+        questions = torch.arange(len(kv), device=kv.device)
+        start = torch.full((len(kv), 1), self.config.dec_id, device=kv.device)
         hypotheses = beam_search(DecoderStep(self.answer, kv, questions), start,
                                  self.config.sep_id, beams, max_length, min_length)
         best = [of_question[0] for of_question in hypotheses]
