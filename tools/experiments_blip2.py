@@ -90,8 +90,9 @@ BLIP2_EXPERIMENTS = {
         {f"{count} queries": without_stage1(queries=count) for count in (8, 16, 32)},
         claims=(("32 queries", "16 queries"), ("16 queries", "8 queries")), measures=STAGE2,
         evaluated=True),
-    # Of about as many minutes: BLIP-2's begin with those of the BLIP whose ViT it takes. The
-    # language model is not counted: it is there already, as in the paper.
+    # A BLIP-2's minutes begin with those of the BLIP whose ViT it takes: with stage 1 they are 2.4
+    # times a BLIP's, with stage 2 alone 1.6 times. The language model is not counted: it is there
+    # already, as in the paper.
     "blip2-blip": Experiment(
         "BLIP against BLIP-2 in equal time (not in the paper)",
         {"BLIP": lambda cache: cache.clean(), "BLIP, twice as long": longer(2),
@@ -100,6 +101,7 @@ BLIP2_EXPERIMENTS = {
          "BLIP, questions": lambda cache: cache.clean(task="vqa", init=cache.clean()),
          "BLIP-2, questions": asked},
         claims=(("BLIP, twice as long", "BLIP-2, stage 2"),
+                ("BLIP, twice as long", "BLIP-2, stage 1"),
                 ("BLIP, three times as long", "BLIP-2, stage 1"),
                 ("BLIP, questions", "BLIP-2, questions")),
         measures=STAGE1 | {"accuracy": "questions answered"}, evaluated=True),
