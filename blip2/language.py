@@ -105,6 +105,7 @@ class LanguageModel(nn.Module):
         """The cache of rows[0], rows[1] ..., repeats allowed."""
         return select_rows(past, rows)
 
+
 def near_slopes(config: LanguageConfig) -> Tensor:
     """How much a head weighs a token down per step of distance: 1/2, 1/4 ... 0 ... (H,)."""
     slopes = torch.zeros(config.heads)

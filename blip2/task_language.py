@@ -11,12 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from blip2.language import (
-    EncoderDecoderLM,
-    LanguageConfig,
-    make_language,
-    near_slopes,
-)
+from blip2.language import EncoderDecoderLM, LanguageConfig, make_language, near_slopes
 from blip2.texts import (
     CAPTION_PROMPT,
     WordPieces,

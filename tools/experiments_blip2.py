@@ -6,6 +6,7 @@ judged by their own trainings' evaluation on held-out scenes.
 """
 
 from tools.experiments import Cell, Experiment
+from tools.experiments_claims import asked_about_pictures, on_clean
 from tools.judge import MEASURES
 
 RETRIEVAL = {name: MEASURES[name] for name in ("t2i_r1", "i2t_r1", "t2i_r1_rerank",
@@ -38,11 +39,6 @@ def with_stage1(**given) -> Cell:
 def without_stage1(**given) -> Cell:
     """A cell of stage 2 with a new Q-Former."""
     return lambda cache: stage2(cache, cache.clean(), **given)
-
-
-def longer(times: int) -> Cell:
-    """A cell of `python train.py` on so many times as many scenes."""
-    return lambda cache: cache.clean(scenes=times * BLIP_SCENES)
 
 
 def asked(cache) -> str:
@@ -95,10 +91,10 @@ BLIP2_EXPERIMENTS = {
     # already, as in the paper.
     "blip2-blip": Experiment(
         "BLIP against BLIP-2 in equal time (not in the paper)",
-        {"BLIP": lambda cache: cache.clean(), "BLIP, twice as long": longer(2),
-         "BLIP-2, stage 2": without_stage1(), "BLIP, three times as long": longer(3),
-         "BLIP-2, stage 1": stage1,
-         "BLIP, questions": lambda cache: cache.clean(task="vqa", init=cache.clean()),
+        {"BLIP": on_clean(), "BLIP, twice as long": on_clean(scenes=2 * BLIP_SCENES),
+         "BLIP-2, stage 2": without_stage1(),
+         "BLIP, three times as long": on_clean(scenes=3 * BLIP_SCENES),
+         "BLIP-2, stage 1": stage1, "BLIP, questions": asked_about_pictures(on_clean()),
          "BLIP-2, questions": asked},
         claims=(("BLIP, twice as long", "BLIP-2, stage 2"),
                 ("BLIP, twice as long", "BLIP-2, stage 1"),
