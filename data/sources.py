@@ -155,10 +155,11 @@ class PairIndex(Sequence):
                         offsets.tofile(ends)
                         del offsets[:]
                 offsets.tofile(ends)
-            if position == 0:
-                broken = "".join(f"; {reason}" for reason in skipped if "is broken" in reason)
-                raise InputError(f"{source} holds no image with a caption{broken}")
             skipped = Counter({reason: count for reason, count in skipped.items() if count})
+            left_out = ", ".join(f"{count} x {reason}" for reason, count in skipped.items())
+            if position == 0:
+                raise InputError(f"{source} holds no image with a caption"
+                                 + (left_out and f"; left out: {left_out}"))
             (temporary / "skipped").write_text(json.dumps(skipped))
             if not index.exists():  # else another process was as quick
                 temporary.rename(index)
@@ -167,9 +168,8 @@ class PairIndex(Sequence):
                              f"({error}); make room, or give another --out")
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
-        if skipped.total():
-            reasons = ", ".join(f"{count} x {reason}" for reason, count in skipped.items())
-            print(f"{source}: left out: {reasons}", file=sys.stderr)
+        if left_out:
+            print(f"{source}: left out: {left_out}", file=sys.stderr)
 
     def __len__(self) -> int:
         return self.count
