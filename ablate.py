@@ -1,4 +1,4 @@
-"""The papers' tables in miniature: each cell is a model, trained in the built-in world, judged on
+"""The papers' tables in miniature: each cell is a model, trained in the picture world, judged on
 held-out scenes with clean texts.
 
     python ablate.py table1                 neither / filter / captioner / both
@@ -325,7 +325,7 @@ def markdown(experiment: Experiment, cells: dict[str, list[dict]], command: str,
     """A table with mean and standard deviation over seeds, and the verdicts."""
     order = "the paper's order" if experiment.paper else "expected order"
     lines = [f"# {experiment.title}", "", f"`{command}`", "",
-             f"In the built-in world, {len(seeds)} seed{'s' * (len(seeds) > 1)} "
+             f"In the picture world, {len(seeds)} seed{'s' * (len(seeds) > 1)} "
              f"({', '.join(map(str, seeds))}): mean ± standard deviation, percent, on "
              f"{regime.world.held_out} held-out scenes with clean texts, straight after "
              f"{'' if experiment.evaluated else 'pre'}training. {machine(device)}.", "",
@@ -375,7 +375,7 @@ def command_line() -> argparse.ArgumentParser:
                                 ("--losses", WORLD_RECIPE, "the experiment `losses` and BLIP-2's")):
         p.add_argument(flag, default={}, type=training_flags, metavar="FLAGS",
                        help=f"of train.py for {about}, beside {recipe}")
-    add_flags(p.add_argument_group("the built-in world"), WorldSets, {})
+    add_flags(p.add_argument_group("the picture world"), WorldSets, {})
     return p
 
 

@@ -1,6 +1,6 @@
 """CapFilt (BLIP sec. 3.3, Fig. 3): a captioner writes, a filter judges, a new model learns.
 
-    python capfilt.py       the whole loop in the built-in world: pretrain on noisy texts, finetune
+    python capfilt.py       the whole loop in the picture world: pretrain on noisy texts, finetune
                             captioner and filter, bootstrap, pretrain anew, compare
     python capfilt.py --web WEB --human HUMAN --captioner C.pt --filter F.pt --out DIR
                             your own web pairs, with models that you have finetuned
@@ -280,7 +280,7 @@ def command_line() -> argparse.ArgumentParser:
     p.add_argument("--workers", type=at_least(0), default=0, help="that load images (default 0)")
     add_flags(p.add_argument_group("what is kept"), CapFiltConfig, {})
     add_flags(p.add_argument_group("how the captioner writes"), Decoding, {"method": "nucleus"})
-    add_flags(p.add_argument_group("the built-in world"), WorldSets, {})
+    add_flags(p.add_argument_group("the picture world"), WorldSets, {})
     p.set_defaults(seed=0)
     return p
 

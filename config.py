@@ -206,9 +206,9 @@ class TrainConfig:
     crop_min: float = setting(0.2, "smallest share of the area in a random crop", above=0, most=1)
     max_words: int = setting(30, "a longer text is cut to so many words", least=1)
     max_tokens: int = setting(30, "and to so many tokens, [CLS] and [SEP] included", least=3)
-    scenes: int = setting(60000, "train scenes in the built-in world", least=1,
+    scenes: int = setting(60000, "train scenes in the picture world", least=1,
                           most=100_000_000)
-    noise: float = setting(0.0, "share of bad texts in the built-in world (web style)", least=0,
+    noise: float = setting(0.0, "share of bad texts in the picture world (web style)", least=0,
                            most=1)
     max_broken: float = setting(0.1, "stop when more than this share of images cannot be read",
                                 least=0, most=1)

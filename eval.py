@@ -18,7 +18,7 @@
     python eval.py chat PICTURE QUESTION... ...          questions, one after the other (BLIP-2)
     python eval.py queries PICTURE ...                   where each query looks (BLIP-2)
 
-Without --data a benchmark runs on held-out scenes of the built-in world, where every statement can
+Without --data a benchmark runs on held-out scenes of the picture world, where every statement can
 be checked. With it: a BLIP, Karpathy or COCO json; for vqa BLIP's lists, or VQAv2's
 "questions.json,annotations.json"; for nlvr2 BLIP's list or the official jsonl; for visdial VisDial
 1.0's file. Each writes its numbers beside all settings (metrics.json), a sheet of examples
@@ -268,7 +268,7 @@ def command_line() -> argparse.ArgumentParser:
 def add_benchmark_flags(p: argparse.ArgumentParser, benchmark: Benchmark) -> None:
     """The flags that all benchmarks have, and the benchmark's own."""
     world = ("required: the world has none of it" if benchmark.needs_data
-             else f"default: {benchmark.size} held-out items of the built-in world")
+             else f"default: {benchmark.size} held-out items of the picture world")
     p.add_argument("--data", default="", help=f"json files ({world})")
     p.add_argument("--image-root", default="", help="default: the folder of the json")
     p.add_argument("--split", default="test", help="of a Karpathy file (default test)")

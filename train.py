@@ -1,6 +1,6 @@
 """Train BLIP: one loop for pretraining and every finetuning.
 
-    python train.py                     the tiny model on the built-in world, minutes on a laptop
+    python train.py                     the tiny model on the picture world, minutes on a laptop
     python train.py --data train.json --val val.json --image-root DIR --preset base    real pairs
     python train.py retrieval --init runs/pretrain/checkpoint.pt     finetune for retrieval
     python train.py caption --init runs/pretrain/checkpoint.pt       finetune for captions

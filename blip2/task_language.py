@@ -152,7 +152,7 @@ class TextModel(Trainable):
 def open_data(source: Source) -> Dataset:
     """Documents of the world to train on, questions to judge by. Raises InputError for files."""
     if source.data:
-        raise InputError("language-model learns from the built-in world's texts; for own pictures "
+        raise InputError("language-model learns from the picture world's texts; for own pictures "
                          "take a trained one: blip2-stage2 --language-model with a folder "
                          "of the transformers library")
     if source.split == "train":

@@ -211,7 +211,7 @@ class ImageDataset(Dataset):
 def worker_options(dataset: Dataset, workers: int) -> dict:
     """The part of a DataLoader's arguments that says how many processes load pictures.
 
-    The built-in world needs none. Workers are forked, also where Python would start them anew: a
+    The picture world needs none. Workers are forked, also where Python would start them anew: a
     Collate holds functions, which cannot be sent. Where nothing can be forked (Windows) there are
     none.
     """

@@ -90,7 +90,7 @@ class TrainedModel:
 
 @dataclass(frozen=True)
 class Source:
-    """Where examples come from: files, or without them the built-in world."""
+    """Where examples come from: files, or without them the picture world."""
 
     data: str  # files with commas between them
     image_root: str  # "": the folder of the first file

@@ -150,17 +150,17 @@ CLAIM_EXPERIMENTS = {
         "The same models, finetuned for questions (not in the paper)",
         {name: asked_about_pictures(pretrained) for name, pretrained in RECIPES.items()},
         claims=AGAINST_BLIP, measures={"accuracy": "questions answered"}, evaluated=True),
-    # ---- the future work of section 6: nothing is published on it ----
+    # ---- the future work of section 7: nothing is published on it ----
     "rounds": Experiment(
-        "CapFilt again, with the model that it gave (left to future work, sec. 6)",
+        "CapFilt again, with the model that it gave (left to future work, sec. 7)",
         {"raw": on_noisy(), PLAIN: both, "2 rounds": rounds(2), "3 rounds": rounds(3)},
         claims=((PLAIN, "raw"), ("2 rounds", PLAIN), ("3 rounds", "2 rounds"))),
     "captions": Experiment(
-        "Several synthetic captions an image, for as many steps (left to future work, sec. 6)",
+        "Several synthetic captions an image, for as many steps (left to future work, sec. 7)",
         on_sets(CAPTIONS), claims=tuple((name, PLAIN) for name in CAPTIONS if name != PLAIN),
         sets=CAPTIONS),
     "ensembles": Experiment(
-        "Two captioners, two filters, for as many steps (left to future work, sec. 6)",
+        "Two captioners, two filters, for as many steps (left to future work, sec. 7)",
         on_sets(ENSEMBLES), claims=tuple((name, PLAIN) for name in ENSEMBLES if name != PLAIN),
         sets=ENSEMBLES),
 }

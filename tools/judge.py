@@ -1,4 +1,4 @@
-"""What the built-in world says of models and of bootstrapped sets."""
+"""What the picture world says of models and of bootstrapped sets."""
 
 from pathlib import Path
 

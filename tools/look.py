@@ -279,7 +279,7 @@ def look(o: argparse.Namespace) -> None:
     if pairs and pairs.items:
         look_draw.draw_queue(out / "queue.png", staleness(trained, pairs), len(pairs.items))
     else:
-        print("no queue.png: it needs a checkpoint of one process in the built-in world with a "
+        print("no queue.png: it needs a checkpoint of one process in the picture world with a "
               "queue; elsewhere the pictures behind the queue's features are not known")
     print(f"wrote {out}/" + ", ".join(sorted(path.name for path in out.glob("*.png"))))
 
@@ -290,7 +290,7 @@ def main(arguments: list[str] | None = None) -> int:
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", required=True, help="of a pretraining, or released weights")
     parser.add_argument("--vocab", default="", help="vocab.txt, for released weights")
-    parser.add_argument("--data", default="", help="json of pairs (default: the built-in world)")
+    parser.add_argument("--data", default="", help="json of pairs (default: the picture world)")
     parser.add_argument("--image-root", default="", help="default: the folder of the json")
     parser.add_argument("--noise", type=float, default=None,
                         help="share of bad texts in the world (default: the checkpoint's)")

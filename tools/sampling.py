@@ -4,7 +4,7 @@
         --filter runs/capfilt/filter/checkpoint.pt --out results/sampling
 
 For beam search and for nucleus sampling with several p, k and temperatures, on held-out scenes of
-the built-in world: how many captions are wholly true, how varied the wording is (distinct-4 of Li
+the picture world: how many captions are wholly true, how varied the wording is (distinct-4 of Li
 et al. 2016: of all sequences of 4 words the share that are different), how many captions the filter
 rejects, and how many of the kept ones are true. Several captioners, each with its filter, are seeds
 of one experiment: mean and spread. --name keeps several experiments side by side in one json.
@@ -101,7 +101,7 @@ def run(o: argparse.Namespace) -> None:
     experiments[o.name] = {way: [of_seed[way] for of_seed in seeds] for way in WAYS}
     write_json(path, experiments)
     text = table(experiments, "`python -m tools.sampling --captioner C.pt --filter F.pt`, on "
-                              f"{o.size} held-out scenes of the built-in world; one caption each. "
+                              f"{o.size} held-out scenes of the picture world; one caption each. "
                               "The filter rejects what it gives less than 0.5.")
     with whole_file(path.with_suffix(".md")) as file:
         file.write(text)

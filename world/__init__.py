@@ -1,1 +1,1 @@
-"""The built-in picture world: scenes, what is said of them, and the checker of what is said."""
+"""The picture world: scenes, what is said of them, and the checker of what is said."""
