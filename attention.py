@@ -61,8 +61,8 @@ class SelfAttention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width)
         self.out = nn.Linear(width, width)
 
-    def forward(self, x: Tensor, mask: Tensor | None = None, past: KeysValues | None = None,
-                attn_maps: list[Tensor] | None = None) -> tuple[Tensor, KeysValues]:
+    def forward(self, x: Tensor, mask: Tensor | None = None,
+                past: KeysValues | None = None) -> tuple[Tensor, KeysValues]:
         """Attend; also return the keys and values of past and present tokens, for the cache.
 
         x (B, L, D), mask broadcastable to (B, H, L, past + L) -> (B, L, D), keys and values.
@@ -72,7 +72,7 @@ class SelfAttention(nn.Module):
         if past is not None:
             k, v = torch.cat([past[0], k], 2), torch.cat([past[1], v], 2)
         dropout = self.dropout if self.training else 0.0
-        return self.out(merge_heads(attend(q, k, v, mask, dropout, attn_maps))), (k, v)
+        return self.out(merge_heads(attend(q, k, v, mask, dropout))), (k, v)
 
 
 class CrossAttention(nn.Module):

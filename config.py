@@ -197,6 +197,7 @@ class TrainConfig:
                                "that knows something; not in the papers)", least=0)
     augment: bool = setting(True, "random crop, flip, RandAugment on photographs; the world has "
                                   "none")
+    rand_augment: bool = setting(True, "false: of these crop and flip alone (BLIP-2 sec. 3.4)")
     # NOTE(differs from salesforce/BLIP): there they are negatives like all others.
     equal_texts: bool = setting(False, "pretraining: pairs with the same caption are no negatives "
                                        "of one another (for texts that are labels)")

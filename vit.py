@@ -66,6 +66,7 @@ class ViT(nn.Module):
         if image_size % patch_size:
             raise ValueError(f"image_size {image_size} is no multiple of patch_size {patch_size}")
         self.patch_size, self.grad_checkpoint = patch_size, grad_checkpoint
+        self.resize_positions = resize_positions  # CLIP's way is another one: blip2/vision.py
         # A convolution whose stride is its kernel is a linear layer on every patch.
         self.patch_embed = nn.Conv2d(3, width, patch_size, stride=patch_size)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
@@ -88,7 +89,7 @@ class ViT(nn.Module):
                              "data.images.prepare_images")
         x = self.patch_embed(image).flatten(2).transpose(1, 2)
         x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], 1)
-        x = x + resize_positions(self.pos_embed, x.shape[1])
+        x = x + self.resize_positions(self.pos_embed, x.shape[1])
         for block in self.blocks:
             if self.grad_checkpoint and torch.is_grad_enabled():
                 x = checkpoint(block, x, use_reentrant=False)

@@ -6,7 +6,7 @@ have the same meaning: stage 1 takes the image encoder's from the BLIP that it s
 
 from dataclasses import dataclass
 
-from config import check_multiples, check_settings, setting
+from config import SettingError, check_multiples, check_settings, setting
 
 
 @dataclass(frozen=True)
@@ -57,5 +57,9 @@ class Blip2Config:
 
     def __post_init__(self):
         check_settings(self)
-        check_multiples(self, ("vit_width", "vit_heads"), ("width", "heads"),
-                        ("image_size", "patch_size"))
+        check_multiples(self, ("width", "heads"))
+        if self.vit_depth:
+            check_multiples(self, ("vit_width", "vit_heads"), ("image_size", "patch_size"))
+        if self.dec_id >= self.vocab_size:
+            raise SettingError(f"dec_id {self.dec_id} is not in a vocabulary of {self.vocab_size}; "
+                               "give the tokenizer's dec_id, cls_id, sep_id and pad_id too")

@@ -29,7 +29,11 @@ KINDS = ("decoder", "encoder-decoder")
 
 @dataclass(frozen=True)
 class LanguageConfig:
-    """A language model. The defaults are OPT-125M's sizes."""
+    """A language model. The defaults are OPT-125M's sizes.
+
+    Released weights that fit: OPT with pre-LN and word embeddings as wide as the model (all but
+    OPT-350M), T5 1.1 and FlanT5. Anything else goes through the transformers library.
+    """
 
     kind: str = setting("decoder", "decoder (as OPT) or encoder-decoder (as T5)", choices=KINDS)
     width: int = setting(768, "of the tokens", least=1)
@@ -57,8 +61,9 @@ class LanguageConfig:
         check_settings(self)
         if self.kind == "decoder":
             check_multiples(self, ("width", "heads"))
-        if self.width % 2:
-            raise SettingError(f"--width {self.width} is odd; give an even one")
+        if self.farthest <= self.buckets // 2:
+            raise SettingError(f"--farthest {self.farthest} must be more than half of --buckets "
+                               f"{self.buckets}")
         if self.near_heads > self.heads:
             raise SettingError(f"--near-heads {self.near_heads} is more than --heads {self.heads}")
 
@@ -134,8 +139,8 @@ class DecoderLM(LanguageModel):
         """Tokens -> states that predict the next one, and the cache.
 
         embeds (B, L, D), mask (B, past + L): False for padding, on either side. A position counts
-        the tokens that may be attended, so padding changes nothing. Raises SettingError where there
-        are more of them than positions.
+        the tokens that may be attended, so padding changes nothing. Raises SettingError where the
+        mask is longer than the positions.
         """
         length = embeds.shape[1]
         position = mask.long().cumsum(1) - 1

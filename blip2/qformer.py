@@ -78,11 +78,12 @@ class QFormerLayer(nn.Module):
 
     def forward(self, x: Tensor, queries: int, mask: Tensor | None, kv: KeysValues | None,
                 past: KeysValues | None = None, attn_maps: list[Tensor] | None = None,
-                queries_only: bool = False) -> tuple[Tensor, KeysValues]:
+                queries_only: bool = False,
+                kv_mask: Tensor | None = None) -> tuple[Tensor, KeysValues]:
         """x (n*B, queries + L, D), queries first -> the same, keys and values so far.
 
         kv: of B images, for this layer; None where it does not look or there are no queries.
-        queries_only: the text's states are not needed, -> (n*B, queries, D).
+        queries_only: the text's states are not needed, -> (n*B, queries, D). kv_mask (B, 1, 1, N).
         """
         x, present = self.attn(x, mask, past)
         query, text = x[:, :queries], x[:, queries:]
@@ -90,7 +91,7 @@ class QFormerLayer(nn.Module):
             text = text[:, :0]
         if queries:
             if self.cross_attn is not None:
-                query = self.cross_attn(query, kv, None, attn_maps)
+                query = self.cross_attn(query, kv, kv_mask, attn_maps)
             query = self.ffn_query(query)
         if text.shape[1]:
             text = self.ffn_text(text)
@@ -140,22 +141,27 @@ class QFormer(nn.Module):
 
     def run(self, x: Tensor, queries: int, mask: Tensor | None,
             kv: list[KeysValues | None] | None = None, past: Cache | None = None,
-            attn_maps: list[Tensor] | None = None,
-            queries_only: bool = False) -> tuple[Tensor, Cache]:
+            attn_maps: list[Tensor] | None = None, queries_only: bool = False,
+            kv_mask: Tensor | None = None) -> tuple[Tensor, Cache]:
         """All layers: states, and the cache of their keys and values."""
         cache = []
         for i, layer in enumerate(self.layers):
             x, present = layer(x, queries, mask, kv[i] if kv else None, past[i] if past else None,
-                               attn_maps, queries_only and layer is self.layers[-1])
+                               attn_maps, queries_only and layer is self.layers[-1], kv_mask)
             cache.append(present)
         return x, cache
 
     def encode_queries(self, kv: list[KeysValues | None],
-                       attn_maps: list[Tensor] | None = None) -> tuple[Tensor, Cache]:
-        """What the queries saw in B images: (B, Q, D), and the cache for `decode`."""
+                       attn_maps: list[Tensor] | None = None,
+                       image_mask: Tensor | None = None) -> tuple[Tensor, Cache]:
+        """What the queries saw in B images: (B, Q, D), and the cache for `decode`.
+
+        image_mask (B, N): the image tokens that are no padding; None: all.
+        """
         first = next(layer_kv for layer_kv in kv if layer_kv is not None)
         x = self.embed_queries(len(first[0]))
-        return self.run(x, x.shape[1], None, kv, attn_maps=attn_maps)
+        kv_mask = None if image_mask is None else image_mask[:, None, None].bool()
+        return self.run(x, x.shape[1], None, kv, attn_maps=attn_maps, kv_mask=kv_mask)
 
     def encode_text(self, ids: Tensor, mask: Tensor) -> Tensor:
         """A text by itself: ids ([CLS] in front), mask (B, L) -> states (B, L, D)."""

@@ -48,8 +48,10 @@ class FrozenVision(Trainable):
             with torch.set_grad_enabled(self.config.train_vision and torch.is_grad_enabled()):
                 image = self.vit(image)
         # In float32, as the released code does: frozen encoders run in half precision.
-        return F.layer_norm(image.float(), self.ln_vision.normalized_shape, self.ln_vision.weight,
-                            self.ln_vision.bias, self.ln_vision.eps)
+        norm = self.ln_vision
+        normed = F.layer_norm(image.float(), norm.normalized_shape, norm.weight.float(),
+                              norm.bias.float(), norm.eps)
+        return normed.to(norm.weight.dtype)
 
 
 def make_qformer(config: Blip2Config, text: bool) -> QFormer:

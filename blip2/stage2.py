@@ -96,13 +96,17 @@ class Stage2(FrozenVision):
         kv = self.qformer.project(self.encode_tokens(image))
         if question_ids is None:
             states, _ = self.qformer.encode_queries(kv)
+        elif not self.config.question_to_queries or question_mask is None:
+            raise ValueError("question_ids need question_mask, and a model whose Q-Former reads "
+                             "text: Stage2Config(question_to_queries=True)")
         else:
             states = self.qformer.encode_both(question_ids, question_mask, kv, queries_only=True)
         return self.proj(states)
 
     def with_soft(self, soft: Tensor, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """Soft tokens in front of a text: embeddings (B, Q + L, D), mask (B, Q + L)."""
-        embeds = torch.cat([soft, self.language.embed(ids).to(soft.dtype)], 1)
+        words = self.language.embed(ids)
+        embeds = torch.cat([soft.to(words.dtype), words], 1)
         return embeds, torch.cat([mask.new_ones(soft.shape[:2]), mask], 1)
 
     def logits(self, soft: Tensor, ids: Tensor, mask: Tensor, targets: Tensor) -> Tensor:
@@ -138,8 +142,12 @@ class Stage2(FrozenVision):
         ids, mask (B, L): the prompts, padded in front for a decoder. Options are those of
         decoding.write; lengths count one token more than what is written, and a score is the sum
         of log-probabilities / n ** length_penalty, n tokens with the closing one (Hypotheses that
-        reach max_length: n + 1, as the released code's library has it).
+        reach max_length: n + 1, as the released code's library has it). Raises ValueError where a
+        decoder's prompts are padded behind.
         """
+        if self.is_decoder and not mask[:, -1].all():
+            raise ValueError("a decoder's prompts must be padded in front: texts.encode_prompts "
+                             "does so")
         soft = self.soft_tokens(image, question_ids, question_mask)
         embeds, mask = self.with_soft(soft, ids, mask)
         return write_behind(self.language, embeds, mask, method, num_return, **options)

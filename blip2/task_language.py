@@ -25,7 +25,7 @@ from blip2.texts import (
     split_text,
 )
 from blip2.writing import logits_of_targets, write_behind
-from config import TrainConfig
+from config import SettingError, TrainConfig
 from data.files import InputError
 from data.text import Tokenizer, clean_caption
 from losses import lm_loss, next_token_targets
@@ -196,6 +196,9 @@ def encode_caption(pieces: WordPieces, caption: str) -> list[int]:
 
 def complete(config: LanguageConfig, tokenizer: Tokenizer) -> LanguageConfig:
     """The configuration with the tokenizer's vocabulary."""
+    if config.kind == "decoder" and config.width % 2:
+        raise SettingError(f"--width {config.width} is odd; give an even one: a decoder's "
+                           "positions start as sines and cosines")
     return replace(config, **language_fields(tokenizer))
 
 

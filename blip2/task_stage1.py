@@ -13,9 +13,10 @@ from data.text import Tokenizer
 from tasks import pretraining, retrieval
 from tasks.task import FINETUNE, OWN_WORDS, TINY, WEIGHTS, Task, collate_pairs, open_pairs
 
-# What stage 1 and stage 2 are like with each preset. tiny: this project's pretrained ViT.
+# What stage 1 and stage 2 are like with each preset. The image encoder's sizes come from --init: it
+# is this project's pretrained ViT. (EVA's and CLIP's are for use from Python: blip2/README.md.)
 SIZES = {
-    "base": {},  # EVA's ViT-g/14
+    "base": {},  # a Q-Former of BERT-base's size, as the paper's
     "large": {},
     "tiny": dict(vision="vit", queries=32, width=128, depth=3, heads=4, ffn=512, max_positions=64,
                  look_every=1, dropout=0.0, init_std=0.0, embed_dim=64, itg_smoothing=0.0),
@@ -24,7 +25,8 @@ SIZES = {
 SMALL = 4
 # BLIP-2 sec. 3.4: AdamW (0.9, 0.98), cosine to 5e-5 (stage 2), warm-up of 2,000 steps.
 RECIPE = dict(schedule="cosine", lr=1e-4, beta2=0.98, warmup_steps=2000, batch_size=1680,
-              crop_min=0.5, max_words=50, max_tokens=32)
+              crop_min=0.5, rand_augment=False, max_words=50, max_tokens=32)
+FINETUNED = FINETUNE | dict(lr=1e-5, epochs=5, warmup_steps=1000, rand_augment=False)  # sec. 4.2
 
 
 def complete(config: Blip2Config, tokenizer: Tokenizer) -> Blip2Config:
@@ -76,8 +78,8 @@ TASKS = (
          retrieval.collate, retrieval.evaluate, retrieval.score, inputs, reads=WEIGHTS,
          config=Blip2Config, sizes=SIZES, starts_from=("blip2-stage1",), from_start=trained_vision,
          complete=complete, needs=("itc", "itm"), holds_splits=True, reranks=True,
-         settings=dict(FINETUNE, out="runs/blip2-retrieval", lr=1e-5, epochs=5, warmup_steps=1000,
-                       batch_size=224, max_tokens=35, eval_top_k=128),  # BLIP-2 Table 9
+         settings=dict(FINETUNED, out="runs/blip2-retrieval", batch_size=224, max_tokens=35,
+                       eval_top_k=128),  # BLIP-2 Table 9
          tiny=dict(TINY, epochs=2, scenes=6400, lr=5e-4), tiny_own=dict(min_steps=400),
          model_settings=dict(image_size=364)),
 )

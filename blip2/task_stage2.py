@@ -13,7 +13,14 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from blip2.stage2 import Stage2, Stage2Config
-from blip2.task_stage1 import RECIPE, SIZES, tokenizer_fields, trained_vision, vision_of
+from blip2.task_stage1 import (
+    FINETUNED,
+    RECIPE,
+    SIZES,
+    tokenizer_fields,
+    trained_vision,
+    vision_of,
+)
 from blip2.texts import (
     CAPTION_PROMPT,
     encode_prompts,
@@ -31,7 +38,6 @@ from reports.metrics import mean
 from tasks import captioning, vqa
 from tasks.captioning import Decoding
 from tasks.task import (
-    FINETUNE,
     TINY,
     EvalSettings,
     Evaluation,
@@ -44,7 +50,9 @@ from training import distributed
 from world.datasets import Questions, World
 
 # How texts are generated: captions (BLIP-2 sec. 4.2), answers (sec. 4.1): short ones are favoured.
-CAPTIONS = dict(beams=5, min_length=8, max_length=30)
+# LENGTHS are settings of the training, which its checkpoint keeps.
+LENGTHS = dict(min_length=8, max_length=30)
+BEAMS = dict(beams=5)
 ANSWERS = dict(beams=5, min_length=1, max_length=11, length_penalty=-1.0)
 
 
@@ -135,7 +143,7 @@ def question_batches(tokenizer: Tokenizer, config: TrainConfig,
         examples = [item["example"] for item in items]
         questions = [clean_question(example.question, config.max_words) for example in examples]
         answers = [max(example.answers, key=example.answers.count) for example in examples]
-        prompts = [question_prompt(kind, question) for question in questions]
+        prompts = [question_prompt(kind, question, finetuned=True) for question in questions]
         ids, mask = tokenizer.encode(questions, config.max_tokens)
         return encode_texts(language, kind, prompts, answers, config.max_tokens) | {
             "question_ids": ids, "question_mask": mask}
@@ -166,7 +174,8 @@ def answer(trained: TrainedModel, images: Tensor, questions: list[str],
     """
     model, language = trained.model, trained.model.language
     tokenizer, kind = open_tokenizer(model.config.language), language.config.kind
-    prompts = [question_prompt(kind, question, dialogs[i] if dialogs else ())
+    prompts = [question_prompt(kind, question, dialogs[i] if dialogs else (),
+                               finetuned=model.config.question_to_queries)
                for i, question in enumerate(questions)]
     ids, mask = encode_prompts(tokenizer, kind, prompts)
     most = language.config.max_positions - ANSWERS["max_length"]
@@ -216,7 +225,7 @@ class Shifted(Dataset):
 def evaluate_captions(trained: TrainedModel, dataset: Dataset,
                       settings: EvalSettings) -> Evaluation:
     """As captioning.evaluate."""
-    settings = replace(settings, decoding=CAPTIONS | settings.decoding)
+    settings = replace(settings, decoding=BEAMS | settings.decoding)
     return captioning.evaluate(trained, dataset, settings,
                                lambda *arguments: write_captions(trained, *arguments))
 
@@ -270,9 +279,9 @@ TASKS = (
               open_pairs, caption_batches, evaluate, sizes=STAGE2_SIZES,
               starts_from=("blip2-stage1", "pretrain"), from_start=vision_of, reads=("prompt",),
               holds_splits=True,
-              settings=dict(RECIPE, out="runs/blip2-stage2", epochs=10, min_lr=5e-5,
+              settings=dict(RECIPE | LENGTHS, out="runs/blip2-stage2", epochs=10, min_lr=5e-5,
                             batch_size=1920),
-              tiny=dict(TINY, epochs=1, scenes=22400, batch_size=16, lr=1.5e-3,
+              tiny=dict(TINY | LENGTHS, epochs=1, scenes=22400, batch_size=16, lr=1.5e-3,
                         prompt=CAPTION_PROMPT),
               tiny_own=dict(min_steps=1000, crop_min=0.5),
               highlights=(
@@ -286,22 +295,23 @@ TASKS = (
               evaluate_captions, lambda numbers: numbers["cider"], sizes=STAGE2_SIZES,
               starts_from=("blip2-stage2",), from_start=caption_writer, reads=("prompt",),
               holds_splits=True,
-              settings=dict(FINETUNE, out="runs/blip2-caption", lr=1e-5, epochs=5,
-                            warmup_steps=1000, max_tokens=32, prompt=CAPTION_PROMPT),
-              tiny=dict(TINY, epochs=2, scenes=6400, lr=3e-4), tiny_own=dict(min_steps=400),
+              settings=dict(FINETUNED | LENGTHS, out="runs/blip2-caption", max_tokens=32,
+                            prompt=CAPTION_PROMPT),
+              tiny=dict(TINY | LENGTHS, epochs=2, scenes=6400, lr=3e-4),
+              tiny_own=dict(min_steps=400),
               model_settings=dict(image_size=364)),  # BLIP-2 Table 7
     of_stage2("blip2-vqa", "BLIP-2: answer questions, the queries read them too",
               vqa.open_data, question_batches, evaluate_questions,
               lambda numbers: numbers["accuracy"], sizes=STAGE2_SIZES,
               starts_from=("blip2-stage2",), from_start=question_reader,
-              settings=dict(FINETUNE, out="runs/blip2-vqa", lr=1e-5, epochs=5, warmup_steps=1000,
-                            batch_size=128, max_words=50, max_tokens=35),
+              settings=dict(FINETUNED, out="runs/blip2-vqa", batch_size=128, max_words=50,
+                            max_tokens=35),
               tiny=dict(TINY, epochs=2, scenes=32000, lr=5e-4), tiny_own=dict(min_steps=1000),
               model_settings=dict(image_size=490)),  # BLIP-2 Table 8
 )
 BENCHMARKS = (
     TASKS[1].benchmark("blip2-caption", "BLIP-2: BLEU, ROUGE-L and CIDEr of generated captions",
-                       flags=("decoding", "constant_from"), defaults=CAPTIONS),
+                       flags=("decoding", "constant_from"), defaults=BEAMS),
     TASKS[2].benchmark("blip2-vqa", "BLIP-2: VQA accuracy, zero-shot or finetuned",
                        need_labels=False),
 )

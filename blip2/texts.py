@@ -3,7 +3,8 @@
     decoder            [bos] prompt text [eos]          padded behind; a prompt alone: in front
     encoder-decoder    prompt [eos]  ->  text [eos]     two rows
 
-The prompts are the paper's (BLIP-2 sec. 4.1, 4.3).
+The prompts are the paper's (BLIP-2 sec. 4.1, Tables 7 and 8). NOTE(differs from salesforce/LAVIS):
+a text is cut by itself and keeps its end; there prompt, text and end are cut together.
 """
 
 import functools
@@ -17,8 +18,8 @@ from data.files import InputError
 from data.text import Tokenizer
 
 CAPTION_PROMPT = "a photo of"
-QUESTION_PROMPT = {"decoder": "question: {} answer:",
-                   "encoder-decoder": "question: {} short answer:"}
+QUESTION_PROMPT = "Question: {} Answer:"  # of a decoder, and of what is finetuned
+SHORT_PROMPT = "Question: {} Short answer:"  # of an encoder-decoder, zero-shot
 NO_LOSS = -100  # a target that is none
 
 
@@ -62,7 +63,7 @@ def open_tokenizer(language: dict) -> LanguageTokenizer:
     """The tokenizer of Stage2Config.language. Raises InputError where it has none."""
     if "name" in language:
         from blip2.transformers_language import open_library_tokenizer
-        return open_library_tokenizer(language["name"])
+        return open_library_tokenizer(language["name"], language["kind"])
     if not language.get("vocab"):
         raise InputError("the language model has no tokenizer; train one with `python train.py "
                          "language-model`, or name a folder of the transformers library that "
@@ -105,12 +106,15 @@ def encode_texts(tokenizer: LanguageTokenizer, kind: str, prompts: list[str], te
     """Texts with the prompts before them -> ids, mask, targets for Stage2.forward.
 
     A text is cut to max_tokens, its end token included. The prompt gives no loss; [bos] does where
-    there is no prompt (released code).
+    there is no prompt (released code). A decoder's prompt and text are one text for the tokenizer:
+    OPT's writes the space between them into the text's first token.
     """
     rows, targets = [], []
     for prompt, text in zip(prompts, texts):
-        before = tokenizer.ids(prompt)
-        after = tokenizer.ids(text)[:max_tokens - 1] + [tokenizer.eos]
+        before, after = tokenizer.ids(prompt), tokenizer.ids(text)
+        if kind == "decoder" and before:
+            after = tokenizer.ids(f"{prompt} {text}")[len(before):]
+        after = after[:max_tokens - 1] + [tokenizer.eos]
         if kind == "decoder":
             rows.append([tokenizer.bos] + before + after)
             first = [NO_LOSS] * (1 + len(before)) if before else [tokenizer.bos]
@@ -136,9 +140,10 @@ def split_text(prompt: str, text: str, share: float) -> tuple[str, str]:
     return " ".join([*prompt.split(), *words[:where]]), " ".join(words[where:])
 
 
-def question_prompt(kind: str, question: str, dialog: list[tuple[str, str]] = ()) -> str:
+def question_prompt(kind: str, question: str, dialog: list[tuple[str, str]] = (),
+                    finetuned: bool = False) -> str:
     """The paper's prompt for a question, behind the questions and answers before it."""
-    form = QUESTION_PROMPT[kind]
+    form = QUESTION_PROMPT if kind == "decoder" or finetuned else SHORT_PROMPT
     said = [f"{form.format(asked)} {answer}" for asked, answer in dialog]
     return " ".join([*said, form.format(question)])
 

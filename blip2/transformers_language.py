@@ -1,10 +1,12 @@
 """Any causal or sequence-to-sequence language model of the transformers library, for stage 2.
 
 The library is optional: it is imported here and nowhere else, when --language-model names one of
-its models. What the two classes below offer is what blip2/language.py's own models offer.
+its models. LibraryModel offers what the models of blip2/language.py offer, LibraryTokenizer what
+texts.LanguageTokenizer asks for.
 """
 
 import functools
+import inspect
 import math
 from types import SimpleNamespace
 
@@ -38,8 +40,8 @@ def describe_library_model(name: str) -> dict:
 class LibraryTokenizer:
     """The library's tokenizer of a model, as texts.LanguageTokenizer."""
 
-    def __init__(self, name: str):
-        """Raises InputError where the folder holds none."""
+    def __init__(self, name: str, kind: str):
+        """kind: decoder or encoder-decoder. Raises InputError where the folder holds none."""
         try:
             t = self.tokenizer = library().AutoTokenizer.from_pretrained(name)
             readable = t.decode(t("a photo", add_special_tokens=False).input_ids)
@@ -50,7 +52,7 @@ class LibraryTokenizer:
                              "tokenizer files into the folder")
         line_end = t("\n", add_special_tokens=False).input_ids
         # OPT: </s> starts a text, and a line's end closes it (released code). T5: </s> closes it.
-        ends_with_line = t.bos_token_id is not None and len(line_end) == 1
+        ends_with_line = kind == "decoder" and t.bos_token_id is not None and len(line_end) == 1
         self.pad = t.pad_token_id if t.pad_token_id is not None else t.eos_token_id
         self.bos = t.bos_token_id if t.bos_token_id is not None else self.pad
         self.eos = line_end[0] if ends_with_line else t.eos_token_id
@@ -65,9 +67,9 @@ class LibraryTokenizer:
 
 
 @functools.cache
-def open_library_tokenizer(name: str) -> LibraryTokenizer:
+def open_library_tokenizer(name: str, kind: str = "decoder") -> LibraryTokenizer:
     """The tokenizer of a model, read once: an evaluation asks for it with every batch."""
-    return LibraryTokenizer(name)
+    return LibraryTokenizer(name, kind)
 
 
 class LibraryModel(nn.Module):
@@ -87,13 +89,14 @@ class LibraryModel(nn.Module):
         except (OSError, ValueError) as error:
             raise InputError(f"the language model {name} cannot be read "
                              f"({str(error).splitlines()[0]})")
-        tokenizer = open_library_tokenizer(name)
+        tokenizer = open_library_tokenizer(name, language["kind"])
         positions = getattr(self.model.config, "max_position_embeddings", math.inf)
         self.config = SimpleNamespace(kind=language["kind"], pad_id=tokenizer.pad,
                                       bos_id=tokenizer.bos, eos_id=tokenizer.eos,
                                       max_positions=positions)
         if not decoder:
             self.config.pad_id = self.model.config.decoder_start_token_id
+        self.takes_positions = "position_ids" in inspect.signature(self.model.forward).parameters
 
     @property
     def model(self) -> nn.Module:
@@ -126,9 +129,13 @@ class LibraryModel(nn.Module):
 
     def forward(self, embeds: Tensor, mask: Tensor, past=None) -> tuple[Tensor, object]:
         """embeds (B, L, D), mask (B, past + L) -> logits (B, L, V), the cache."""
+        positions = {}
+        if self.takes_positions:  # they count the attended tokens: padding in front moves nothing
+            counted = (mask.long().cumsum(1) - 1).clamp(min=0)
+            positions["position_ids"] = counted[:, -embeds.shape[1]:]
         out = self.model(inputs_embeds=embeds.to(self.model.dtype), attention_mask=mask.long(),
-                         past_key_values=past, use_cache=True)
-        return out.logits, out.past_key_values
+                         past_key_values=past, use_cache=True, **positions)
+        return out.logits.float(), out.past_key_values
 
     # ---- an encoder-decoder ----
 
@@ -149,4 +156,4 @@ class LibraryModel(nn.Module):
         states, mask = (value.repeat_interleave(copies, 0) for value in context)
         out = self.model(encoder_outputs=(states,), attention_mask=mask.long(),
                          decoder_input_ids=ids, past_key_values=past, use_cache=True)
-        return out.logits, out.past_key_values
+        return out.logits.float(), out.past_key_values

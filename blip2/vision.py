@@ -1,8 +1,8 @@
 """The image encoders under the Q-Former: EVA's ViT-g/14, CLIP's ViT-L/14, this project's ViT.
 
-All three are vit.ViT without the last block and without the final norm: BLIP-2 reads the second
+All three are vit.ViT without the final norm, and without the last block: BLIP-2 reads the second
 last layer, which "leads to slightly better performance" (sec. 3.4), and puts a LayerNorm of its own
-on top. They differ in what the table says.
+on top. (The tiny preset keeps all of its four blocks.) They differ in what the table says.
 
             width of the MLP   activation   in front of the blocks   biases of q, k, v
     eva     6144 (4.36 x)      GELU         -                        q and v (k: 0)
@@ -51,6 +51,7 @@ class ImageEncoder(ViT):
             EncoderBlock(c.vit_width, c.vit_heads, c.vit_ffn, rate, clip) for rate in rates)
         if clip:  # it normalises once more, before the first block
             self.blocks.insert(0, nn.LayerNorm(c.vit_width, eps=1e-5))
+            self.resize_positions = resize_clip_positions
         self.norm = nn.Identity()
 
 

@@ -24,7 +24,7 @@ from blip2.stage2 import Stage2, Stage2Config
 from blip2.vision import ImageEncoder, resize_clip_positions
 from data.files import InputError
 from weights.files import Names, fill, shorten, state_dict_of
-from weights.names import fused, rest_of_layer_names, same, self_attention_names
+from weights.names import fused, rest_of_layer_names, same, self_attention_names, vit_names
 from weights.released import Report
 
 Weights = str | Path | dict[str, Tensor]
@@ -94,24 +94,22 @@ def qformer_names(config: Blip2Config, text: bool) -> Names:
     return pairs
 
 
-def eva_names(config: Blip2Config, ours: str = "", released: str = "") -> Names:
-    """EVA's ViT; the bias of q, k, v is put together beforehand."""
-    pairs = [(f"{ours}{name}", [f"{released}{name}"]) for name in ("cls_token", "pos_embed")]
-    pairs += same(f"{released}patch_embed.proj", f"{ours}patch_embed")
-    for i in range(config.vit_depth):
-        there, here = f"{released}blocks.{i}", f"{ours}blocks.{i}"
-        for a, b in (("norm1", "norm1"), ("attn.qkv", "attn.qkv"), ("attn.proj", "attn.out"),
-                     ("norm2", "norm2"), ("mlp.fc1", "fc1"), ("mlp.fc2", "fc2")):
-            pairs += same(f"{there}.{a}", f"{here}.{b}")
-    return pairs
+def vision_names(config: Blip2Config, ours: str = "", released: str = "") -> Names:
+    """The image encoder: timm's names, or CLIP's. (`prepare_vision` comes first.)"""
+    if config.vision == "clip":
+        return clip_names(config, ours, released)
+    names = vit_names(released, ours, config.vit_depth)
+    return [pair for pair in names if not pair[0].startswith(f"{ours}norm.")]  # there is none
 
 
-def clip_names(config: Blip2Config) -> Names:
+def clip_names(config: Blip2Config, ours: str, released: str) -> Names:
     """CLIP's ViT. Our block 0 is its LayerNorm in front."""
-    pairs = [("cls_token", ["class_embedding"]), ("pos_embed", ["positional_embedding"]),
-             ("patch_embed.weight", ["conv1.weight"]), *same("ln_pre", "blocks.0")]
+    pairs = [(f"{ours}cls_token", [f"{released}class_embedding"]),
+             (f"{ours}pos_embed", [f"{released}positional_embedding"]),
+             *same(f"{released}conv1", f"{ours}patch_embed"),
+             *same(f"{released}ln_pre", f"{ours}blocks.0")]
     for i in range(config.vit_depth):
-        there, here = f"transformer.resblocks.{i}", f"blocks.{i + 1}"
+        there, here = f"{released}transformer.resblocks.{i}", f"{ours}blocks.{i + 1}"
         pairs += [(f"{here}.attn.qkv.{kind}", [f"{there}.attn.in_proj_{kind}"])
                   for kind in ("weight", "bias")]
         for a, b in (("ln_1", "norm1"), ("attn.out_proj", "attn.out"), ("ln_2", "norm2"),
@@ -127,6 +125,8 @@ def language_names(config: LanguageConfig, ours: str = "", released: str = "") -
         pairs = [(f"{here}word.weight", [f"{there}embed_tokens.weight"]),
                  (f"{here}position.weight", [f"{there}embed_positions.weight"])]
         pairs += same(f"{there}final_layer_norm", f"{here}norm")
+        if not config.tied:
+            pairs.append((f"{here}head.weight", [f"{released}lm_head.weight"]))
         for i in range(config.depth):
             a, b = f"{there}layers.{i}", f"{here}layers.{i}"
             pairs += fused(f"{a}.self_attn", f"{b}.attn.qkv", ("q_proj", "k_proj", "v_proj"))
@@ -166,8 +166,7 @@ def load(model: nn.Module, weights: dict[str, Tensor], names: Names, path: str,
                          f"names are {shorten(list(weights))}")
     # Stored a second time, or constant: not information.
     again = ("position_ids", "cls.predictions.decoder.weight", "cls.predictions.decoder.bias",
-             "encoder.embed_tokens.weight", "decoder.embed_tokens.weight",
-             "opt_model.lm_head.weight", "lm_head.decoder.weight")
+             "encoder.embed_tokens.weight", "decoder.embed_tokens.weight", "lm_head.weight")
     left_over = [name for name in weights if name not in used and not name.endswith(again)]
     missing = [name for name, p in model.named_parameters() if p.data_ptr() not in filled]
     return Report(missing, left_over, kind)
@@ -175,65 +174,103 @@ def load(model: nn.Module, weights: dict[str, Tensor], names: Names, path: str,
 
 def load_stage1(weights: Weights, config: Blip2Config) -> tuple[Stage1, Report]:
     """A stage-1 model (blip2_qformer) of these sizes, in eval mode; missing, left over."""
-    values = with_qkv_bias(open_weights(weights))
+    values = prepare_vision(open_weights(weights), config, "visual_encoder.")
     model = Stage1(config)
     names = qformer_names(config, text=True) + [("temp", ["temp"])]
     for head in ("vision_proj", "text_proj", "itm_head"):
         names += same(head, head)
-    names += eva_names(config, "vit.", "visual_encoder.")
+    names += vision_names(config, "vit.", "visual_encoder.")
     return model.eval(), load(model, values, names, name_of(weights), "blip2-stage1")
 
 
 def load_stage2(weights: Weights, config: Stage2Config) -> tuple[Stage2, Report]:
-    """A stage-2 model (blip2_opt, blip2_t5) of these sizes, in eval mode; missing, left over."""
+    """A stage-2 model (blip2_opt, blip2_t5) of these sizes, in eval mode; missing, left over.
+
+    A language model of the transformers library has its weights already: the file's are not read.
+    """
     model = Stage2(config)
     language = "opt" if model.is_decoder else "t5"
-    values = with_qkv_bias(open_weights(weights, language))
+    values = prepare_vision(open_weights(weights, language), config, "visual_encoder.")
     names = qformer_names(config, text=config.question_to_queries)
     names += same(f"{language}_proj", "proj")
-    names += language_names(model.language.config, "language.", f"{language}_model.")
-    names += eva_names(config, "vit.", "visual_encoder.")
+    if "name" in config.language:
+        values = {name: value for name, value in values.items()
+                  if not name.startswith(f"{language}_model.")}
+    else:
+        check_head(values, model.language.config, f"{language}_model.", name_of(weights))
+        names += language_names(model.language.config, "language.", f"{language}_model.")
+    names += vision_names(config, "vit.", "visual_encoder.")
     return model.eval(), load(model, values, names, name_of(weights), "blip2-stage2")
 
 
 def load_vision(weights: Weights, config: Blip2Config) -> ImageEncoder:
-    """EVA's or CLIP's image encoder, positions resized to config.image_size; in eval mode.
+    """EVA's or CLIP's image encoder in eval mode, positions resized to config.image_size.
 
-    Its names may start with "visual_encoder.". Raises InputError where a weight is missing.
+    It is frozen, unless config.train_vision says otherwise. Its names may start with
+    "visual_encoder.". Raises InputError where a weight is missing.
     """
     values = weights if isinstance(weights, dict) else state_dict_of(str(weights))
     values = {name.removeprefix("visual_encoder."): value for name, value in values.items()}
-    model = ImageEncoder(config)
-    if config.vision == "clip":
-        values = dict(values)
-        for name in ("class_embedding", "positional_embedding"):
-            if name in values:
-                values[name] = values[name].reshape(1, -1, config.vit_width)
-        if "positional_embedding" in values:
-            tokens = model.pos_embed.shape[1]
-            values["positional_embedding"] = resize_clip_positions(values["positional_embedding"],
-                                                                   tokens)
-        nn.init.zeros_(model.patch_embed.bias)  # CLIP has none
-        names = clip_names(config)
-    else:
-        values, names = with_qkv_bias(values), eva_names(config)
-    report = load(model, values, names, name_of(weights), f"{config.vision} image encoder")
-    missing = [name for name in report.missing if name != "patch_embed.bias"]
-    if missing:
-        raise InputError(f"{name_of(weights)} lacks {shorten(missing)}: it is no {config.vision} "
-                         "image encoder of these sizes")
-    return model.eval()
+    model, path = ImageEncoder(config), name_of(weights)
+    report = load(model, prepare_vision(values, config), vision_names(config), path,
+                  f"{config.vision} image encoder")
+    if report.missing:
+        raise InputError(f"{path} lacks {shorten(report.missing)}: it is no {config.vision} image "
+                         "encoder of these sizes")
+    return model.eval().requires_grad_(config.train_vision)
 
 
 def load_language(weights: Weights, config: LanguageConfig) -> LanguageModel:
-    """OPT's or T5's weights in a language model of these sizes, in eval mode."""
+    """OPT's or T5's weights in a language model of these sizes, in eval mode, frozen.
+
+    Raises InputError where a weight is missing or left over.
+    """
     values = weights if isinstance(weights, dict) else state_dict_of(str(weights))
-    model = make_language(config)
-    report = load(model, values, language_names(config), name_of(weights), config.kind)
-    if report.missing:
-        raise InputError(f"{name_of(weights)} lacks {shorten(report.missing)}: it is no "
-                         f"{config.kind} of these sizes")
-    return model.eval()
+    model, path = make_language(config), name_of(weights)
+    check_head(values, config, "", path)
+    report = load(model, values, language_names(config), path, config.kind)
+    for what, names in (("lacks", report.missing), ("has other weights", report.left_over)):
+        if names:
+            raise InputError(f"{path} {what}: {shorten(names)}; it is no {config.kind} of these "
+                             "sizes that blip2/language.py has")
+    return model.eval().requires_grad_(False)
+
+
+def check_head(weights: dict[str, Tensor], config: LanguageConfig, prefix: str, path: str) -> None:
+    """InputError where the head is tied to the word embeddings in one of the two, not in both."""
+    head = weights.get(f"{prefix}lm_head.weight")
+    if head is None:
+        return
+    if config.kind == "encoder-decoder":
+        if torch.equal(head, weights.get(f"{prefix}shared.weight", head[:0])):
+            raise InputError(f"{path} is a T5 whose head is its word embeddings; only T5 1.1 and "
+                             "FlanT5 fit, any other goes through the transformers library")
+    elif config.tied and not torch.equal(head, weights.get(
+            f"{prefix}model.decoder.embed_tokens.weight", head)):
+        raise InputError(f"{path} has a head of its own: give LanguageConfig(tied=False)")
+
+
+def prepare_vision(weights: dict[str, Tensor], config: Blip2Config,
+                   prefix: str = "") -> dict[str, Tensor]:
+    """The same weights, those of the image encoder in the form that ours has.
+
+    EVA: one bias for q, k and v. CLIP: tokens and positions (1, N, D), positions resized, a bias
+    of 0 for the patches.
+    """
+    if config.vision != "clip":
+        return with_qkv_bias(weights)
+    values = dict(weights)
+    for name in ("class_embedding", "positional_embedding"):
+        if f"{prefix}{name}" in values:
+            value = values[f"{prefix}{name}"]
+            values[f"{prefix}{name}"] = value.reshape(1, -1, value.shape[-1])
+    if f"{prefix}positional_embedding" in values:
+        tokens = (config.image_size // config.patch_size) ** 2 + 1
+        values[f"{prefix}positional_embedding"] = resize_clip_positions(
+            values[f"{prefix}positional_embedding"], tokens)
+    if f"{prefix}conv1.weight" in values:
+        values[f"{prefix}conv1.bias"] = torch.zeros(len(values[f"{prefix}conv1.weight"]))
+    return values
 
 
 def with_qkv_bias(weights: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -260,24 +297,43 @@ def to_transformers(model: Stage1 | Stage2) -> dict[str, Tensor]:
     """Our weights under the transformers library's names.
 
     For Blip2ForImageTextRetrieval or Blip2ForConditionalGeneration. The library has no ITG and no
-    temperature: these stay behind.
+    temperature: these stay behind. Raises InputError for what the library's model cannot hold:
+    CLIP, a language model that is no OPT or T5.
     """
     ours, text = model.state_dict(), isinstance(model, Stage1)
+    if model.config.vision == "clip":
+        raise InputError("the transformers library's BLIP-2 has EVA's image encoder, not CLIP's")
     language = "" if text else "opt" if model.is_decoder else "t5"
-    names = qformer_names(model.config, text) + eva_names(model.config, "vit.", "visual_encoder.")
+    names = qformer_names(model.config, text) + vision_names(model.config, "vit.",
+                                                             "visual_encoder.")
     if text:
         for head in ("vision_proj", "text_proj", "itm_head"):
             names += same(head, head)
     else:
         names += same(f"{language}_proj", "proj")
-        names += language_names(model.language.config, "language.", f"{language}_model.")
+        names += language_out(model, language)
     released = {}
     for name, sources in names:
         if sources[0].startswith("Qformer.cls.") or name not in ours:
             continue
         for source, value in zip(sources, ours[name].chunk(len(sources))):
             released[source] = value.clone()
-    return {names_there(name): value for name, value in released.items()}
+    there = {names_there(name): value for name, value in released.items()}
+    if not text and "name" in model.config.language:
+        there |= {f"language_model.{name}": value.clone()
+                  for name, value in model.language.model.state_dict().items()}
+    return there
+
+
+def language_out(model: Stage2, language: str) -> Names:
+    """Names of our own language model, none of the library's. Raises InputError: see above."""
+    if "name" in model.config.language:
+        return []
+    config = model.language.config
+    if config.kind == "decoder" and (config.near_heads or not config.tied):
+        raise InputError("this language model is no OPT: it has near heads (--near-heads) or a "
+                         "head of its own (--tied false), which the library's OPT lacks")
+    return language_names(config, "language.", f"{language}_model.")
 
 
 def names_there(name: str) -> str:

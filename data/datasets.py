@@ -150,10 +150,12 @@ class ImageDataset(Dataset):
 
     def __init__(self, examples: Sequence, image_root: str | Path, image_size: int,
                  augment: bool = False, crop: tuple[float, float] = (0.2, 1.0),
-                 flip: str = "safe", seed: int = 0, replace_broken: bool = False):
-        """crop: smallest and largest share of the area; flip: TrainConfig.flip."""
+                 flip: str = "safe", seed: int = 0, replace_broken: bool = False,
+                 rand_augment: bool = True):
+        """crop: smallest and largest share of the area; flip, rand_augment: as in TrainConfig."""
         self.examples, self.root, self.image_size = examples, Path(image_root), image_size
         self.augment, self.crop, self.flip = augment, crop, flip
+        self.rand_augment = rand_augment
         self.seed, self.epoch, self.replace_broken = seed, 0, replace_broken
 
     def __len__(self) -> int:
@@ -203,8 +205,8 @@ class ImageDataset(Dataset):
         says_side = any(SIDES.search(text) for text in example.texts)
         flip = self.flip == "always" or (self.flip == "safe" and not says_side)
         root = getattr(example, "root", "") or self.root
-        pictures = [load_image(open_member(root, name), self.image_size, rng, self.crop, flip)
-                    for name in example.images]
+        pictures = [load_image(open_member(root, name), self.image_size, rng, self.crop, flip,
+                               self.rand_augment) for name in example.images]
         return pictures[0] if len(pictures) == 1 else torch.stack(pictures)
 
 

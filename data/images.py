@@ -195,12 +195,13 @@ def resize_rgb(image: Image.Image, size: tuple[int, int], box: tuple | None = No
 
 
 def load_image(source: str | Path | BytesIO, size: int, rng: random.Random | None = None,
-               crop: tuple[float, float] = (0.2, 1.0), flip: bool = True) -> Tensor:
+               crop: tuple[float, float] = (0.2, 1.0), flip: bool = True,
+               with_rand_augment: bool = True) -> Tensor:
     """Image file -> (3, size, size) uint8, upright.
 
     Without `rng`: the whole picture, resized to a square (evaluation). With it: random crop of a
-    share `crop` of the area, horizontal flip where allowed, RandAugment (training). Raises
-    PictureError: missing, too large, no regular file, damaged or no image.
+    share `crop` of the area, horizontal flip where allowed, RandAugment where `with_rand_augment`
+    (training). Raises PictureError: missing, too large, no regular file, damaged or no image.
     NOTE(differs from salesforce/BLIP): EXIF's rotation is applied; what is transparent shows white;
     a file that breaks off is damaged, not filled up with grey; in training a large JPEG is decoded
     at a fraction of its size.
@@ -222,7 +223,8 @@ def load_image(source: str | Path | BytesIO, size: int, rng: random.Random | Non
     if rng:
         if flip and rng.random() < 0.5:
             image = ImageOps.mirror(image)
-        image = rand_augment(image, rng)
+        if with_rand_augment:
+            image = rand_augment(image, rng)
     return to_tensor(image)
 
 

@@ -99,6 +99,7 @@ class Source:
     image_size: int  # pixels
     seed: int = 0
     augment: bool = False  # random crops, flips and RandAugment, for training
+    rand_augment: bool = True  # false: crops and flips alone
     replace_broken: bool = False  # an image that cannot be read by another one, for training
     crop_min: float = 1.0  # smallest share of the area in a random crop
     flip: str = "safe"  # TrainConfig.flip
@@ -123,7 +124,7 @@ class Source:
         """Examples from files as a data set."""
         return kind(self.first(examples), self.folder(), self.image_size,
                     self.augment, (self.crop_min, 1.0), self.flip, self.seed,
-                    self.replace_broken)
+                    self.replace_broken, self.rand_augment)
 
 
 @dataclass
@@ -252,7 +253,8 @@ def open_pairs(source: Source) -> Dataset:
         return source.images(merge_captions(pairs))
     pairs = open_mixture(source.data, source.image_root, source.index)
     return ImageDataset(pairs, "", source.image_size, source.augment, (source.crop_min, 1.0),
-                        source.flip, source.seed, source.replace_broken)
+                        source.flip, source.seed, source.replace_broken,
+                        source.rand_augment)
 
 
 def collate_pairs(tokenizer: Tokenizer, config: TrainConfig, model_config) -> Collate:

@@ -19,9 +19,9 @@ BLIP_SCENES = 41600  # of `python train.py`
 QUESTIONS = 16000  # BLIP-2 is finetuned on so many in the minutes in which BLIP is on its 128,000
 
 
-def stage1(cache, vision: dict | None = None, **given) -> str:
-    """Stage 1 on the ViT of `python train.py`. vision: more settings of that training."""
-    return cache.clean(task="blip2-stage1", init=cache.clean(**(vision or {})), **given)
+def stage1(cache, **given) -> str:
+    """Stage 1 on the ViT of `python train.py`."""
+    return cache.clean(task="blip2-stage1", init=cache.clean(), **given)
 
 
 def stage2(cache, init: str, kind: str = "decoder", language_given: dict | None = None,
@@ -76,9 +76,9 @@ BLIP2_EXPERIMENTS = {
         evaluated=True),
     "blip2-sizes": Experiment(
         "BLIP-2, Table 2: a larger language model, a larger image encoder (stage 2)",
-        {"small language model": with_stage1(language_given=SMALL_LANGUAGE),
-         "small image encoder": lambda cache: stage2(cache, stage1(cache, SMALL_VISION)),
-         "both large": with_stage1()},
+        {"small language model": without_stage1(language_given=SMALL_LANGUAGE),
+         "small image encoder": lambda cache: stage2(cache, cache.clean(**SMALL_VISION)),
+         "both large": without_stage1()},
         claims=(("both large", "small language model"), ("both large", "small image encoder")),
         measures=STAGE2, evaluated=True),
     "blip2-queries": Experiment(

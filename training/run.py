@@ -75,8 +75,8 @@ def open_datasets(task: Task, config: TrainConfig, image_size: int) -> Datasets:
     base = Source(c.data, c.image_root, "train", 0, image_size, c.seed,
                   index=Path(c.out).parent / "index")
     train = task.open_data(replace(base, size=0 if c.data else c.scenes, noise=c.noise,
-                                   augment=c.augment, crop_min=c.crop_min, flip=c.flip,
-                                   replace_broken=True))
+                                   augment=c.augment, rand_augment=c.rand_augment,
+                                   crop_min=c.crop_min, flip=c.flip, replace_broken=True))
     if not c.data:
         val = task.open_data(replace(base, split="val", size=min(300, c.eval_size), seed=0))
         return Datasets(train, val, task.open_data(

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from blip2 import weights
 from blip2.stage2 import Stage2, Stage2Config
 from blip2.task_stage1 import SIZES
 from blip2.texts import encode_prompts, encode_texts, open_tokenizer
@@ -14,7 +15,7 @@ SENTENCES = ["question: what colour is it? answer: red", "a photo of a red circl
 
 
 def save_model(folder, kind: str, tokenizer: bool = True) -> str:
-    """A small random OPT or T5 in a folder, as from_pretrained reads it."""
+    """A small random OPT, GPT-2 or T5 in a folder, as from_pretrained reads it."""
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
     pieces = Tokenizer(models.BPE())
     pieces.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -28,6 +29,11 @@ def save_model(folder, kind: str, tokenizer: bool = True) -> str:
             vocab_size=300, hidden_size=16, num_hidden_layers=2, ffn_dim=32,
             num_attention_heads=2, word_embed_proj_dim=16, max_position_embeddings=200,
             pad_token_id=0, bos_token_id=1, eos_token_id=1))
+    elif kind == "gpt2":
+        special = dict(bos_token="</s>", eos_token="</s>", pad_token="<pad>")
+        model = transformers.GPT2LMHeadModel(transformers.GPT2Config(
+            vocab_size=300, n_embd=16, n_layer=2, n_head=2, n_positions=200, bos_token_id=1,
+            eos_token_id=1, initializer_range=0.3))
     else:
         special = dict(eos_token="</s>", pad_token="<pad>")
         model = transformers.T5ForConditionalGeneration(transformers.T5Config(
@@ -45,9 +51,7 @@ def test_it_is_trained_on_and_writes(tmp_path, kind):
     """A gradient reaches the bridge alone; greedy writing is the library's own."""
     language = describe_library_model(save_model(tmp_path / "m", kind))
     assert language["kind"] == kind
-    config = Stage2Config(**SIZES["tiny"] | dict(vit_depth=0, vit_width=16, vit_heads=1,
-                                                 image_size=14), language=language)
-    model, tokens = Stage2(config).train(), torch.randn(2, 5, 16)
+    model, tokens = small_stage2(language).train(), torch.randn(2, 5, 16)
     assert not any(name.startswith("language.") for name in model.state_dict())
     tokenizer = open_tokenizer(language)
     batch = encode_texts(tokenizer, kind, ["a photo of"] * 2, ["a red", "a circle"], 10)
@@ -75,3 +79,36 @@ def test_a_model_without_a_tokenizer_is_one_sentence(tmp_path):
     language = describe_library_model(save_model(tmp_path / "m", "decoder", tokenizer=False))
     with pytest.raises(InputError, match="comes without a tokenizer"):
         open_tokenizer(language)
+
+
+@pytest.mark.parametrize("kind", ["decoder", "gpt2"])
+def test_padding_in_front_of_a_prompt_moves_nothing(tmp_path, kind):
+    """GPT-2 counts positions from the row's start unless it is told better."""
+    language = describe_library_model(save_model(tmp_path / "m", kind))
+    model, tokens = small_stage2(language).eval(), torch.randn(2, 5, 16)
+    tokenizer = open_tokenizer(language)
+    prompts = ["question: what colour is it? answer:", "a photo"]
+    ids, mask = encode_prompts(tokenizer, "decoder", prompts)
+    together = model.generate(tokens, ids, mask, beams=2, min_length=1, max_length=9)
+    for row, prompt in enumerate(prompts):
+        one = encode_prompts(tokenizer, "decoder", [prompt])
+        alone, = model.generate(tokens[row:row + 1], *one, beams=2, min_length=1, max_length=9)
+        assert together[row][0][0] == alone[0][0]
+        assert together[row][0][1] == pytest.approx(alone[0][1], abs=1e-4)
+
+
+def test_released_weights_in_front_of_a_library_model(tmp_path):
+    """The bridge comes from the file, the language model from its folder; both go out."""
+    language = describe_library_model(save_model(tmp_path / "m", "decoder"))
+    model = small_stage2(language)
+    state = weights.to_transformers(model)
+    inner = model.language.model.state_dict()
+    assert all(torch.equal(state[f"language_model.{name}"], inner[name]) for name in inner)
+    loaded, report = weights.load_stage2(state, model.config)
+    assert not report.left_over and not [n for n in report.missing if not n.startswith("vit.")]
+    assert torch.equal(loaded.proj.weight, model.proj.weight)
+
+
+def small_stage2(language: dict) -> Stage2:
+    return Stage2(Stage2Config(**SIZES["tiny"] | dict(vit_depth=0, vit_width=16, vit_heads=1,
+                                                      image_size=14), language=language))

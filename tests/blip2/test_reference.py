@@ -298,6 +298,8 @@ def test_the_transformers_librarys_weights():
     ids, mask = inputs["input_ids"], inputs["attention_mask"]
     kv = model.project(inputs["encoder_hidden_states"])
     close(model.qformer.encode_queries(kv)[0], out["qformer_queries"])
+    masked, _ = model.qformer.encode_queries(kv, image_mask=inputs["encoder_attention_mask"])
+    close(masked, out["qformer_queries_encoder_masked"])
     both = model.qformer.encode_both(ids, mask, kv)
     real = torch.cat([torch.ones(3, config.queries), mask], 1).bool()
     close(both[real], out["qformer_queries_and_text"][real])

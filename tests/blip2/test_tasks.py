@@ -220,7 +220,7 @@ def test_how_much_of_a_caption_an_encoder_decoder_has_to_write(models):
 
 def test_a_dialog_stands_in_front_of_the_question():
     assert question_prompt("decoder", "where?", [("what?", "a dog")]) == (
-        "question: what? answer: a dog question: where? answer:")
+        "Question: what? Answer: a dog Question: where? Answer:")
 
 
 def test_a_caption_is_run_once_and_its_questions_do_not_see_each_other():

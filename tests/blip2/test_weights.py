@@ -1,0 +1,153 @@
+"""Weights under foreign names: what fits is taken, what does not is said."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from blip2 import weights
+from blip2.config import Blip2Config
+from blip2.language import LanguageConfig, make_language
+from blip2.stage1 import Stage1
+from blip2.stage2 import Stage2, Stage2Config
+from blip2.texts import encode_texts
+from config import SettingError
+from data.files import InputError
+
+OPT = LanguageConfig(width=16, depth=1, heads=2, ffn=32, max_positions=40, vocab_size=30, eos_id=4)
+T5 = LanguageConfig(kind="encoder-decoder", width=16, depth=1, heads=2, head_width=8, ffn=32,
+                    vocab_size=30, pad_id=0, bos_id=0, eos_id=1)
+SMALL = dict(vision="vit", image_size=28, patch_size=14, vit_width=16, vit_depth=1, vit_heads=2,
+             vit_ffn=64, queries=3, width=16, depth=2, heads=2, ffn=32, max_positions=20,
+             embed_dim=8, vocab_size=30, dec_id=29, init_std=0.2)
+
+
+def out(model, names) -> dict[str, torch.Tensor]:
+    """A model's weights under foreign names."""
+    ours = model.state_dict()
+    return {source: value.clone() for name, sources in names
+            for source, value in zip(sources, ours[name].chunk(len(sources)))}
+
+
+def new_language(config):
+    torch.manual_seed(0)
+    model = make_language(config)
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    return model.eval()
+
+
+@pytest.mark.parametrize("config", [OPT, replace(OPT, tied=False), T5])
+def test_a_language_model_comes_in_whole_and_frozen(config):
+    model = new_language(config)
+    state = out(model, weights.language_names(config))
+    loaded = weights.load_language(state, config)
+    assert all(torch.equal(value, loaded.state_dict()[name])
+               for name, value in model.state_dict().items())
+    assert not any(p.requires_grad for p in loaded.parameters()) and not loaded.training
+    with pytest.raises(InputError, match="lacks"):
+        weights.load_language(state, replace(config, depth=2))
+    with pytest.raises(InputError, match="has other weights"):
+        weights.load_language(state | {"project_in.weight": torch.ones(2, 2)}, config)
+
+
+def test_a_head_that_is_tied_in_one_of_the_two_is_refused():
+    """Else the logits would be wrong, and nobody would know."""
+    state = out(new_language(OPT), weights.language_names(OPT))
+    words = state["model.decoder.embed_tokens.weight"]
+    weights.load_language(state | {"lm_head.weight": words}, OPT)
+    with pytest.raises(InputError, match="tied=False"):
+        weights.load_language(state | {"lm_head.weight": words + 1}, OPT)
+    state = out(new_language(T5), weights.language_names(T5))
+    with pytest.raises(InputError, match="only T5 1.1"):
+        weights.load_language(state | {"lm_head.weight": state["shared.weight"]}, T5)
+
+
+def test_clips_image_encoder_comes_in_with_the_rest():
+    """Under visual_encoder., in stage 1; positions resized alike at loading and on the way."""
+    config = Blip2Config(**SMALL | dict(vision="clip"))
+    model = Stage1(config)
+    torch.nn.init.normal_(model.vit.pos_embed)
+    torch.nn.init.zeros_(model.vit.patch_embed.bias)
+    names = weights.vision_names(config, "vit.", "visual_encoder.")
+    state = out(model, names + weights.qformer_names(config, text=True))
+    for name in ("class_embedding", "positional_embedding"):
+        state[f"visual_encoder.{name}"] = state[f"visual_encoder.{name}"][0]
+    del state["visual_encoder.conv1.bias"]  # CLIP has none
+    loaded, report = weights.load_stage1(state, config)
+    assert not report.left_over and not any(name.startswith("vit.") for name in report.missing)
+    images = torch.randn(2, 3, 42, 42)
+    with torch.no_grad():
+        expected = loaded.vit(images)
+        larger = weights.load_vision({name: value for name, value in state.items()
+                                      if name.startswith("visual_encoder.")},
+                                     replace(config, image_size=42))
+        assert torch.allclose(larger(images), expected, atol=1e-6)
+    assert not any(p.requires_grad for p in larger.parameters())
+    with pytest.raises(InputError, match="not CLIP's"):
+        weights.to_transformers(loaded)
+
+
+def test_what_the_library_cannot_hold_does_not_go_out():
+    for changes in (dict(near_heads=1), dict(tied=False)):
+        language = vars(replace(OPT, **changes))
+        model = Stage2(Stage2Config(**SMALL, language=language))
+        with pytest.raises(InputError, match="no OPT"):
+            weights.to_transformers(model)
+
+
+@pytest.mark.parametrize("language", [OPT, T5])
+def test_half_precision(language):
+    """The frozen language model in bfloat16, then all of it: about the same loss."""
+    torch.manual_seed(0)
+    model = Stage2(Stage2Config(**SMALL, language=vars(language))).eval()
+    inputs = [torch.randn(2, 3, 28, 28), *[torch.randint(5, 30, (2, 6)) for _ in range(3)]]
+    inputs[2] = torch.ones(2, 6, dtype=torch.long)
+    with torch.no_grad():
+        expected = model(*inputs)[0]["lm"].item()
+        model.language.bfloat16()
+        assert model(*inputs)[0]["lm"].item() == pytest.approx(expected, rel=0.02)
+        inputs[0] = inputs[0].bfloat16()
+        assert model.bfloat16()(*inputs)[0]["lm"].item() == pytest.approx(expected, rel=0.05)
+
+
+def test_misuse_is_said():
+    model = Stage2(Stage2Config(**SMALL, language=vars(OPT))).eval()
+    image, ids = torch.randn(1, 3, 28, 28), torch.tensor([[2, 5, 6]])
+    with pytest.raises(ValueError, match="padded in front"):
+        model.generate(image, ids, torch.tensor([[1, 1, 0]]))
+    with pytest.raises(ValueError, match="question_to_queries"):
+        model.soft_tokens(image, ids, torch.ones_like(ids))
+    with pytest.raises(SettingError, match="dec_id"):
+        Blip2Config(**SMALL | dict(dec_id=30))
+    with pytest.raises(SettingError, match="--farthest 16"):
+        replace(T5, farthest=16)
+    Blip2Config(**SMALL | dict(vit_depth=0, vit_heads=12))  # no image encoder: heads do not matter
+
+
+class SpacedPieces:
+    """A tokenizer in which a word's first piece holds the space in front of it, as OPT's does."""
+
+    pad, bos, eos = 0, 1, 2
+
+    def __init__(self):
+        self.pieces = ["<pad>", "<s>", "\n"]
+
+    def ids(self, text: str) -> list[int]:
+        ids = []
+        for number, word in enumerate(text.split()):
+            piece = f" {word}" if number else word
+            if piece not in self.pieces:
+                self.pieces.append(piece)
+            ids.append(self.pieces.index(piece))
+        return ids
+
+
+def test_prompt_and_text_are_one_text_for_a_decoder():
+    pieces = SpacedPieces()
+    batch = encode_texts(pieces, "decoder", ["a photo of"], ["a circle"], 10)
+    written = "".join(pieces.pieces[i] for i in batch["ids"][0].tolist())
+    assert written == "<s>a photo of a circle\n"
+    targets = batch["targets"][0].tolist()
+    assert targets[:4] == [-100] * 4 and [pieces.pieces[i] for i in targets[4:]] == [
+        " a", " circle", "\n"]
