@@ -395,8 +395,11 @@ def run(o: argparse.Namespace, command: str) -> None:
     for name, cells in run_all(regime, experiments, seeds, device, o.jobs):
         experiment = experiments[name]
         text = markdown(experiment, cells, command, regime, seeds, device)
-        # The whole table is not written over, nor one of other cells.
+        # The whole table is not written over, nor one of other cells or of more seeds.
         file_name = "-".join([name, *(re.sub(r"\W+", "_", cell) for cell in o.cells)])[:120]
+        before = Path(o.results) / f"{file_name}.json"
+        if before.exists() and len(read_json(before).get("seeds", [])) > o.seeds:
+            file_name += f"-seeds_{o.seeds}"
         with whole_file(Path(o.results) / f"{file_name}.md") as file:
             file.write(text)
         write_json(Path(o.results) / f"{file_name}.json", {

@@ -48,7 +48,7 @@ def merge_heads(x: Tensor) -> Tensor:
 
 def select_rows(layers: list[KeysValues | None], rows: Tensor) -> list[KeysValues | None]:
     """Each layer's keys and values of rows[0], rows[1] ..., repeats allowed; None stays None."""
-    # On a CPU the gradient of k[rows] takes 8 times as long, and runs differ.
+    # Not k[rows]: on a CPU its gradient is 8 times slower, and not the same in every run.
     return [kv and (kv[0].index_select(0, rows), kv[1].index_select(0, rows)) for kv in layers]
 
 

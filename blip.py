@@ -130,8 +130,8 @@ class BLIP(nn.Module):
                  method: str = "beam", num_return: int = 1, **options) -> list[list[Hypothesis]]:
         """Captions: for each image `num_return` pairs (ids after the prompt, score), best first.
 
-        image (B, 3, S, S), or its keys and values from `project`; prompt: ids, for
-        instance of "a picture of". Methods, options and errors are those of `decoding.write`.
+        image (B, 3, S, S), or its keys and values from `project`; prompt: ids of "a picture of",
+        for instance. Methods, options and errors are those of `decoding.write`.
         """
         kv = image if isinstance(image, ContextKV) else self.project(self.vit(image))
         options.setdefault("max_length", 20)
@@ -159,8 +159,7 @@ class BLIP(nn.Module):
         losses, keys, sims = {}, {}, None
         image_tokens, image_feat = self.encode_image(image)
         if "itm" in self.objectives or "lm" in self.objectives:
-            # once: every text below that looks at an image reads these
-            kv = self.med.project(image_tokens)
+            kv = self.med.project(image_tokens)  # once: all texts that look at an image read it
         if "itc" in self.objectives:
             losses["itc"], keys, sims = self._itc(image, image_feat, ids, mask, alpha, image_ids,
                                                   finetuning, all_negatives)
@@ -220,15 +219,16 @@ class BLIP(nn.Module):
         own = torch.arange(B, device=ids.device)  # where this rank's texts stand in `ids`
         from_all_ranks = all_negatives and distributed.world_size() > 1
         if from_all_ranks:
-            ids, mask, own = *distributed.gather_texts(ids, mask), own + distributed.rank() * B
+            ids, mask = distributed.gather_texts(ids, mask)
+            own = own + distributed.rank() * B
         row_ids = own if image_ids is None else image_ids
         column_ids = distributed.all_gather(row_ids) if from_all_ranks else row_ids
         positives = row_ids[:, None] == column_ids  # (B, B), or (B, processes * B)
         if sims is None or not self.config.hard_negatives:  # (None: ITC is off)
             sims = (torch.zeros(positives.shape, device=ids.device),) * 2
-        how = floor, self.config.mask_positives, self.draw_negative
-        text_neg, text_valid = mine_hard_negatives(sims[0], positives, *how)
-        image_neg, image_valid = mine_hard_negatives(sims[1], positives, *how)
+        how = dict(mask_positives=self.config.mask_positives, draw=self.draw_negative)
+        text_neg, text_valid = mine_hard_negatives(sims[0], positives, floor, **how)
+        image_neg, image_valid = mine_hard_negatives(sims[1], positives, floor, **how)
         if from_all_ranks:  # with gradient: other ranks' texts train this rank's images
             all_tokens = distributed.all_gather_with_grad(image_tokens)
             kv_neg = self.med.project(all_tokens.index_select(0, image_neg))
@@ -247,12 +247,12 @@ class BLIP(nn.Module):
     def update_momentum(self, momentum: float | None = None) -> None:
         """twin = m * twin + (1 - m) * online, parameter by parameter (MoCo eq. 2; ALBEF sec. 3.5).
 
-        Called after the optimizer's step. The released code calls it before the next forward pass:
-        the same, but for the first step from other weights; Run.make_model calls it before that.
+        Called after the optimizer's step. The released code calls it before the next forward pass,
+        which is the same, but for a first step from other weights: there Run.make_model calls it.
         """
         m = self.config.momentum if momentum is None else momentum
-        online, twin = zip(*self.twin_parameters)
-        torch._foreach_lerp_(twin, online, 1 - m)  # p_m.lerp_(p, 1 - m), in one launch on a GPU
+        ours, theirs = zip(*self.twin_parameters)
+        torch._foreach_lerp_(theirs, ours, 1 - m)  # p_m.lerp_(p, 1 - m), in one launch on a GPU
         for online, twin in self.twins():  # a BatchNorm's statistics, in another backbone
             for name, buffer in twin.named_buffers():
                 buffer.copy_(online.get_buffer(name))

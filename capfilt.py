@@ -39,6 +39,7 @@ from tools.filter_quality import report_filters
 from tools.judge import compare_in_world, print_report, print_truth
 from training import devices, distributed
 from training.checkpoints import open_model
+from training.code import digest_of_code
 from training.distributed import print0
 from training.precision import autocast, choose_precision
 from training.program import exit_status
@@ -61,11 +62,10 @@ def bootstrap(web: PairIndex, human: PairIndex | None, captioners: list[Captione
               workers: int = 0) -> dict:
     """The bootstrapped set of web texts and human pairs, into `out` -> its report.
 
-    `seed` decides what is sampled; `workers` processes load images. All ranks call it. What is
-    done already is kept. Raises InputError.
+    `seed`: of what is sampled. All ranks call it. What is done already is kept. Raises InputError.
     """
     made_of = asdict(config) | {
-        "web": web.folder.name, "filters": [filter.digest() for filter in filters],
+        "code": digest_of_code(), "web": web.folder.name, "filters": [f.digest() for f in filters],
         "captioners": [[c.trained.digest(), asdict(c.decoding)] for c in captioners]}
     for shard in pending(web, out, made_of, config.shard_size, seed):
         write(shard, caption_and_filter(shard, captioners, filters, config, workers))

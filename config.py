@@ -271,12 +271,13 @@ def learning_rate(config: TrainConfig, step: int, steps_per_epoch: int) -> float
     """Learning rate of a step (from 0): linear warm-up, then the schedule."""
     if step < config.warmup_steps:
         return config.warmup_lr + (config.lr - config.warmup_lr) * step / config.warmup_steps
+    least = min(config.min_lr, config.lr)
     if config.schedule == "step":
-        return max(config.min_lr, config.lr * config.lr_decay ** (step // steps_per_epoch))
+        return max(least, config.lr * config.lr_decay ** (step // steps_per_epoch))
     if config.schedule == "epoch_cosine":
         step = step // steps_per_epoch * steps_per_epoch
     progress = step / (config.epochs * steps_per_epoch)
-    return config.min_lr + (config.lr - config.min_lr) * (1 + math.cos(math.pi * progress)) / 2
+    return least + (config.lr - least) * (1 + math.cos(math.pi * progress)) / 2
 
 
 def alpha_at(config: TrainConfig, step: int, steps_per_epoch: int) -> float:

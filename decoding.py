@@ -123,7 +123,7 @@ class Beams:
         del self.hypotheses[self.size:]
 
     def done(self, best_running: float) -> bool:
-        """Whether no running beam, whose best score is given, can beat the worst hypothesis."""
+        """Whether the best score of the running beams is no better than the worst hypothesis."""
         return len(self.hypotheses) == self.size and self.hypotheses[-1][1] >= best_running
 
 
@@ -136,8 +136,8 @@ def beam_search(step: Step, prompt: Tensor, eos: int, beams: int = 3, max_length
     prompt (B, P) -> for each image its hypotheses (token ids without [SEP], score), best first. The
     score is the sum of the log-probabilities / length ** length_penalty. Each step looks at the
     2 x beams best continuations; one that ends is kept as a hypothesis if it ranks among the first
-    `beams`; an image is done when it has `beams` hypotheses and no running beam can beat the worst
-    of them.
+    `beams`; an image is done when it has `beams` hypotheses and the best continuation, divided by
+    the present length, is no better than the worst of them (as in transformers).
     """
     results = [Beams(beams) for _ in range(len(prompt))]
     images = list(range(len(prompt)))  # still being searched; each has as many running beams

@@ -102,7 +102,8 @@ def run_benchmark(o: argparse.Namespace, benchmark: Benchmark) -> None:
             draw_sheet(out / "sheet.png", evaluation.sections)
         for name, content in evaluation.files.items():
             write_json(out / name, content, indent=None)
-        print(f"wrote {out}/" + ", ".join(sorted(path.name for path in out.iterdir())))
+        written = ["metrics.json", *["sheet.png"] * bool(evaluation.sections), *evaluation.files]
+        print(f"wrote {out}/{', '.join(sorted(written))}")
 
 
 def all_settings(o: argparse.Namespace, benchmark: Benchmark, trained: TrainedModel) -> dict:

@@ -31,6 +31,7 @@ from tqdm import tqdm
 
 from config import TrainConfig, alpha_at, learning_rate, objectives_at
 from data.files import InputError, lock_folder, make_folder, note_in_lock, read_json
+from data.text import Tokenizer
 from reports.curves import draw_curves, read_log
 from reports.numbers import print_highlights, print_numbers, write_numbers
 from reports.sheets import draw_sheet
@@ -70,11 +71,12 @@ def train(run: Run) -> bool:
             alpha = alpha_at(config, run.step, run.steps_per_epoch)
             if objectives != objectives_at(config, run.step):
                 inputs = run.inputs(micro_batches[0], alpha)
-                if objectives is None:
-                    require_reached(model, run.trainable, inputs)
-                objectives = objectives_at(config, run.step)
-                model.set_objectives(objectives)
-                freeze_unreached(model, run.trainable, inputs)
+                with autocast(run.device, run.precision):  # as a step: it fits where a step fits
+                    if objectives is None:
+                        require_reached(model, run.trainable, inputs)
+                    objectives = objectives_at(config, run.step)
+                    model.set_objectives(objectives)
+                    freeze_unreached(model, run.trainable, inputs)
                 net = distributed.wrap(model)  # again, because other parameters are trained now
             for group in run.optimizer.param_groups:
                 group["lr"] = lr
@@ -161,6 +163,7 @@ def judge_epoch(run: Run) -> dict:
 
     Returns what goes into the log. All ranks call it.
     """
+    run.require_finite()
     settings = EvalSettings(baselines=False)
     with evaluation_precision(run.config.precision, run.device):
         evaluation = run.task.evaluate(run.trained_model(), run.datasets.val, settings)
@@ -317,6 +320,10 @@ def new_config(given: dict) -> tuple[object, TrainConfig, object]:
         heads = {name: given[name] for name in ("vit_heads", "text_heads") if name in given}
         source = checkpoints.open_model(given["init"], task.needs, given.get("vocab", ""),
                                         kinds=kinds, heads=heads, to_train=True)
+        pieces = Tokenizer.from_file(given["vocab"]).vocab if given.get("vocab") else []
+        if pieces != source.tokenizer.vocab[:len(pieces)]:
+            raise InputError(f"--vocab {given['vocab']} is not the vocabulary of {given['init']}, "
+                             "whose weights it would not fit; leave it out")
         start_settings = {"model_config": asdict(source.model.config),
                           "train_config": source.settings}
     model_config, config = resolve(given, start_settings)
@@ -413,7 +420,8 @@ def report(run: Run, numbers: dict) -> None:
         print(f"{numbers['train_broken']} of {numbers['train_seen']} images could not be read and "
               f"were replaced by others: {reasons}")
     if not print_highlights(run.task.highlights, numbers):
-        print_numbers({name: value for name, value in numbers.items() if name != "train_minutes"})
+        said = ("train_minutes", "train_broken_by")  # in words, above
+        print_numbers({name: value for name, value in numbers.items() if name not in said})
     for line in final_lines(read_log(run.out), chance_levels(run.model.config, run.config)):
         print(line)
     files = sorted(path.name for path in run.out.iterdir() if path.is_file())

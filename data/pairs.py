@@ -24,7 +24,7 @@ def iterate_records(path: str | Path, split: str) -> Iterator[tuple[str, dict]]:
         if not isinstance(content, dict) or not isinstance(content.get("images"), list):
             raise InputError(f"{path} is neither a list of {{image, caption}} records (or one "
                              "a line) nor a Karpathy or COCO file with \"images\", nor tar shards")
-        form = "COCO" if isinstance(content.get("annotations"), list) else "Karpathy"
+        form = "COCO" if is_coco(content) else "Karpathy"
         records, annotations = content["images"], content.get("annotations", [])
     needs = {"BLIP": "image and caption", "Karpathy": "filename, split and sentences[].raw",
              "COCO": "image_id and caption (annotations), id and file_name (images)"}[form]
@@ -55,12 +55,19 @@ def iterate_records(path: str | Path, split: str) -> Iterator[tuple[str, dict]]:
         raise InputError(f"{where}: {missing}; a record needs {needs}")
 
 
+def is_coco(content: dict) -> bool:
+    """Whether it is COCO's form: annotations, or images alone (NoCaps' test set)."""
+    images = content["images"]
+    named = bool(images) and isinstance(images[0], dict) and "file_name" in images[0]
+    return isinstance(content.get("annotations"), list) or named
+
+
 def is_karpathy(path: str | Path) -> bool:
     """Whether it is a Karpathy file, which holds all splits."""
     if not str(path).endswith(".json") or is_list(path):
         return False
     content = read_json(path)
-    return isinstance(content, dict) and "images" in content and "annotations" not in content
+    return isinstance(content, dict) and bool(content.get("images")) and not is_coco(content)
 
 
 def make_pair(where: str, record: dict, root: str, need_captions: bool = True) -> Pair:

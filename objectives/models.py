@@ -70,8 +70,10 @@ class ALBEFLike(BLIP):
 
     def __init__(self, config: BLIPConfig):
         super().__init__(config)
+        decoder = ("attn_causal", "cross_attn_dec", "ffn_dec", "embeddings_dec.norm",
+                   "embeddings_dec.position")  # it has none; the word embeddings are its head's
         for name, parameter in self.med.named_parameters():
-            if "attn_causal" in name:  # it has no decoder
+            if any(part in name for part in decoder):
                 parameter.requires_grad = False
 
     def forward(self, image: Tensor, ids: Tensor, mask: Tensor, **options) -> tuple[dict, dict]:

@@ -25,11 +25,11 @@ Tokens = list[str]
 def ranks(scores: Tensor, positives: Tensor) -> Tensor:
     """Rank of each row's best-placed positive, 0 = first.
 
-    scores (R, C), positives (R, C) bool -> (R,). A tie counts against the positive, so that a
-    constant score earns nothing.
+    scores (R, C), positives (R, C) bool -> (R,). A tie counts against the positive, and so does a
+    score that is no number: neither a constant score nor a broken model earns anything.
     """
     best = scores.masked_fill(~positives, float("-inf")).amax(1, keepdim=True)
-    return ((scores >= best) & ~positives).sum(1)
+    return (~(scores < best) & ~positives).sum(1)
 
 
 def recall(rank: Tensor, prefix: str, at: tuple[int, ...] = (1, 5, 10)) -> dict[str, float]:

@@ -9,7 +9,7 @@
 import functools
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import torch
@@ -125,7 +125,8 @@ def caption_all(trained: TrainedModel, dataset: Dataset, decoding: Decoding,
     for batch in evaluation_batches(dataset, caption_collate(tokenizer, trained.max_words,
                                                              trained.max_tokens),
                                     trained, "captions", broken):
-        captions = write(batch["image"], decoding)
+        # Each batch draws its own samples.
+        captions = write(batch["image"], replace(decoding, seed=decoding.seed + batch["index"][0]))
         for index, example, hypotheses in zip(batch["index"], batch["examples"], captions):
             records.append({"index": index, "caption": hypotheses[0][0], "example": example})
     records, broken = distributed.gather(records), distributed.gather(broken)

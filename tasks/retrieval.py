@@ -36,7 +36,6 @@ from reports.sheets import (
     pictures_of,
 )
 from tasks.task import (
-    BATCH,
     FINETUNE,
     OWN_WORDS,
     TINY,
@@ -98,10 +97,9 @@ def encode(trained: TrainedModel, dataset: Dataset) -> Gallery:
     Raises InputError where no image can be read.
     """
     model, tokenizer, device = trained.model.eval(), trained.tokenizer, trained.device
-    batch_size = max(1, BATCH // getattr(dataset, "frames", 1))
     encoded, broken = [], []  # of each batch: indices, captions, features (B, E)
     collate = caption_collate(tokenizer, trained.max_words, trained.max_tokens)
-    for batch in evaluation_batches(dataset, collate, trained, "images", broken, batch_size):
+    for batch in evaluation_batches(dataset, collate, trained, "images", broken):
         image_feat = model.encode_image(batch["image"])[1].cpu()
         captions = [example.captions for example in batch["examples"]]
         encoded.append((batch["index"], captions, image_feat))
@@ -209,8 +207,7 @@ def evaluate(trained: TrainedModel, dataset: Dataset, settings: EvalSettings) ->
     gallery = encode(trained, dataset)
     scores = {"": (gallery.sim(), gallery.sim().T)}
     if top_k > len(gallery.index):
-        top_k = len(gallery.index)
-        distributed.print0(f"there are {top_k} images: ITM re-ranks them all")
+        distributed.print0(f"there are {len(gallery.index)} images: ITM re-ranks them all")
     if top_k:
         how = settings.rerank_score or trained.settings["rerank_score"]
         scores["_rerank"] = rerank(trained.model, gallery, top_k, trained.device, how)

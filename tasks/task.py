@@ -283,13 +283,13 @@ def shared_batches(count: int, batch_size: int = BATCH) -> list[list[int]]:
 
 
 def evaluation_batches(dataset: Dataset, collate: Collate, trained: TrainedModel, about: str,
-                       broken: list[str] | None = None, batch_size: int = BATCH,
-                       grey: bool = False) -> Iterator[dict]:
+                       broken: list[str] | None = None, grey: bool = False) -> Iterator[dict]:
     """This rank's batches on the model's device, images normalised (data.images.batch_to).
 
-    Images that cannot be read are left out; their names go into `broken`. grey: a model that sees
-    nothing, every image is grey.
+    Of clips so many fewer as they have frames. Images that cannot be read are left out; their names
+    go into `broken`. grey: a model that sees nothing, every image is grey.
     """
+    batch_size = max(1, BATCH // getattr(dataset, "frames", 1))
     loader = DataLoader(dataset, collate_fn=collate,
                         batch_sampler=shared_batches(len(dataset), batch_size),
                         pin_memory=trained.device.type == "cuda",

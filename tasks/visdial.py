@@ -276,8 +276,8 @@ def evaluate(trained: TrainedModel, dataset: Dataset, settings: EvalSettings) ->
 
 
 def answer_ranks(records: list[dict]) -> list[int]:
-    """Of each round's answer among its candidates, 0 = first; a tie counts against it."""
-    return [sum(value >= record["scores"][record["target"]] for value in record["scores"]) - 1
+    """Of each round's answer among its candidates, 0 = first; a tie or nan counts against it."""
+    return [sum(not value < record["scores"][record["target"]] for value in record["scores"]) - 1
             for record in records]
 
 

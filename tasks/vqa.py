@@ -361,7 +361,9 @@ def evaluate(trained: TrainedModel, dataset: Dataset, settings: EvalSettings,
     examples = [dataset.example(record["index"]) for record in records]
     files = {"answers.json": [{"question_id": record["question_id"], "answer": record["answer"]}
                               for record in records]}
-    if not all(example.answers for example in examples):  # a test set
+    unknown = sum(not example.answers for example in examples)
+    if unknown:  # a test set, or annotations that do not fit
+        distributed.print0(f"{unknown} of {len(examples)} questions have no answers: no accuracy")
         return Evaluation(counts, sections(dataset, records, examples), files)
     scores = score_answers([record["answer"] for record in records], examples)
     for record, value in zip(records, scores):

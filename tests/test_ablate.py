@@ -266,6 +266,11 @@ def test_the_command(tmp_path, capsys):
     before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("checkpoint.pt")}
     assert len(before) == 1 + len(PARTS) and ablate.main(flags) == 0
     assert before == {p: p.stat().st_mtime_ns for p in tmp_path.rglob("checkpoint.pt")}
+    # A table of more seeds is not written over.
+    measured = tmp_path / "results" / "losses.json"
+    measured.write_text(measured.read_text().replace('"seeds": [\n  0\n ]', '"seeds": [0, 1]'))
+    assert ablate.main(flags) == 0 and read_json(measured)["seeds"] == [0, 1]
+    assert (tmp_path / "results" / "losses-seeds_1.md").exists()
 
 
 def test_random_negatives_instead_of_hard_ones(monkeypatch):

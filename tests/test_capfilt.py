@@ -342,7 +342,7 @@ def test_two_processes_write_the_same_set(files, whole, tmp_path):
 
 # ---- bad input ----
 
-def test_mistakes_are_one_sentence(files, whole, tmp_path, capsys):
+def test_mistakes_are_one_sentence(files, whole, tmp_path, capsys, monkeypatch):
     def error(*changes) -> str:
         flags = arguments(files, tmp_path / "out")
         for flag, value in changes:
@@ -374,6 +374,10 @@ def test_mistakes_are_one_sentence(files, whole, tmp_path, capsys):
     assert "--keep is 'some'; choose one of all, best, sample" in error(("--keep", "some"))
     assert "holds shards made with another threshold" in error(
         ("--out", whole), ("--threshold", 0.7))
+    with monkeypatch.context() as edited:
+        edited.setattr(capfilt, "digest_of_code", lambda: "edited")
+        assert "holds shards made with another code" in error(
+            ("--out", whole), ("--threshold", THRESHOLD))
     assert "--rounds needs --finetune and --pretrain" in error(("--rounds", 2))
     assert "or else --init and --finetune to make them" in error(("--finetune", ""))
     (tmp_path / "empty").mkdir()  # a first try that failed does not stand in the way of the next

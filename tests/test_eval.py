@@ -87,6 +87,17 @@ def test_retrieval_and_caption_in_the_world(tmp_path, pretrained, capsys):
     assert [r["image_id"] for r in json.loads((out / "captions.json").read_text())] == [*range(12)]
 
 
+def test_each_batch_draws_its_own_samples(monkeypatch):
+    monkeypatch.setattr("tasks.task.BATCH", 4)
+    trained, seeds = toy_trained(), []
+    def write(images, decoding):
+        seeds.append(decoding.seed)
+        return [[("a thing", 0.0)]] * len(images)
+    decoding = captioning.Decoding(method="nucleus", seed=5)
+    captioning.caption_all(trained, World("held-out", 8, 32), decoding, write)
+    assert seeds == [5, 9]
+
+
 def test_captions_of_photographs_and_the_files_for_other_tools(tmp_path, pretrained, capsys):
     folder, out = photographs(tmp_path), tmp_path / "c"
     rows = json.loads((folder / "val.json").read_text())
@@ -267,7 +278,7 @@ def test_a_small_gallery_is_ranked_whole(tmp_path, pretrained, capsys):
     assert eval.main(["retrieval", "--checkpoint", str(pretrained), "--size", "5", "--top-k", "6",
                       "--out", str(tmp_path / "r")]) == 0
     assert "there are 5 images: ITM re-ranks them all" in capsys.readouterr().out
-    assert metrics(tmp_path / "r")["top_k"] == 5
+    assert metrics(tmp_path / "r")["top_k"] == 6
     folder = photographs(tmp_path / "p", 3)
     assert eval.main(["search", "x", "--images", str(folder), "--checkpoint", str(pretrained),
                       "--out", str(tmp_path / "s")]) == 0

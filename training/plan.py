@@ -38,8 +38,8 @@ def fit(config: TrainConfig, given: dict, pairs: int) -> tuple[TrainConfig, list
     sentences = [f"  {flag_name(name)} {changes[name]:g} instead of {getattr(config, name):g}: "
                  f"{reason}" for name, reason in reasons.items() if name in changes]
     if config.data and steps < config.min_steps / 2:
-        sentences.append(f"  only {steps} steps: a model from scratch needs about "
-                         f"{config.min_steps} to learn anything; give more --epochs")
+        sentences.append(f"  only {steps} steps: the preset needs about {config.min_steps} to "
+                         "learn anything; give more --epochs")
     return replace(config, **changes), sentences
 
 

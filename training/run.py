@@ -91,9 +91,6 @@ def open_datasets(task: Task, config: TrainConfig, image_size: int) -> Datasets:
     val = held_out
     if files == c.data and c.val_split == "test" and task.score:  # chosen by one, judged by another
         val = task.open_data(replace(base, data=files, split="val", size=c.eval_size))
-    if task.reranks and c.eval_top_k > len(held_out):
-        raise InputError(f"--eval-top-k {c.eval_top_k} is larger than the gallery of "
-                         f"{len(held_out)} images in {files}; give a smaller one")
     return Datasets(train, val, held_out)
 
 
@@ -151,7 +148,7 @@ def caption_lengths(train: Dataset, tokenizer: Tokenizer, prompt: str) -> list[i
 # ---- the run -------------------------------------------------------------------------------------
 
 def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW over everything that a new model wants to have trained.
+    """AdamW over all trainable parameters.
 
     NOTE(differs from salesforce/BLIP): no weight decay on biases, LayerNorms and the temperature,
     which have nothing to gain from being small.
@@ -164,7 +161,7 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
 
 
 def trainable_names(model: nn.Module) -> set[str]:
-    """Names of the parameters that a new model wants to have trained, not its twins."""
+    """Names of all trainable parameters: not of twins, not of what is frozen."""
     return {name for name, p in model.named_parameters() if p.requires_grad}
 
 
@@ -279,7 +276,7 @@ class Run:
                 train, collate_fn=collate, batch_sampler=sampler,
                 worker_init_fn=leave_signals_to_the_run, pin_memory=self.device.type == "cuda",
                 **worker_options(train, c.workers),
-                # its own: else each start of a loader would move the run's generator
+                # its own: otherwise each new loader would change the run's random state
                 generator=torch.Generator())
             with signals_held_back():
                 batches = iter(loader)
@@ -325,8 +322,10 @@ class Run:
     def save(self) -> None:
         """Write checkpoint.pt; all ranks call it, rank 0 writes.
 
-        The schedules are functions of `step`: nothing else is needed to go on.
+        The schedules are functions of `step`: nothing else is needed to go on. Raises InputError
+        instead where a weight is no finite number.
         """
+        self.require_finite()
         ranks = distributed.gather([{"rng": torch.get_rng_state(),
                                      "rng_device": devices.generator_state(self.device),
                                      "seen": self.seen, "broken": self.broken}])
@@ -339,6 +338,18 @@ class Run:
                 "seen": sum(rank["seen"] for rank in ranks),
                 "rng": [rank["rng"] for rank in ranks],
                 "rng_device": [rank["rng_device"] for rank in ranks]}, self.config.keep)
+
+    def require_finite(self) -> None:
+        """InputError where a weight is no finite number: such a model is neither judged nor kept.
+
+        The loss of the step before may have been finite, its gradient not.
+        """
+        for name, value in self.model.state_dict().items():
+            if not value.isfinite().all():
+                raise InputError(f"after step {self.step} {name} holds numbers that are not "
+                                 "finite; look for an operation whose gradient is not (sqrt at 0, "
+                                 "log of 0), or try a smaller --lr, --grad-clip 1 or --precision "
+                                 "fp32. The checkpoints in the run's folder are of before that")
 
     def restore(self, state: dict) -> None:
         """Model, optimizer and counters of a checkpoint."""

@@ -118,13 +118,13 @@ def training_flags(text: str) -> dict:
     return given
 
 
-def check_positions(given: dict, model_config, recipe: TrainConfig) -> None:
-    """SettingError where texts were asked for that are longer than the model's positions."""
+def check_positions(model_config, recipe: TrainConfig) -> None:
+    """SettingError where texts may be longer than the model's positions."""
     positions = getattr(model_config, "max_positions", math.inf)
     for name in ("max_tokens", "max_length"):
-        if name in given and getattr(recipe, name) > positions:
-            raise SettingError(f"{flag_name(name)} is {given[name]}, more than the model's "
-                               f"{positions} positions; give a smaller one")
+        if getattr(recipe, name) > positions:
+            raise SettingError(f"{flag_name(name)} is {getattr(recipe, name)}, more than the "
+                               f"model's {positions} positions; give a smaller one")
 
 
 def check_read(task, given: dict) -> None:
@@ -144,7 +144,7 @@ def resolve(given: dict, start: dict | None = None) -> tuple[object, TrainConfig
     SettingError for what is unknown or out of range.
     """
     model_config, recipe = combine(given, start)
-    check_positions(given, model_config, recipe)
+    check_positions(model_config, recipe)
     return model_config, recipe
 
 

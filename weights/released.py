@@ -72,6 +72,10 @@ def infer_config(weights: dict[str, Tensor], path, vit_heads: int | None,
     if "text_encoder.embeddings.word_embeddings.weight" in weights:
         text = "text_encoder."
 
+    if any(name.startswith(("Qformer.", "qformer.")) for name in weights):
+        raise InputError(f"{path} holds weights of BLIP-2: load them from Python with "
+                         "blip2.weights (blip2/README.md)")
+
     def size(name: str, dim: int) -> int:
         if name not in weights:
             raise InputError(f"{path} lacks {name}: this is not a released BLIP model of a task "

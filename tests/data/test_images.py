@@ -56,6 +56,10 @@ def test_augmentation_repeats_with_its_generator(tmp_path):
     Image.fromarray(noise).save(tmp_path / "a.png")
     images = [load_image(tmp_path / "a.png", 32, random.Random(seed)) for seed in (1, 1, 2)]
     assert images[0].equal(images[1]) and not images[0].equal(images[2])
+    plain = load_image(tmp_path / "a.png", 32)
+    def mild(seed: int):  # all of the picture, not mirrored
+        return load_image(tmp_path / "a.png", 32, random.Random(seed), (1.0, 1.0), False, False)
+    assert all(mild(seed).equal(plain) for seed in range(9))
 
 
 def test_random_crops_keep_to_their_range():

@@ -37,6 +37,9 @@ def test_coco_and_nocaps_annotations(tmp_path):
                                 Pair("b.jpg", ("A cat.", "Cats"), name_hash(9), 9, "out-domain")]
     path = write_json(tmp_path / "test.json", [{"image": "c.jpg", "img_id": 3}])
     assert read_pairs(path, need_captions=False) == [Pair("c.jpg", (), name_hash(3), 3)]
+    alone = write_json(tmp_path / "alone.json", {"images": content["images"]})  # NoCaps' test set
+    assert [pair.image for pair in read_pairs(alone, need_captions=False)] == ["a.jpg", "b.jpg"]
+    assert not is_karpathy(alone)
     content["annotations"].append({"image_id": 7})
     with pytest.raises(InputError, match="annotation 3: 'caption' is missing"):
         read_pairs(write_json(path, content))

@@ -64,11 +64,13 @@ def test_filip_similarity_by_hand():
     assert torch.allclose(first, torch.ones(2, 1))
 
 
+@pytest.mark.parametrize("share", ["all_but_sa", "none"])
 @pytest.mark.parametrize("task", models.TASKS, ids=lambda task: task.name)
-def test_every_parameter_of_every_objective_is_trained(task):
+def test_every_parameter_of_every_objective_is_trained(task, share):
     """With all objectives on; and each alone gives a finite loss and a gradient."""
     torch.manual_seed(0)
-    model, inputs = task.model(BLIPConfig(**TOY)), toy_batch() | {"alpha": 0.4}
+    config = BLIPConfig(**TOY | dict(share=share))
+    model, inputs = task.model(config), toy_batch() | {"alpha": 0.4}
     require_reached(model, trainable_names(model), inputs)
     for name in OBJECTIVES:
         model.set_objectives((name,))

@@ -18,6 +18,24 @@ from world.datasets import World
 from world.language import all_captions
 
 
+def test_what_is_no_number_earns_nothing():
+    positives = torch.eye(3).bool()
+    assert ranks(torch.full((3, 3), float("nan")), positives).tolist() == [2, 2, 2]
+    scores = torch.eye(3)
+    scores[0, 1] = float("nan")
+    assert ranks(scores, positives).tolist() == [1, 0, 0]
+
+
+def test_a_gallery_of_few_images_and_many_texts_is_judged_whole(monkeypatch):
+    """Each image has as many texts to look at as were asked for, though there are fewer images."""
+    trained, world, gallery = small_gallery()
+    asked = []
+    monkeypatch.setattr(retrieval, "rerank", lambda model, gallery, top_k, *rest: asked.append(
+        top_k) or (gallery.sim(), gallery.sim().T))
+    numbers_of(gallery, trained, world, monkeypatch, top_k=15)
+    assert asked == [15]
+
+
 def test_ranks_by_hand_with_ties_against_the_positive():
     scores = torch.tensor([[0.9, 0.5, 0.1], [0.2, 0.2, 0.2], [0.1, 0.5, 0.9]])
     positives = torch.tensor([[True, False, False], [False, True, False], [True, True, False]])
@@ -46,10 +64,11 @@ def small_gallery() -> tuple[TrainedModel, World, Gallery]:
     return trained, world, encode(trained, world)
 
 
-def numbers_of(gallery: Gallery, trained: TrainedModel, world: World, monkeypatch) -> dict:
-    """What an evaluation by ITC alone finds in a gallery."""
+def numbers_of(gallery: Gallery, trained: TrainedModel, world: World, monkeypatch,
+               top_k: int = 0) -> dict:
+    """What an evaluation finds in a gallery; top_k 0: by ITC alone."""
     monkeypatch.setattr(retrieval, "encode", lambda trained, dataset: gallery)
-    return evaluate(trained, world, EvalSettings(top_k=0)).numbers
+    return evaluate(trained, world, EvalSettings(top_k=top_k)).numbers
 
 
 def test_rerank_equals_every_pair_by_itself():

@@ -91,6 +91,9 @@ def test_dialog_measures_by_hand():
     # two relevant ones: K = 2; found at ranks 1 (0.5) and 3 (not counted)
     expected = (0.5 / math.log2(2)) / (1.0 / math.log2(2) + 0.5 / math.log2(3))
     assert ndcg([0.9, 0.1, 0.5, 0.2], [0.5, 1.0, 0.0, 0.0]) == pytest.approx(expected)
+    nan = float("nan")
+    for scores, rank in (([0.1, 0.9, 0.9], 1), ([nan, nan, nan], 2), ([0.1, 0.9, nan], 1)):
+        assert visdial.answer_ranks([{"scores": scores, "target": 1}]) == [rank]
     assert ndcg([3.0, 2.0, 1.0], [1.0, 0.5, 0.0]) == 1.0 and ndcg([1.0, 2.0], [0.0, 0.0]) == 0.0
 
 

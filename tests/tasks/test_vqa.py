@@ -274,7 +274,7 @@ def test_mistakes_in_questions(tmp_path):
 
 # ---- commands ------------------------------------------------------------------------------------
 
-def test_train_on_files_and_write_the_servers_result_file(pretrained, tmp_path):
+def test_train_on_files_and_write_the_servers_result_file(pretrained, tmp_path, capsys):
     folder = photographs(tmp_path / "photos", 12)
     rows = [{"image": f"{i}.jpg", "question": "what is it?", "question_id": 100 + i,
              "answer": ["red"] * 7 + ["blue"] * 3} for i in range(12)]
@@ -289,6 +289,7 @@ def test_train_on_files_and_write_the_servers_result_file(pretrained, tmp_path):
     told = json.loads((tmp_path / "e" / "answers.json").read_text())
     assert [r["question_id"] for r in told] == list(range(100, 112))
     assert {r["answer"] for r in told} <= {"red", "blue"}
+    assert "12 of 12 questions have no answers: no accuracy" in capsys.readouterr().out
 
 
 def test_answers_that_cannot_be_spelt_are_left_out_of_training(pretrained, tmp_path, capsys):
