@@ -277,7 +277,7 @@ def command_line() -> argparse.ArgumentParser:
     p.add_argument("--vocab", default="", help="vocab.txt, for released weights")
     p.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
     p.add_argument("--precision", default="auto", choices=["auto", "bf16", "fp16", "fp32"])
-    p.add_argument("--workers", type=at_least(0), default=0, help="that load images (default 0)")
+    p.add_argument("--workers", type=at_least(0), default=0, help="loading processes (default 0)")
     add_flags(p.add_argument_group("what is kept"), CapFiltConfig, {})
     add_flags(p.add_argument_group("how the captioner writes"), Decoding, {"method": "nucleus"})
     add_flags(p.add_argument_group("the picture world"), WorldSets, {})

@@ -218,8 +218,8 @@ class TrainConfig:
     precision: str = setting("auto", "auto, bf16, fp16 or fp32; auto is bf16 on GPUs since Ampere "
                                      "and on a CPU with AMX, fp16 on older GPUs",
                              choices=("auto", "bf16", "fp16", "fp32"))
-    compile: bool = setting(False, "torch.compile the layers, on a CPU those of the ViT alone: "
-                                   "minutes at the start, then faster steps")
+    compile: bool = setting(False, "torch.compile the layers, on a CPU those of the ViT alone; "
+                                   "takes minutes at the start")
     log_every: int = setting(20, "steps", least=1)
     save_every: int = setting(500, "steps between checkpoints", least=1)
     save_minutes: float = setting(10.0, "a checkpoint at least so often, at a logged step", least=0)

@@ -28,7 +28,7 @@ def itc_loss(image_feat: Tensor, text_feat: Tensor, image_keys: Tensor, text_key
         loss   = mean over rows and both directions of - sum over columns of y * log p
 
     truth is one-hot: the diagonal. The noisier the web texts, the more often a "negative" fits the
-    image, and the twins' opinion softens that. `positives` (B, C) marks columns that are true where
+    image, and the twins' prediction softens that. `positives` (B, C) marks true columns where
     these are more than the diagonal (several captions of an image in retrieval finetuning): they
     share the mass.
     """

@@ -74,7 +74,7 @@ def check_itc(student, grader: Grader) -> None:
     grader.compare("soft targets and a queue, as in losses.itc_loss",
                    lambda: student.itc_loss(*feats, *keys, 0.1, 0.4), right, [
         (cold / 2, "Divide by temp in the targets too"),
-        (hard, "The twins' opinion has no effect: alpha weighs it"),
+        (hard, "The twins' prediction has no effect: alpha weighs it"),
         (online, "The twins' features are the first B keys")])
     def gradient():
         temp = torch.tensor(0.1, requires_grad=True)
@@ -305,7 +305,7 @@ def check_hunt_in_losses(student, grader: Grader) -> None:
     """Exercise 13."""
     feats, keys, sim = unit(4, 8), unit(9, 8), torch.randn(4, 4)
     grader.compare("soft_targets", lambda: student.soft_targets(feats, keys, 0.1, 0.4),
-                   soft(feats, keys, 0.1), [(soft(feats, keys, 1.0), "The twins' opinion is "
+                   soft(feats, keys, 0.1), [(soft(feats, keys, 1.0), "The twins' prediction is "
                                              "flatter than it should be")])
     own, weights = torch.eye(4).bool(), (sim.softmax(1) + 1e-4).masked_fill(torch.eye(4).bool(), 0)
     grader.compare("negative_weights", lambda: student.negative_weights(sim, own, 1e-4), weights,

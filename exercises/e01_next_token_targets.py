@@ -22,4 +22,4 @@ def next_token_targets(ids: Tensor, mask: Tensor, prompt_length: int = 0) -> Ten
 
 HINT = """Position i predicts token i + 1: ids[:, 1:]. Whether a target is padding says the mask of
 the target, not of the position that predicts it. The target at index j is token j + 1, so a
-prompt of 3 tokens silences the targets 0 and 1."""
+prompt of 3 tokens sets the targets 0 and 1 to -100."""

@@ -4,7 +4,7 @@ Each image is compared with C texts: the B texts of the batch, then the queue. A
 features of the momentum twins (the "keys"). With s = similarity / temp:
 
     p      = softmax(s(image, text keys))                                the model's answer
-    target = alpha * softmax(s(twin's image, text keys))                 the twins' opinion
+    target = alpha * softmax(s(twin's image, text keys))                 the twins' prediction
              + (1 - alpha) * one-hot                                     the pair from the web
     loss   = mean over rows of - sum over columns of target * log p
 

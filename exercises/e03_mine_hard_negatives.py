@@ -2,7 +2,7 @@
 
 ITM learns little from a text that is obviously wrong. So the wrong text for an image is drawn with
 a probability that grows with the similarity of ITC: the pairs that ITC confuses come most often.
-It is a draw, not the maximum: the likeliest wrong text is sometimes a true one.
+It is a draw, not the maximum: the most similar "wrong" text may in fact be true of the image.
 
     weight = softmax(similarity) + floor,   0 where the pair is a true one
 """

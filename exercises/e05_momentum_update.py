@@ -5,7 +5,8 @@ The twins follow the model slowly and get no gradient:
     twin = m * twin + (1 - m) * online          m = 0.995 in BLIP
 
 So the features in the queue, computed some steps ago, still fit the ones computed now, and the
-twins' opinion is calmer than the model's. Too fast, and a queue of old features is useless.
+twins' predictions change more slowly than the model's. If the twins are too fast, old features in
+the queue are useless.
 """
 
 from torch import Tensor

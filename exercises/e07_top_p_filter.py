@@ -12,8 +12,8 @@ from torch import Tensor
 def top_p_filter(logits: Tensor, top_p: float) -> Tensor:
     """Put -inf outside the nucleus; the others stay as they are.
 
-    logits (R, V) -> (R, V). In words of ranks: sort by probability; rank r stays when r = 0 or when
-    the sum of the probabilities before r is <= top_p. Do not change `logits`.
+    logits (R, V) -> (R, V). Sort by probability; rank r stays when r = 0 or when the sum of the
+    probabilities before r is <= top_p. Do not change `logits`.
     """
     # TODO: sort, sum what comes before each rank, and take the answer back to the tokens' places.
     raise NotImplementedError

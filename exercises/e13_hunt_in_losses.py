@@ -11,13 +11,13 @@ from torch import Tensor
 
 
 def soft_targets(image_feat_m: Tensor, text_keys: Tensor, temp: float, alpha: float) -> Tensor:
-    """ITC's targets, image to text: the twins' opinion mixed with the truth.
+    """ITC's targets, image to text: the twins' prediction mixed with the truth.
 
     image_feat_m (B, E), text_keys (C, E) -> (B, C); row i's true column is i.
     """
     truth = torch.eye(len(image_feat_m), len(text_keys))
-    opinion = (image_feat_m @ text_keys.T).softmax(1)
-    return alpha * opinion + (1 - alpha) * truth
+    predicted = (image_feat_m @ text_keys.T).softmax(1)
+    return alpha * predicted + (1 - alpha) * truth
 
 
 def negative_weights(sim: Tensor, positives: Tensor, floor: float) -> Tensor:

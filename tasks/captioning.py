@@ -48,11 +48,12 @@ from world.language import all_captions, is_complete, is_true, wrong_facts
 class Decoding:
     """How captions are generated; the paper's for COCO. Lengths count [DEC] and the prompt."""
 
-    prompt: str = setting("", "words that captions start with; default: the checkpoint's")
+    prompt: str = setting("", "words that captions start with; a checkpoint's own setting comes "
+                              "first")
     method: str = setting("beam", "beam or nucleus", choices=("beam", "nucleus"))
     beams: int = setting(3, "of beam search", least=1, most=100)
-    min_length: int = setting(5, "tokens; default: the checkpoint's", least=1)
-    max_length: int = setting(20, "tokens; default: the checkpoint's", least=2)
+    min_length: int = setting(5, "tokens; a checkpoint's own setting comes first", least=1)
+    max_length: int = setting(20, "tokens; a checkpoint's own setting comes first", least=2)
     repetition_penalty: float = setting(1.0, "1 is none; NoCaps 1.1", above=0)
     length_penalty: float = setting(1.0, "of beam search: a score is divided by length to this",
                                     least=-10, most=10)

@@ -19,7 +19,8 @@ FREE_ON_RESUME = {"out", "device", "workers", "log_every", "save_every", "save_m
 SET_BY_THE_PROGRAM = ("data", "image_root", "init", "out", "seed", "device")
 
 EPILOG = ("`python train.py TASK --help` shows the settings of a task; on your own data "
-          "(--data) epochs are added until there are --min-steps")
+          "(--data) epochs are added until there are --min-steps. The tiny preset has other "
+          "defaults there: {own}")
 
 
 def boolean(text: str) -> bool:
@@ -78,13 +79,19 @@ def given_for(config_class: type, given: dict) -> dict:
     return {f.name: given[f.name] for f in fields(config_class) if f.name in given}
 
 
+def own_data_defaults(name: str) -> str:
+    """What the tiny preset of a task changes on own data, as flags."""
+    changes = TASKS[name].tiny_own if name in TASKS else {}
+    return ", ".join(f"{flag_name(field)} {value}" for field, value in changes.items()) or "none"
+
+
 def parse(arguments: list[str], description: str) -> tuple[dict, bool]:
     """What was given, by field name, and whether to resume. `description` heads the help."""
     named = bool(arguments) and not arguments[0].startswith("-")
     name = arguments[0] if named else "pretrain"
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False,
                                      usage=f"%(prog)s [{' | '.join(TASKS)}] [flags]",
-                                     epilog=EPILOG,
+                                     epilog=EPILOG.format(own=own_data_defaults(name)),
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     if name not in TASKS:  # argparse would take a wrong flag's value for a task
         parser.error(f"{name!r} is no task; choose one of {', '.join(TASKS)}")

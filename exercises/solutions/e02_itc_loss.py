@@ -15,10 +15,10 @@ def itc_loss(image_feat: Tensor, text_feat: Tensor, image_keys: Tensor, text_key
             truth = positives.float() / positives.sum(1, keepdim=True)
         image_feat_m = image_keys[:len(image_feat)]
         text_feat_m = text_keys[:len(text_feat)]
-        opinion_i2t = (image_feat_m @ text_keys.T / temp).softmax(1)
-        opinion_t2i = (text_feat_m @ image_keys.T / temp).softmax(1)
-        target_i2t = alpha * opinion_i2t + (1 - alpha) * truth
-        target_t2i = alpha * opinion_t2i + (1 - alpha) * truth
+        predicted_i2t = (image_feat_m @ text_keys.T / temp).softmax(1)
+        predicted_t2i = (text_feat_m @ image_keys.T / temp).softmax(1)
+        target_i2t = alpha * predicted_i2t + (1 - alpha) * truth
+        target_t2i = alpha * predicted_t2i + (1 - alpha) * truth
     loss_i2t = F.cross_entropy(image_feat @ text_keys.T / temp, target_i2t)
     loss_t2i = F.cross_entropy(text_feat @ image_keys.T / temp, target_t2i)
     return (loss_i2t + loss_t2i) / 2

@@ -8,9 +8,9 @@ from torch import Tensor
 def soft_targets(image_feat_m: Tensor, text_keys: Tensor, temp: float, alpha: float) -> Tensor:
     """-> (B, C)."""
     truth = torch.eye(len(image_feat_m), len(text_keys))
-    # The temperature was missing: cosines lie in [-1, 1], so the opinion was almost uniform.
-    opinion = (image_feat_m @ text_keys.T / temp).softmax(1)
-    return alpha * opinion + (1 - alpha) * truth
+    # The temperature was missing: cosines lie in [-1, 1], so the prediction was almost uniform.
+    predicted = (image_feat_m @ text_keys.T / temp).softmax(1)
+    return alpha * predicted + (1 - alpha) * truth
 
 
 def negative_weights(sim: Tensor, positives: Tensor, floor: float) -> Tensor:
