@@ -88,10 +88,10 @@ def caption_and_filter(shard: Shard, captioners: list[Captioner], filters: list[
                 add_synthetic_texts(texts, captioner, images, number, seed, config.captions)
             for filter in filters:
                 add_itm_scores(texts, filter, images)
-        for number, of_image in enumerate(texts):
-            decide(of_image, config, random.Random(f"{seed} {number}"))
-        records += [{"image": pair.image, "texts": of_image}
-                    for pair, of_image in zip(pairs, texts)]
+        for number, image_texts in enumerate(texts):
+            decide(image_texts, config, random.Random(f"{seed} {number}"))
+        records += [{"image": pair.image, "texts": image_texts}
+                    for pair, image_texts in zip(pairs, texts)]
     return records
 
 
@@ -105,21 +105,21 @@ def add_synthetic_texts(texts: list[list[dict]], captioner: Captioner, images: d
     trained, decoding = captioner.trained, replace(captioner.decoding, seed=seed + number)
     written = write_captions(trained.model, trained.tokenizer, images[trained.image_size],
                              decoding, count)
-    for of_image, captions in zip(texts, written):
+    for image_texts, captions in zip(texts, written):
         for caption, score in captions:
-            others = {clean_caption(text["caption"]) for text in of_image} | {""}
+            others = {clean_caption(text["caption"]) for text in image_texts} | {""}
             if clean_caption(caption) not in others:
-                of_image.append({"caption": caption, "source": "synthetic", "captioner": number,
-                                 "log_probability": round(score, 3)})
+                image_texts.append({"caption": caption, "source": "synthetic",
+                                    "captioner": number, "log_probability": round(score, 3)})
 
 
 def add_itm_scores(texts: list[list[dict]], filter: TrainedModel,
                    images: dict[int, Tensor]) -> None:
     """The filter's ITM probability that a text matches its image, for each text (Filt)."""
-    captions = [[text["caption"] for text in of_image] for of_image in texts]
+    captions = [[text["caption"] for text in image_texts] for image_texts in texts]
     scores = itm_scores(filter, images[filter.image_size], captions)
-    for of_image, of_captions in zip(texts, scores):
-        for text, score in zip(of_image, of_captions):
+    for image_texts, of_captions in zip(texts, scores):
+        for text, score in zip(image_texts, of_captions):
             text.setdefault("itm", []).append(round(score, 4))
 
 
@@ -128,15 +128,15 @@ def itm_scores(trained: TrainedModel, images: Tensor, texts: list[list[str]]) ->
 
     images (B, 3, S, S), normalised, and texts of each. An image is projected once for all texts.
     """
-    most = max(len(of_image) for of_image in texts)
+    most = max(len(row) for row in texts)
     # As many texts for each image: a shorter row repeats its last one.
-    padded = [of_image + of_image[-1:] * (most - len(of_image)) for of_image in texts]
-    flat = [clean_caption(text, trained.max_words) for of_image in padded for text in of_image]
+    padded = [row + row[-1:] * (most - len(row)) for row in texts]
+    flat = [clean_caption(text, trained.max_words) for row in padded for text in row]
     ids, mask = trained.tokenizer.encode(flat, trained.max_tokens)
     kv = trained.model.project(trained.model.vit(images))
     logits = trained.model.match(kv, ids.to(trained.device), mask.to(trained.device)).float()
-    rows = logits.softmax(-1)[:, 1].view(-1, most).tolist()
-    return [row[:len(of_image)] for row, of_image in zip(rows, texts)]
+    scores = logits.softmax(-1)[:, 1].view(-1, most).tolist()
+    return [of_row[:len(row)] for of_row, row in zip(scores, texts)]
 
 
 def decide(texts: list[dict], config: CapFiltConfig, rng: random.Random) -> None:

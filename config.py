@@ -170,13 +170,13 @@ class TrainConfig:
     accumulate: int = setting(1, "micro-batches that a process adds up in a step: less memory",
                               least=1)
     lr: float = setting(3e-4, "peak learning rate", above=0)
-    min_lr: float = setting(1e-6, "where the decay ends", least=0)
+    min_lr: float = setting(1e-6, "where the decay ends (released code)", least=0)
     schedule: str = setting("step", "step: x lr_decay an epoch; cosine; epoch_cosine: constant in "
                                     "an epoch", choices=("step", "cosine", "epoch_cosine"))
     lr_decay: float = setting(0.85, "per epoch, for schedule step (paper; the released yaml has "
                                     "0.9)", above=0, most=1)
-    warmup_steps: int = setting(3000, "linear warm-up", least=0)
-    warmup_lr: float = setting(1e-6, "where the warm-up starts", least=0)
+    warmup_steps: int = setting(3000, "linear warm-up (released code)", least=0)
+    warmup_lr: float = setting(1e-6, "where the warm-up starts (released code)", least=0)
     weight_decay: float = setting(0.05, "AdamW; not on biases, LayerNorms, temperature", least=0)
     beta2: float = setting(0.999, "AdamW", least=0, most=0.999999)
     grad_clip: float = setting(0.0, "largest gradient norm; 0 does not clip", least=0)
@@ -205,7 +205,7 @@ class TrainConfig:
     flip: str = setting("safe", "mirror half of the pictures: safe (not where a text says left or "
                                 "right), always, never", choices=("safe", "always", "never"))
     crop_min: float = setting(0.2, "smallest share of the area in a random crop", above=0, most=1)
-    max_words: int = setting(30, "a longer text is cut to so many words", least=1)
+    max_words: int = setting(30, "a longer text is cut to so many words (released code)", least=1)
     max_tokens: int = setting(30, "and to so many tokens, [CLS] and [SEP] included", least=3)
     scenes: int = setting(60000, "train scenes in the picture world", least=1,
                           most=100_000_000)

@@ -20,7 +20,7 @@ def itc_loss(image_feat: Tensor, text_feat: Tensor, image_keys: Tensor, text_key
     """Image-text contrastive loss with momentum soft targets, in nats. Chance is ln C.
 
     image_feat, text_feat (B, E), image_keys, text_keys (C, E), all of length 1 -> scalar.
-    ALBEF eq. 1 and 6; BLIP sec. 3.2. Keys are the momentum twins' features: this batch in the
+    ALBEF eq. 1, 2 and 6; BLIP sec. 3.2. Keys are the momentum twins' features: this batch in the
     first B rows (row i belongs to query i), then the queue. With s = similarity / temp,
 
         p(i2t) = softmax(s(image, text keys))

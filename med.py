@@ -153,7 +153,7 @@ class ContextKV:
 
     @property
     def device(self) -> torch.device:
-        """Where it lies."""
+        """The device of the tensors."""
         return (self.enc or self.dec)[0][0].device
 
     def select(self, rows: Tensor) -> "ContextKV":

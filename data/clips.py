@@ -15,11 +15,11 @@ from data.images import (
     PictureError,
     check_size,
     decoding,
-    inside,
     load_image,
     open_image,
+    path_inside,
+    require_file,
     resize_rgb,
-    there,
     to_tensor,
 )
 
@@ -42,17 +42,18 @@ def load_clip(root: Path, name: str, count: int, size: int) -> Tensor:
 
     A name without a suffix may stand for a file with one. Raises PictureError.
     """
-    path = Path(inside(root, name))
+    path = Path(path_inside(root, name))
     if not os.path.exists(path):
         candidates = [p for p in path.parent.glob(f"{glob.escape(path.name)}.*")
                       if p.suffix.lower() in (".npy", *ANIMATED, *VIDEOS)]
         if not candidates:
             raise PictureError("missing")
-        path = Path(inside(root, candidates[0]))
+        path = Path(path_inside(root, candidates[0]))
     if path.is_dir():
         return load_frames(root, path, count, size)
     with decoding("clip"):
-        frames = [resize_rgb(frame, (size, size)) for frame in read_frames(there(path), count)]
+        frames = [resize_rgb(frame, (size, size))
+                  for frame in read_frames(require_file(path), count)]
     return torch.stack([to_tensor(frame) for frame in frames])
 
 
@@ -64,7 +65,7 @@ def load_frames(root: Path, folder: Path, count: int, size: int) -> Tensor:
     frames = []
     for number in frame_numbers(len(files), count):
         try:
-            frames.append(load_image(inside(root, files[number]), size))
+            frames.append(load_image(path_inside(root, files[number]), size))
         except PictureError as error:
             raise PictureError(f"frame {files[number].name}: {error}")
     return torch.stack(frames)

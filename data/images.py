@@ -71,7 +71,7 @@ def random_crop(width: int, height: int, scale: tuple[float, float],
 
 def rand_augment(image: Image.Image, rng: random.Random, operations: int = 2,
                  magnitude: int = 5) -> Image.Image:
-    """RandAugment: two random operations, each applied with probability 0.5 (BLIP sec. 4.1).
+    """RandAugment: two random operations, each applied with probability 0.5 (ALBEF sec. 3.5).
 
     They are drawn with replacement, and none changes colours, since captions name colours (released
     code). At magnitude 5 of 10, brightness and sharpness come out as 1.0, the identity: they are
@@ -111,7 +111,7 @@ class PictureError(OSError):
     """A picture that cannot be read; the message is the reason, in few words."""
 
 
-def inside(root: str | Path, name: str | Path) -> str:
+def path_inside(root: str | Path, name: str | Path) -> str:
     """The real path of a file under `root`, which neither a name nor a link may leave.
 
     Raises PictureError.
@@ -132,8 +132,8 @@ def open_member(root: str | Path, name: str) -> str | BytesIO:
     """
     place = re.fullmatch(r"(.+)::(\d{1,18}):(\d{1,18})", name, re.S)
     if not place:
-        return inside(root, name)
-    archive, offset, size = there(inside(root, place[1])), int(place[2]), int(place[3])
+        return path_inside(root, name)
+    archive, offset, size = require_file(path_inside(root, place[1])), int(place[2]), int(place[3])
     if size > MOST_BYTES:
         raise PictureError("too large")
     if offset + size > os.path.getsize(archive):
@@ -143,7 +143,7 @@ def open_member(root: str | Path, name: str) -> str | BytesIO:
         return BytesIO(file.read(size))
 
 
-def there(path: str | Path) -> str | Path:
+def require_file(path: str | Path) -> str | Path:
     """The path of a regular file. Raises PictureError."""
     try:
         return regular_file(path)
@@ -155,7 +155,8 @@ def there(path: str | Path) -> str | Path:
 
 def open_image(source: str | Path | BytesIO) -> Image.Image:
     """A picture of which only the header is read; within `decoding`. Raises PictureError."""
-    image = Image.open(source if isinstance(source, BytesIO) else there(source), formats=FORMATS)
+    file = source if isinstance(source, BytesIO) else require_file(source)
+    image = Image.open(file, formats=FORMATS)
     check_size(*image.size)
     return image
 

@@ -100,7 +100,7 @@ class Tokenizer:
         repeated = [token for token, n in Counter(lines).items() if n > 1]
         if repeated:
             raise InputError(f"vocabulary {path} lists {repeated[0]!r} twice; every line must be "
-                             "another token")
+                             "stand only once")
         return cls(lines, f"vocabulary {path}")
 
     def state(self) -> list[str]:

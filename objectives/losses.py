@@ -77,7 +77,7 @@ def filip_similarity(patches: Tensor, words: Tensor, mask: Tensor) -> Tensor:
     """How alike images and texts are, word by word: for each word the patch that fits best.
 
     patches (B, N, E), words (C, L, E), all of length 1, mask (C, L) -> (B, C): the mean over a
-    text's words of their best cosine (FILIP eq. 2, one direction).
+    text's words of their best cosine (FILIP sec. 3.1, one direction).
     """
     cosine = torch.einsum("bne,cle->bcln", patches, words).amax(-1)  # (B, C, L)
     return (cosine * mask).sum(-1) / mask.sum(-1)

@@ -244,7 +244,7 @@ def collate(tokenizer: Tokenizer, config: TrainConfig, model_config: BLIPConfig)
 def question_collate(tokenizer: Tokenizer, max_words: int, max_tokens: int) -> Collate:
     """ids, mask, and answer_ids, answer_mask, counts, weights unless an answer is missing.
 
-    Each distinct answer stands once, weighted by the share of people who gave it (BLIP sec. 5.3).
+    Each distinct answer stands once, weighted by the share of people who gave it (released code).
     """
     def encode(items):
         examples = [item["example"] for item in items]

@@ -68,7 +68,7 @@ def stand_in(options: Namespace, world: WorldSets, folder: Path) -> None:
     o.web, o.human, o.image_root = str(folder / "web.json"), str(folder / "human.json"), ""
     o.pairs, o.vocab = o.pairs or WORLD_PAIRS, o.vocab or str(folder / "vocab.txt")
     o.pretrain = WORLD_PRETRAIN | (o.pretrain or {})
-    if o.finetune is not None or not o.captioner + o.filter:
+    if o.finetune is not None or not (o.captioner or o.filter):
         o.finetune = WORLD_FINETUNE | (o.finetune or {})
 
 
