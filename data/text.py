@@ -99,7 +99,7 @@ class Tokenizer:
                              "one token a line")
         repeated = [token for token, n in Counter(lines).items() if n > 1]
         if repeated:
-            raise InputError(f"vocabulary {path} lists {repeated[0]!r} twice; every line must be "
+            raise InputError(f"vocabulary {path} lists {repeated[0]!r} twice; each token may "
                              "stand only once")
         return cls(lines, f"vocabulary {path}")
 
