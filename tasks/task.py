@@ -212,17 +212,19 @@ class Task:
     # before training: what the data sets must still be told, or be rid of
     prepare: Callable[[Datasets, Tokenizer, TrainConfig], Datasets] = (
         lambda datasets, tokenizer, config: datasets)
-    settings: dict = field(default_factory=dict)  # of TrainConfig, what differs from the default
-    large: dict = field(default_factory=dict)  # and with --preset large
-    tiny: dict = field(default_factory=dict)  # and with --preset tiny
+    # fields of TrainConfig that differ from its defaults: with every preset; with --preset large;
+    # with --preset tiny; with --preset tiny on own data
+    settings: dict = field(default_factory=dict)
+    large: dict = field(default_factory=dict)
+    tiny: dict = field(default_factory=dict)
+    tiny_own: dict = field(default_factory=dict)
+    model_settings: dict = field(default_factory=dict)  # fields of `config`, with base and large
     # Losses of BLIP that it does not train -> those in their place, which have their weights.
     replaces: dict[str, str] = field(default_factory=dict)
     # What its losses are for a model that knows nothing, where that is not BLIP's; None: unknown.
     chance: dict[str, float | None] = field(default_factory=dict)
-    tiny_own: dict = field(default_factory=dict)  # and with --preset tiny on own data
     # what the end of a run shows: reports.numbers.print_highlights
     highlights: tuple[tuple[tuple[str, str, str], ...], ...] = ()
-    model_settings: dict = field(default_factory=dict)  # of `config`, with base and large
     # (model, its configuration) of a new run, after --init: what else its weights start from
     initialise: Callable[[nn.Module, object], None] = lambda model, config: None
 

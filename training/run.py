@@ -187,30 +187,18 @@ class Run:
         if len(self.datasets.train) < config.batch_size:
             raise InputError(f"there are {len(self.datasets.train)} training pairs, fewer than "
                              f"--batch-size {config.batch_size}; give a smaller one")
-        self.plan = []
+        self.config, self.plan = config, []  # the plan: what was changed, in words
         if not state:
-            config, self.plan = plan.fit(config, given or {}, len(self.datasets.train))
-        self.config = config
-        if state:
-            with checkpoints.understood(self.out / "checkpoint.pt"):
-                self.tokenizer = Tokenizer(state["tokenizer"])
-        elif source:
-            self.tokenizer = fit_tokenizer(source.tokenizer, config, self.datasets.train)
-        else:
-            self.tokenizer = make_tokenizer(config, self.datasets.train)
+            self.config, self.plan = plan.fit(config, given or {}, len(self.datasets.train))
+        self.tokenizer = self.open_tokenizer(state, source)
         if config.data and not state and "min_length" not in (given or {}):
             lengths = caption_lengths(self.datasets.train, self.tokenizer, config.prompt)
-            self.config, sentences = plan.fit_captions(config, lengths)
-            config, self.plan = self.config, self.plan + sentences
-        self.datasets = self.task.prepare(self.datasets, self.tokenizer, config)
+            self.config, sentences = plan.fit_captions(self.config, lengths)
+            self.plan += sentences
+        self.datasets = self.task.prepare(self.datasets, self.tokenizer, self.config)
         self.model = self.make_model(model_config, state, source)
-        if isinstance(self.model, BLIP) and config.lm_weight:  # it will write captions
-            prompt = Decoding.choose({}, asdict(config)).prompt_ids(self.model, self.tokenizer)
-            if len(prompt) + 2 >= config.max_tokens:  # [CLS] and [SEP]
-                raise InputError(f"the prompt {config.prompt!r} has {len(prompt)} tokens, which "
-                                 f"leaves none for a caption of --max-tokens {config.max_tokens}; "
-                                 "give a larger one, or a shorter prompt")
-        self.optimizer = make_optimizer(self.model, config)
+        self.check_prompt()
+        self.optimizer = make_optimizer(self.model, self.config)
         self.precision = choose_precision(config.precision, device)
         # float16 holds nothing below 6e-8: losses are scaled up so that gradients do not vanish.
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.precision == "fp16")
@@ -218,11 +206,31 @@ class Run:
         self.step, self.seconds, self.best = 0, 0.0, -math.inf
         self.seen, self.broken = 0, Counter()  # images, and why some of them could not be read
         self.steps_per_epoch = len(self.datasets.train) // config.batch_size
-        self.steps = self.steps_per_epoch * config.epochs
+        self.steps = self.steps_per_epoch * self.config.epochs
         with checkpoints.understood(self.out / "checkpoint.pt"):
             if state:
                 self.restore(state)
             self.set_generators(state)
+
+    def open_tokenizer(self, state: dict | None, source: TrainedModel | None) -> Tokenizer:
+        """The checkpoint's, the start's with words of own data, or a new one."""
+        if state:
+            with checkpoints.understood(self.out / "checkpoint.pt"):
+                return Tokenizer(state["tokenizer"])
+        if source:
+            return fit_tokenizer(source.tokenizer, self.config, self.datasets.train)
+        return make_tokenizer(self.config, self.datasets.train)
+
+    def check_prompt(self) -> None:
+        """InputError where the prompt of a model that writes captions leaves no room for them."""
+        c = self.config
+        if not isinstance(self.model, BLIP) or not c.lm_weight:
+            return
+        prompt = Decoding.choose({}, asdict(c)).prompt_ids(self.model, self.tokenizer)
+        if len(prompt) + 2 >= c.max_tokens:  # [CLS] and [SEP]
+            raise InputError(f"the prompt {c.prompt!r} has {len(prompt)} tokens, which leaves none "
+                             f"for a caption of --max-tokens {c.max_tokens}; give a larger one, or "
+                             "a shorter prompt")
 
     def make_model(self, model_config, state: dict | None,
                    source: TrainedModel | None) -> nn.Module:
