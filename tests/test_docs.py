@@ -15,7 +15,8 @@ from training.settings import parse
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")),
-         *sorted((ROOT / "results").glob("*.md")), ROOT / "exercises" / "README.md"]
+         *sorted((ROOT / "results").glob("*.md")), ROOT / "exercises" / "README.md",
+         ROOT / "blip2" / "README.md"]
 
 
 def commands(page: Path) -> list[str]:
