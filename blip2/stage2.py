@@ -33,6 +33,8 @@ class Stage2Config(Blip2Config):
                                                "finetuning, BLIP-2 sec. 4.3)")
     split_captions: bool = setting(True, "an encoder-decoder reads the first part of a caption and "
                                          "writes the rest (BLIP-2 sec. 3.2); false: it writes all")
+    soft_scale: float = setting(1.0, "in front of an encoder-decoder the soft tokens start so many "
+                                     "times as large (paper: 1)", above=0)
     language_model: str = setting("", "a checkpoint of `train.py language-model` (.pt), or a name "
                                       "or folder of the transformers library")
     new_layers: int = setting(0, "so many last layers of the Q-Former are not taken from stage 1 "
@@ -60,6 +62,10 @@ class Stage2(FrozenVision):
         init_weights(self, config.init_std)
         nn.init.normal_(self.qformer.queries, std=config.init_std or 1.0)
         self.language = language.requires_grad_(False)
+        if not self.is_decoder:
+            # T5's encoder adds to its tokens and never normalises the sum. Large soft tokens hardly
+            # change on their way through it: the Q-Former speaks to the decoder.
+            self.proj.weight.data.mul_(config.soft_scale)
         if config.question_to_queries:  # no text is written, and no text's state is read at the end
             self.qformer.lm_head.requires_grad_(False)
             self.qformer.layers[-1].ffn_text.requires_grad_(False)

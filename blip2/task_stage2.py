@@ -270,7 +270,7 @@ def of_stage2(name: str, about: str, *functions, **changes) -> Task:
                 initialise=initialise, **changes)
 
 
-TINY_SIZES = SIZES["tiny"] | dict(new_layers=2, split_captions=False,
+TINY_SIZES = SIZES["tiny"] | dict(new_layers=2, split_captions=False, soft_scale=16.0,
                                   language_model="runs/language/checkpoint.pt",
                                   text_from="runs/blip2-stage1/checkpoint.pt")
 STAGE2_SIZES = SIZES | {"tiny": TINY_SIZES}

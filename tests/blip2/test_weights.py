@@ -151,3 +151,18 @@ def test_prompt_and_text_are_one_text_for_a_decoder():
     targets = batch["targets"][0].tolist()
     assert targets[:4] == [-100] * 4 and [pieces.pieces[i] for i in targets[4:]] == [
         " a", " circle", "\n"]
+
+
+@pytest.mark.parametrize("language, times", [(OPT, 1.0), (T5, 16.0)])
+def test_soft_tokens_start_larger_in_front_of_an_encoder_decoder(language, times):
+    """And as large as they were saved when a model comes back."""
+    made = []
+    for soft_scale in (1.0, 16.0):
+        torch.manual_seed(0)
+        config = Stage2Config(**SMALL, language=vars(language), soft_scale=soft_scale)
+        made.append(Stage2(config).eval())
+    plain, large = made
+    assert torch.allclose(large.proj.weight, times * plain.proj.weight)
+    assert torch.equal(large.qformer.queries, plain.qformer.queries)
+    again, _ = weights.load_stage2(weights.to_transformers(large), large.config)
+    assert torch.equal(again.proj.weight, large.proj.weight)
