@@ -1,7 +1,7 @@
 """11. Predict: what is lost when one objective is switched off? (BLIP sec. 3.2)
 
 Write your predictions first. Then run `python -m exercises.check 11`. To measure it yourself, in
-the picture world (about half an hour on two cores):
+the picture world (about 20 minutes on two cores):
 
     python ablate.py losses --seeds 1 --jobs 2
 

@@ -1,7 +1,7 @@
 """12. Predict: nucleus sampling or beam search for synthetic texts? (BLIP sec. 4.3, Table 2)
 
 Write your predictions first. Then run `python -m exercises.check 12`. To measure it yourself (about
-an hour on two cores):
+half an hour on two cores):
 
     python ablate.py table2 --seeds 3 --jobs 2
 
