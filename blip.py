@@ -226,9 +226,9 @@ class BLIP(nn.Module):
         positives = row_ids[:, None] == column_ids  # (B, B), or (B, processes * B)
         if sims is None or not self.config.hard_negatives:  # (None: ITC is off)
             sims = (torch.zeros(positives.shape, device=ids.device),) * 2
-        how = dict(mask_positives=self.config.mask_positives, draw=self.draw_negative)
-        text_neg, text_valid = mine_hard_negatives(sims[0], positives, floor, **how)
-        image_neg, image_valid = mine_hard_negatives(sims[1], positives, floor, **how)
+        masked, draw = self.config.mask_positives, self.draw_negative
+        text_neg, text_valid = mine_hard_negatives(sims[0], positives, floor, masked, draw)
+        image_neg, image_valid = mine_hard_negatives(sims[1], positives, floor, masked, draw)
         if from_all_ranks:  # with gradient: other ranks' texts train this rank's images
             all_tokens = distributed.all_gather_with_grad(image_tokens)
             kv_neg = self.med.project(all_tokens.index_select(0, image_neg))

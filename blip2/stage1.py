@@ -199,9 +199,9 @@ class Stage1(FrozenVision):
         """
         if sims is None or not self.config.hard_negatives:  # (None: ITC is off)
             sims = (torch.zeros(positives.shape, device=ids.device),) * 2
-        how = dict(floor=0.0, mask_positives=True, draw=self.draw_negative)
-        text_neg, text_valid = mine_hard_negatives(sims[0], positives, **how)
-        image_neg, image_valid = mine_hard_negatives(sims[1], positives, **how)
+        floor, masked, draw = 0.0, True, self.draw_negative
+        text_neg, text_valid = mine_hard_negatives(sims[0], positives, floor, masked, draw)
+        image_neg, image_valid = mine_hard_negatives(sims[1], positives, floor, masked, draw)
         all_ids, all_mask = distributed.gather_texts(ids, mask)
         if distributed.world_size() > 1:  # with gradient: it trains ln_vision
             all_tokens = distributed.all_gather_with_grad(tokens)
