@@ -99,11 +99,12 @@ def run_benchmark(o: argparse.Namespace, benchmark: Benchmark) -> None:
         out = make_folder(o.out)
         print_numbers(evaluation.numbers)
         write_numbers(out / "metrics.json", evaluation.numbers, all_settings(o, benchmark, trained))
+        written = ["metrics.json", *evaluation.files]
         if evaluation.sections:
             draw_sheet(out / "sheet.png", evaluation.sections)
+            written.append("sheet.png")
         for name, content in evaluation.files.items():
             write_json(out / name, content, indent=None)
-        written = ["metrics.json", *["sheet.png"] * bool(evaluation.sections), *evaluation.files]
         print(f"wrote {out}/{', '.join(sorted(written))}")
 
 

@@ -320,10 +320,11 @@ def new_config(given: dict) -> tuple[object, TrainConfig, object]:
         heads = {name: given[name] for name in ("vit_heads", "text_heads") if name in given}
         source = checkpoints.open_model(given["init"], task.needs, given.get("vocab", ""),
                                         kinds=kinds, heads=heads, to_train=True)
-        pieces = Tokenizer.from_file(given["vocab"]).vocab if given.get("vocab") else []
-        if pieces != source.tokenizer.vocab[:len(pieces)]:
-            raise InputError(f"--vocab {given['vocab']} is not the vocabulary of {given['init']}, "
-                             "whose weights it would not fit; leave it out")
+        if given.get("vocab"):
+            pieces = Tokenizer.from_file(given["vocab"]).vocab
+            if source.tokenizer.vocab[:len(pieces)] != pieces:  # a start may have more behind them
+                raise InputError(f"--vocab {given['vocab']} is not the vocabulary of "
+                                 f"{given['init']}, whose weights it would not fit; leave it out")
         start_settings = {"model_config": asdict(source.model.config),
                           "train_config": source.settings}
     model_config, config = resolve(given, start_settings)

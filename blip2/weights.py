@@ -238,16 +238,17 @@ def load_language(weights: Weights, config: LanguageConfig) -> LanguageModel:
 
 def check_head(weights: dict[str, Tensor], config: LanguageConfig, prefix: str, path: str) -> None:
     """InputError where the head is tied to the word embeddings in one of the two, not in both."""
-    head = weights.get(f"{prefix}lm_head.weight")
-    if head is None:
+    decoder = config.kind == "decoder"
+    embedding = "model.decoder.embed_tokens.weight" if decoder else "shared.weight"
+    head, words = (weights.get(prefix + name) for name in ("lm_head.weight", embedding))
+    if head is None or words is None:
         return
-    if config.kind == "encoder-decoder":
-        if torch.equal(head, weights.get(f"{prefix}shared.weight", head[:0])):
-            raise InputError(f"{path} is a T5 whose head is its word embeddings; only T5 1.1 and "
-                             "FlanT5 fit, any other goes through the transformers library")
-    elif config.tied and not torch.equal(head, weights.get(
-            f"{prefix}model.decoder.embed_tokens.weight", head)):
+    tied = torch.equal(head, words)
+    if decoder and config.tied and not tied:
         raise InputError(f"{path} has a head of its own: give LanguageConfig(tied=False)")
+    if not decoder and tied:
+        raise InputError(f"{path} is a T5 whose head is its word embeddings; only T5 1.1 and "
+                         "FlanT5 fit, any other goes through the transformers library")
 
 
 def prepare_vision(weights: dict[str, Tensor], config: Blip2Config,
@@ -306,30 +307,28 @@ def to_transformers(model: Stage1 | Stage2) -> dict[str, Tensor]:
     language = "" if text else "opt" if model.is_decoder else "t5"
     names = qformer_names(model.config, text) + vision_names(model.config, "vit.",
                                                              "visual_encoder.")
+    of_library = {}  # a language model of the library, under its own names
     if text:
         for head in ("vision_proj", "text_proj", "itm_head"):
             names += same(head, head)
     else:
         names += same(f"{language}_proj", "proj")
-        names += language_out(model, language)
+        if "name" in model.config.language:
+            of_library = model.language.model.state_dict()
+        else:
+            names += language_out(model.language.config, language)
     released = {}
     for name, sources in names:
         if sources[0].startswith("Qformer.cls.") or name not in ours:
             continue
         for source, value in zip(sources, ours[name].chunk(len(sources))):
             released[source] = value.clone()
-    there = {names_there(name): value for name, value in released.items()}
-    if not text and "name" in model.config.language:
-        there |= {f"language_model.{name}": value.clone()
-                  for name, value in model.language.model.state_dict().items()}
-    return there
+    return {names_there(name): value for name, value in released.items()} | {
+        f"language_model.{name}": value.clone() for name, value in of_library.items()}
 
 
-def language_out(model: Stage2, language: str) -> Names:
-    """Names of our own language model, none of the library's. Raises InputError: see above."""
-    if "name" in model.config.language:
-        return []
-    config = model.language.config
+def language_out(config: LanguageConfig, language: str) -> Names:
+    """Names of our own language model. Raises InputError for what is no OPT or T5."""
     if config.kind == "decoder" and (config.near_heads or not config.tied):
         raise InputError("this language model is no OPT: it has near heads (--near-heads) or a "
                          "head of its own (--tied false), which the library's OPT lacks")

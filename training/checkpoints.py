@@ -196,10 +196,18 @@ def for_use(model: nn.Module) -> None:
 
 def require_finite(model: nn.Module, path: str | Path) -> None:
     """InputError where a weight is infinite or no number: every score would be nan."""
+    name = first_not_finite(model)
+    if name:
+        raise InputError(f"{path}: {name} holds numbers that are not finite; its training went "
+                         "wrong: give an older checkpoint, or train again with a smaller --lr")
+
+
+def first_not_finite(model: nn.Module) -> str:
+    """The name of a weight that is infinite or no number; "": all are finite."""
     for name, value in model.state_dict().items():
         if not value.isfinite().all():
-            raise InputError(f"{path}: {name} holds numbers that are not finite; its training went "
-                             "wrong: give an older checkpoint, or train again with a smaller --lr")
+            return name
+    return ""
 
 
 def initialise(model: nn.Module, source: nn.Module,

@@ -352,12 +352,12 @@ class Run:
 
         The loss of the step before may have been finite, its gradient not.
         """
-        for name, value in self.model.state_dict().items():
-            if not value.isfinite().all():
-                raise InputError(f"after step {self.step} {name} holds numbers that are not "
-                                 "finite; look for an operation whose gradient is not (sqrt at 0, "
-                                 "log of 0), or try a smaller --lr, --grad-clip 1 or --precision "
-                                 "fp32. The checkpoints in the run's folder are of before that")
+        name = checkpoints.first_not_finite(self.model)
+        if name:
+            raise InputError(f"after step {self.step} {name} holds numbers that are not finite; "
+                             "look for an operation whose gradient is not (sqrt at 0, log of 0), "
+                             "or try a smaller --lr, --grad-clip 1 or --precision fp32. The "
+                             "checkpoints in the run's folder are of before that")
 
     def restore(self, state: dict) -> None:
         """Model, optimizer and counters of a checkpoint."""

@@ -188,5 +188,6 @@ def combine(given: dict, start: dict | None) -> tuple[object, TrainConfig]:
     if task.start_is_needed and preset != "tiny":
         model |= task.model_settings
         # BLIP-2's sizes fit patches of 14; with others the next size that fits.
-        model["image_size"] += -model["image_size"] % model["patch_size"]
+        patches = math.ceil(model["image_size"] / model["patch_size"])
+        model["image_size"] = patches * model["patch_size"]
     return task.config(**(model | own)), recipe
