@@ -94,8 +94,13 @@ def test_each_batch_draws_its_own_samples(monkeypatch):
         seeds.append(decoding.seed)
         return [[("a thing", 0.0)]] * len(images)
     decoding = captioning.Decoding(method="nucleus", seed=5)
-    captioning.caption_all(trained, World("held-out", 8, 32), decoding, write)
+    world = World("held-out", 8, 32)
+    captioning.caption_all(trained, world, decoding, write)
     assert seeds == [5, 9]
+    batches = [(["a.png", "b.png"], torch.stack([world.picture(i) for i in (0, 1)]))] * 2
+    monkeypatch.setattr(demo, "picture_batches", lambda *rest: batches)
+    first, _, second, _ = demo.describe(trained, ["a.png", "b.png"] * 2, decoding)
+    assert first["captions"] == second["captions"] and first["samples"] != second["samples"]
 
 
 def test_captions_of_photographs_and_the_files_for_other_tools(tmp_path, pretrained, capsys):

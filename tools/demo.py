@@ -95,7 +95,9 @@ def describe(trained: TrainedModel, paths: list[Path], decoding: Decoding, capti
         best = write_captions(model, tokenizer, kv, beam, captions)
         sampled = [[]] * len(readable)
         if samples:
-            sampled = write_captions(model, tokenizer, kv, nucleus, samples)
+            # Each batch draws its own samples.
+            own = replace(nucleus, seed=nucleus.seed + len(records))
+            sampled = write_captions(model, tokenizer, kv, own, samples)
         for path, of_beam, of_nucleus in zip(readable, best, sampled):
             records.append({"image": str(path), "captions": of_beam, "samples": of_nucleus})
             tqdm.write("\n".join(
