@@ -92,6 +92,8 @@ class DecoderLayer(nn.Module):
 class LanguageModel(nn.Module):
     """What both kinds have in common."""
 
+    beams_share = True  # one cache: `writing.PrefixStep`
+
     def __init__(self, config: LanguageConfig):
         super().__init__()
         self.config = config
@@ -138,38 +140,40 @@ class DecoderLM(LanguageModel):
                 past: Cache | None = None) -> tuple[Tensor, Cache]:
         """Tokens -> states that predict the next one, and the cache.
 
-        embeds (B, L, D), mask (B, past + L): False for padding, on either side. A position counts
-        the tokens that may be attended, so padding changes nothing. Raises SettingError where the
-        mask is longer than the positions.
+        embeds (B, L, D), mask (B, past + L): False for padding, on either side; or mask
+        (B, L, past + L): what each of the L tokens sees, itself included. A position counts the
+        tokens that are seen, so padding changes nothing. Raises SettingError where they are more
+        than the positions.
         """
-        length = embeds.shape[1]
-        position = mask.long().cumsum(1) - 1
-        if mask.shape[1] > self.config.max_positions:
-            raise SettingError(f"{mask.shape[1]} tokens do not fit the language model's "
+        length, total = embeds.shape[1], mask.shape[-1]
+        sees = mask.bool()
+        if mask.ndim == 2:
+            causal = torch.ones(length, total, device=mask.device, dtype=torch.bool)
+            sees = causal.tril(total - length) & sees[:, None]
+        seen = sees.sum(-1)  # (B, L)
+        longest = total if mask.ndim == 2 else int(seen.max())
+        if longest > self.config.max_positions:
+            raise SettingError(f"{longest} tokens do not fit the language model's "
                                f"{self.config.max_positions} positions; shorten the prompt")
-        position = (position.masked_fill(~mask.bool(), -1) + self.OFFSET)[:, -length:]
-        x = self.dropout(embeds + self.position(position))
-        causal = torch.ones(length, mask.shape[1], device=x.device, dtype=torch.bool)
-        causal = causal.tril(mask.shape[1] - length)
+        x = self.dropout(embeds + self.position(seen - 1 + self.OFFSET))
         # A row that may look at nothing (padding in front) looks at itself: nobody reads it.
-        diagonal = torch.eye(mask.shape[1], device=x.device, dtype=torch.bool)[-length:]
-        allowed = (causal & mask[:, None, None].bool()) | diagonal
+        diagonal = torch.eye(total, device=x.device, dtype=torch.bool)[-length:]
+        allowed = (sees | diagonal)[:, None]  # (B, 1, L, past + L)
         if self.config.near_heads:
-            allowed = self.near_bias(mask, length).masked_fill(~allowed, float("-inf"))
+            allowed = self.near_bias(sees).masked_fill(~allowed, float("-inf"))
         cache = []
         for i, layer in enumerate(self.layers):
             x, present = layer(x, allowed, past[i] if past else None)
             cache.append(present)
         return self.norm(x), cache
 
-    def near_bias(self, mask: Tensor, length: int) -> Tensor:
-        """Added to the scores of the last `length` tokens: minus distance times a head's slope.
+    def near_bias(self, sees: Tensor) -> Tensor:
+        """Added to the scores of tokens: minus distance times a head's slope.
 
-        mask (B, T) -> (B, H, length, T).
+        sees (B, L, T) -> (B, H, L, T). A distance counts the tokens seen behind the one looked at.
         """
-        place = mask.long().cumsum(1).float()
-        distance = place[:, -length:, None] - place[:, None, :]
-        slopes = near_slopes(self.config).to(mask.device)
+        distance = sees.flip(-1).cumsum(-1).flip(-1) - 1.0
+        slopes = near_slopes(self.config).to(sees.device)
         return -slopes[:, None, None] * distance[:, None]
 
     def logits(self, states: Tensor) -> Tensor:

@@ -78,6 +78,8 @@ class LibraryModel(nn.Module):
     Where ours return states, it returns logits, and `logits` leaves them as they are.
     """
 
+    beams_share = False  # its masks are (B, past + L): each beam has a cache of its own
+
     def __init__(self, language: dict):
         """language: of describe_library_model."""
         super().__init__()

@@ -14,24 +14,52 @@ class PrefixStep:
     """A decoder behind a prefix of embeddings as `step(tokens, rows) -> logits`.
 
     The first call's tokens are a placeholder: the prefix is fed in their place, once an image.
+
+    The beams of an image share one cache: the prefix, and every token that any of them has written.
+    `sees` says which tokens of the cache a beam continues. A beam that splits repeats its row of
+    `sees`; keys and values are never copied or put in another order. Two beams, after two words:
+
+                 prefix   1st words   2nd words
+        beam 0   x x x      x -         x -
+        beam 1   x x x      x -         - x       both continue beam 0's first word
     """
 
     def __init__(self, language: nn.Module, embeds: Tensor, mask: Tensor, images: Tensor):
         """embeds (B, P, D), mask (B, P); images (R,): which prefix each row continues."""
-        self.language, self.embeds, self.mask, self.images = language, embeds, mask, images
-        self.past = None
+        self.language, self.embeds, self.mask = language, embeds, mask
+        self.past, self.caches = None, len(embeds)
+        self.cache_of = images  # (R,): in which cache the tokens of a row are
+        self.sees = mask[images].bool()  # (R, tokens of a cache)
 
     def __call__(self, tokens: Tensor, rows: Tensor) -> Tensor:
         """tokens (R, 1), rows (R,) of the previous call -> logits (R, V) for the next token."""
         if self.past is None:
-            states, past = self.language(self.embeds, self.mask)
-            self.past = self.language.select(past, self.images)
-            self.mask = self.mask[self.images]
-            return self.language.logits(states[:, -1])[self.images]
-        self.past = self.language.select(self.past, rows)
-        self.mask = torch.cat([self.mask[rows], self.mask.new_ones(len(rows), 1)], 1)
-        states, self.past = self.language(self.language.embed(tokens), self.mask, self.past)
-        return self.language.logits(states[:, -1])
+            states, self.past = self.language(self.embeds, self.mask)
+            return self.language.logits(states[:, -1])[self.cache_of]
+        beams = self.keep_caches(self.cache_of[rows])
+        itself = torch.eye(beams, dtype=torch.bool, device=rows.device).repeat(self.caches, 1)
+        self.sees = torch.cat([self.sees[rows], itself], 1)
+        # The new words of an image's beams stand side by side, as tokens of one sequence.
+        words = self.language.embed(tokens).view(self.caches, beams, -1)
+        mask = self.sees if beams == 1 else self.sees.view(self.caches, beams, -1)
+        states, self.past = self.language(words, mask, self.past)
+        return self.language.logits(states.flatten(0, 1))
+
+    def keep_caches(self, cache_of: Tensor) -> int:
+        """Keep the caches that are still needed; how many rows each of them has from now on.
+
+        cache_of (R,): the cache of each row; rows of a cache are neighbours. Where they are not
+        equally many, as when samples end one by one, each row gets a cache of its own.
+        """
+        needed, counts = cache_of.unique_consecutive(return_counts=True)
+        beams = int(counts[0])
+        if not self.language.beams_share or (counts != beams).any():
+            needed, beams = cache_of, 1
+        if not torch.equal(needed, torch.arange(self.caches, device=needed.device)):
+            self.past = self.language.select(self.past, needed)
+        self.caches = len(needed)
+        self.cache_of = torch.arange(self.caches, device=needed.device).repeat_interleave(beams)
+        return beams
 
 
 class ContextStep:
