@@ -80,8 +80,7 @@ def nucleus_sample(step: Step, prompt: Tensor, eos: int, max_length: int = 20, m
     model). `draw` (R, V) -> (R, 1) replaces the random draw from the filtered probabilities.
     Raises ValueError for a top_p outside (0, 1] or a temperature that is not positive.
 
-    NOTE(differs from salesforce/BLIP): there, top-k 50 and a repetition penalty of 1.1 act as well,
-    silently; here both are off unless asked for.
+    NOTE(differs from salesforce/BLIP): there top-k 50 and a repetition penalty of 1.1 act silently.
     """
     if not 0 < top_p <= 1 or temperature <= 0:
         raise ValueError(f"nucleus sampling needs 0 < top_p <= 1 and temperature > 0, got {top_p} "
@@ -130,14 +129,15 @@ class Beams:
 @torch.no_grad()
 def beam_search(step: Step, prompt: Tensor, eos: int, beams: int = 3, max_length: int = 20,
                 min_length: int = 5, repetition_penalty: float = 1.0,
-                length_penalty: float = 1.0) -> list[list[Hypothesis]]:
+                length_penalty: float = 1.0, ahead: int = 0) -> list[list[Hypothesis]]:
     """The likeliest sequences. The defaults are the paper's for COCO (BLIP sec. 5.2).
 
     prompt (B, P) -> for each image its hypotheses (token ids without [SEP], score), best first. The
     score is the sum of the log-probabilities / length ** length_penalty. Each step looks at the
     2 x beams best continuations; one that ends is kept as a hypothesis if it ranks among the first
-    `beams`; an image is done when it has `beams` hypotheses and the best continuation, divided by
-    the present length, is no better than the worst of them (as in transformers).
+    `beams`. An image is done when it has `beams` hypotheses and the best continuation, divided by
+    the present length + ahead, is no better than the worst of them. (In the released code's version
+    of the transformers library ahead is 0 for BLIP, and 1 for BLIP-2's stage 2.)
     """
     results = [Beams(beams) for _ in range(len(prompt))]
     images = list(range(len(prompt)))  # still being searched; each has as many running beams
@@ -164,7 +164,7 @@ def beam_search(step: Step, prompt: Tensor, eos: int, beams: int = 3, max_length
                     results[image].add(sequences[row].tolist(), total / length ** length_penalty)
                 if len(alive) == beams:
                     break
-            if results[image].done(totals[0] / length ** length_penalty):
+            if results[image].done(totals[0] / (length + ahead) ** length_penalty):
                 continue
             if length + 1 == max_length:  # what is still running ends here
                 for row, token, total in alive:

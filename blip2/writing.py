@@ -108,6 +108,8 @@ def write_behind(language: nn.Module, embeds: Tensor, mask: Tensor, method: str 
     embeds (B, P, D), mask (B, P). Options are those of decoding.write; lengths count one token more
     than what is written.
     """
+    if method == "beam":
+        options.setdefault("ahead", 1)
     decoder = language.config.kind == "decoder"
     step = PrefixStep if decoder else ContextStep
     start = language.config.bos_id if decoder else language.config.pad_id

@@ -80,6 +80,18 @@ def test_an_end_counts_only_among_the_first_beams():
     assert found[0][0] == [1, 2] and found[1][0] != [1, 3]
 
 
+def test_looking_ahead_goes_on_while_a_longer_text_may_win():
+    """ahead=1 divides the best running sum by the length that it has, ahead=0 by one less."""
+    better = 0
+    for seed in range(200):
+        _, step = markov_step(seed)
+        scores = [beam_search(step, torch.tensor([[1]]), EOS, beams=2, max_length=8, min_length=1,
+                              ahead=ahead)[0][0][1] for ahead in (0, 1)]
+        assert scores[1] >= scores[0] - 1e-6
+        better += scores[1] > scores[0] + 1e-6
+    assert better > 0
+
+
 def test_minimum_length_holds_the_end_back():
     table, step = markov_step(0)
     table[:, EOS] = 9.0
