@@ -252,7 +252,7 @@ def evaluate(trained: TrainedModel, dataset: Questions, settings: EvalSettings) 
 
 TASK = Task(
     "language-model", "a language model of the world's texts, for blip2-stage2", TextModel,
-    open_data, collate, evaluate, config=LanguageConfig, complete=complete,
+    open_data, collate, evaluate, reads=(), config=LanguageConfig, complete=complete,
     sizes={"base": {}, "large": dict(width=2048, depth=24, heads=32, ffn=8192),
            "tiny": dict(width=128, depth=4, heads=8, head_width=16, ffn=512, near_heads=4,
                         max_positions=256, tied=False, dropout=0.0)},

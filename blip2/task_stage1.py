@@ -11,7 +11,7 @@ from blip2.stage1 import Stage1
 from config import TrainConfig
 from data.text import Tokenizer
 from tasks import pretraining, retrieval
-from tasks.task import FINETUNE, OWN_WORDS, TINY, WEIGHTS, Task, collate_pairs, open_pairs
+from tasks.task import FINETUNE, LOSSES, OWN_WORDS, TINY, Task, collate_pairs, open_pairs
 
 # What stage 1 and stage 2 are like with each preset. The image encoder's sizes come from --init: it
 # is this project's pretrained ViT. (EVA's and CLIP's are for use from Python: blip2/README.md.)
@@ -26,6 +26,7 @@ SMALL = 4
 # BLIP-2 sec. 3.4: AdamW (0.9, 0.98), cosine to 5e-5 (stage 2), warm-up of 2,000 steps.
 RECIPE = dict(schedule="cosine", lr=1e-4, beta2=0.98, warmup_steps=2000, batch_size=1680,
               crop_min=0.5, rand_augment=False, max_words=50, max_tokens=32)
+READ = (*LOSSES, "hard_negatives", "label_smoothing")
 FINETUNED = FINETUNE | dict(lr=1e-5, epochs=5, warmup_steps=1000, rand_augment=False)  # sec. 4.2
 
 
@@ -67,15 +68,15 @@ def inputs(config: TrainConfig, tokenizer: Tokenizer, alpha: float) -> dict:
 
 TASKS = (
     Task("blip2-stage1", "BLIP-2: queries learn to extract what a text needs", Stage1, open_pairs,
-         collate_pairs, pretraining.evaluate, inputs=inputs, reads=WEIGHTS, config=Blip2Config,
-         sizes=SIZES, starts_from=("pretrain",), from_start=vision_of, complete=complete,
-         holds_splits=True, reranks=True,
+         collate_pairs, pretraining.evaluate, inputs=inputs, reads=(*READ, "equal_texts"),
+         config=Blip2Config, sizes=SIZES, starts_from=("pretrain",), from_start=vision_of,
+         complete=complete, holds_splits=True, reranks=True,
          settings=dict(RECIPE, out="runs/blip2-stage1", epochs=10),
          tiny=dict(TINY, epochs=1, scenes=32000, lr=2e-3, itm_from=350),
          tiny_own=dict(min_steps=1000, crop_min=0.5, equal_texts=True, new_pieces=OWN_WORDS),
          highlights=pretraining.TASK.highlights),
     Task("blip2-retrieval", "BLIP-2: find images by text, finetuned", Stage1, open_pairs,
-         retrieval.collate, retrieval.evaluate, retrieval.score, inputs, reads=WEIGHTS,
+         retrieval.collate, retrieval.evaluate, retrieval.score, inputs, reads=READ,
          config=Blip2Config, sizes=SIZES, starts_from=("blip2-stage1",), from_start=trained_vision,
          complete=complete, needs=("itc", "itm"), holds_splits=True, reranks=True,
          settings=dict(FINETUNED, out="runs/blip2-retrieval", batch_size=224, max_tokens=35,

@@ -303,7 +303,7 @@ TASKS = (
     of_stage2("blip2-vqa", "BLIP-2: answer questions, the queries read them too",
               vqa.open_data, question_batches, evaluate_questions,
               lambda numbers: numbers["accuracy"], sizes=STAGE2_SIZES,
-              starts_from=("blip2-stage2",), from_start=question_reader,
+              starts_from=("blip2-stage2",), from_start=question_reader, reads=(),
               settings=dict(FINETUNED, out="runs/blip2-vqa", batch_size=128, max_words=50,
                             max_tokens=35),
               tiny=dict(TINY, epochs=2, scenes=32000, lr=5e-4), tiny_own=dict(min_steps=1000),

@@ -13,6 +13,7 @@ from config import BLIPConfig
 from losses import lm_loss
 from objectives.losses import clip_itc_loss, mask_tokens, sigmoid_itc_loss
 from tasks import captioning, pretraining, retrieval
+from tasks.task import TWINS
 
 
 class WithoutTwins(BLIP):
@@ -125,18 +126,19 @@ class ManyNegatives(BLIP):
 
 def recipe(name: str, about: str, model: type[BLIP], evaluate=pretraining.evaluate,
            chance: dict[str, float | None] | None = None,
-           replaces: dict[str, str] | None = None, **tiny):
+           replaces: dict[str, str] | None = None, reads=pretraining.TASK.reads, **tiny):
     """A task that pretrains `model` on what BLIP is pretrained on.
 
-    chance, replaces: as in tasks.task.Task. tiny: settings of the tiny preset.
+    chance, replaces, reads: as in tasks.task.Task. tiny: settings of the tiny preset.
     """
     task = pretraining.TASK
     return replace(task, name=name, about=about, model=model, evaluate=evaluate,
-                   chance=chance or {}, replaces=replaces or {},
+                   chance=chance or {}, replaces=replaces or {}, reads=reads,
                    settings=task.settings | dict(out=f"runs/{name}"), tiny=task.tiny | tiny)
 
 
-ITC_ALONE = dict(itm_weight=0.0, lm_weight=0.0, lm_only_steps=0, eval_top_k=0)
+WITHOUT_TWINS = tuple(name for name in pretraining.TASK.reads if name not in TWINS)
+ITC_ALONE = dict(reads=WITHOUT_TWINS, itm_weight=0.0, lm_weight=0.0, lm_only_steps=0, eval_top_k=0)
 TASKS = (
     recipe("pretrain-clip", "as CLIP: ITC within the batch", CLIPLike, retrieval.evaluate,
            **ITC_ALONE),

@@ -26,9 +26,9 @@ from reports.metrics import caption_scores, mean, tokenise
 from reports.sheets import BLACK, GREEN, GREY, RED, Cell, Sections, pick_examples, pictures_of
 from tasks.task import (
     FINETUNE,
+    OF_BLIP,
     OWN_WORDS,
     TINY,
-    WEIGHTS,
     EvalSettings,
     Evaluation,
     Task,
@@ -349,8 +349,8 @@ def inputs(config: TrainConfig, tokenizer: Tokenizer, alpha: float) -> dict:
 # NOTE(differs from salesforce/BLIP): there, the sum of BLEU-4 and CIDEr.
 TASK = Task(
     "caption", "describe images", BLIP, open_pairs, collate_pairs, evaluate,
-    lambda numbers: numbers["cider"], inputs, needs=("lm",), reads=(*WEIGHTS, "prompt"),
-    holds_splits=True,
+    lambda numbers: numbers["cider"], inputs, needs=("lm",),
+    reads=(*OF_BLIP, "equal_texts", "prompt"), holds_splits=True,
     settings=dict(FINETUNE, out="runs/caption", lr=1e-5, epochs=5, max_tokens=40, itc_weight=0.0,
                   itm_weight=0.0, prompt="a picture of"),
     large=dict(lr=2e-6), tiny=dict(TINY, epochs=2, scenes=12800, lr=5e-4, prompt=""),

@@ -240,7 +240,7 @@ def sentence_of(record: dict) -> str:
 
 TASK = Task(
     "nlvr2", "judge statements about two images", NLVR2, open_data, collate, evaluate,
-    lambda numbers: numbers["accuracy"],
+    lambda numbers: numbers["accuracy"], reads=("merge_from",),
     # 512 is BERT's limit: the released code limits the words alone.
     settings=dict(FINETUNE, out="runs/nlvr2", lr=3e-5, epochs=15, max_words=40, max_tokens=512),
     tiny=dict(TINY, epochs=1, scenes=64000, lr=3e-4, max_tokens=64),

@@ -12,9 +12,9 @@ from data.datasets import caption_collate
 from reports.metrics import mean
 from tasks import captioning, retrieval
 from tasks.task import (
+    OF_BLIP,
     OWN_WORDS,
     TINY,
-    WEIGHTS,
     EvalSettings,
     Evaluation,
     Task,
@@ -75,8 +75,8 @@ FOUND_IMAGE = "paper, among 5,000 of COCO, finetuned and re-ranked: 64.3"
 FOUND_TEXT = "paper: 81.9"
 TASK = Task(
     "pretrain", "all three objectives on image-text pairs", BLIP, open_pairs, collate_pairs,
-    evaluate, inputs=captioning.inputs, reads=WEIGHTS, start_is_needed=False, holds_splits=True,
-    reranks=True,
+    evaluate, inputs=captioning.inputs, reads=(*OF_BLIP, "equal_texts"), start_is_needed=False,
+    holds_splits=True, reranks=True,
     large=dict(lr=2e-4, batch_size=2400),  # BLIP sec. 4.1
     # 1,300 steps, of which alpha ramps up over 0.077 x 1,300 = 100.
     tiny=dict(TINY, epochs=1, scenes=41600, lr=1.2e-3, alpha_epochs=0.077, lm_only_steps=260,

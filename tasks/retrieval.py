@@ -37,9 +37,9 @@ from reports.sheets import (
 )
 from tasks.task import (
     FINETUNE,
+    OF_BLIP,
     OWN_WORDS,
     TINY,
-    WEIGHTS,
     EvalSettings,
     Evaluation,
     Task,
@@ -308,7 +308,7 @@ def inputs(config: TrainConfig, tokenizer: Tokenizer, alpha: float) -> dict:
 
 TASK = Task(
     "retrieval", "find images by text and texts by image", BLIP, open_pairs, collate, evaluate,
-    score, inputs, needs=("itc", "itm"), reads=(*WEIGHTS, "all_negatives"),
+    score, inputs, needs=("itc", "itm"), reads=(*OF_BLIP, "all_negatives"),
     holds_splits=True, reranks=True,
     settings=dict(FINETUNE, out="runs/retrieval", lr=1e-5, epochs=6, max_tokens=35,
                   alpha_epochs=1.0, lm_weight=0.0, eval_top_k=128),  # k: Flickr; COCO 256

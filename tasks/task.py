@@ -177,9 +177,12 @@ class Benchmark:
     need_labels: bool = True  # an example without its captions or answers is an error
 
 
-# Settings of TrainConfig that only some tasks read: what would do nothing is refused.
-WEIGHTS = ("itc_weight", "itm_weight", "lm_weight")
-SOME_READ = (*WEIGHTS, "all_negatives", "answers", "prompt")
+# Settings that only some tasks read. Where one would do nothing it is refused, and not in --help.
+LOSSES = ("itc_weight", "itm_weight", "lm_weight", "lm_only_steps", "itm_from")
+CONTRAST = ("temp_min", "temp_max", "hard_negatives", "negative_floor", "mask_positives")
+TWINS = ("alpha", "alpha_epochs", "momentum", "queue_size")
+OF_BLIP = (*LOSSES, *CONTRAST, *TWINS, "label_smoothing")
+SOME_READ = (*OF_BLIP, "equal_texts", "all_negatives", "merge_from", "answers", "prompt")
 
 
 @dataclass(frozen=True)
@@ -206,7 +209,7 @@ class Task:
     complete: Callable[[object, Tokenizer], object] = (
         lambda config, tokenizer: replace(config, **tokenizer.config()))
     needs: tuple[str, ...] = ()  # objectives that its start must have been trained with
-    reads: tuple[str, ...] = ()  # which of SOME_READ
+    reads: tuple[str, ...] = SOME_READ  # which of these it reads
     holds_splits: bool = False  # a file may hold training and validation (Karpathy's)
     reranks: bool = False  # it is judged by re-ranking --eval-top-k candidates
     # before training: what the data sets must still be told, or be rid of

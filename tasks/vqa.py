@@ -437,7 +437,7 @@ def sections(dataset: Dataset, records: list[dict], examples: list[VQAExample]) 
 
 TASK = Task(
     "vqa", "answer questions about an image", VQA, open_data, collate, evaluate,
-    lambda numbers: numbers["accuracy"], prepare=prepare, reads=("answers",),
+    lambda numbers: numbers["accuracy"], prepare=prepare, reads=("answers", "label_smoothing"),
     settings=dict(FINETUNE, out="runs/vqa", lr=2e-5, epochs=10, max_words=50,
                   max_tokens=35),
     tiny=dict(TINY, epochs=1, scenes=128000, lr=3e-4),

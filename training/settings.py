@@ -50,11 +50,11 @@ def flag_name(field_name: str) -> str:
 
 
 def add_flags(parser, config_class: type, defaults: dict, base: dict | None = None,
-              skip: tuple[str, ...] = ()) -> None:
+              skip: tuple[str, ...] = (), unread: tuple[str, ...] = ()) -> None:
     """A flag for each field of a dataclass, without a default: only what is given is there.
 
     defaults: what a field is when nothing is given, where that is not the field's default. base:
-    the same with `--preset base`, shown beside it.
+    the same with `--preset base`, shown beside it. unread: fields that the help leaves out.
     """
     for f in fields(config_class):
         if not f.metadata.get("flag", True) or f.default is MISSING or f.name in skip:
@@ -64,8 +64,9 @@ def add_flags(parser, config_class: type, defaults: dict, base: dict | None = No
         if base is not None and base.get(f.name, f.default) != default:
             shown += f"; with --preset base {base.get(f.name, f.default)!r}"
         about = f"{f.metadata.get('about', '')} ({shown})".strip()
+        about = argparse.SUPPRESS if f.name in unread else about.replace("%", "%%")
         parser.add_argument(flag_name(f.name), type=boolean if f.type is bool else f.type,
-                            default=argparse.SUPPRESS, help=about.replace("%", "%%"))
+                            default=argparse.SUPPRESS, help=about)
 
 
 def flags_of(config) -> dict:
@@ -98,12 +99,13 @@ def parse(arguments: list[str], description: str) -> tuple[dict, bool]:
     task = TASKS[name]
     parser.add_argument("--resume", action="store_true",
                         help="continue from checkpoint.pt in --out")
+    unread = unread_settings(task)
     add_flags(parser.add_argument_group(f"training ({task.name}: {task.about})"), TrainConfig,
-              preset_settings(name, "tiny"), preset_settings(name, "base"))
+              preset_settings(name, "tiny"), preset_settings(name, "base"), unread=unread)
     model = task.sizes["tiny"]
     group = parser.add_argument_group(
         "model", "with --init its sizes come from there" if task.starts_from else None)
-    add_flags(group, task.config, model, task.sizes["base"] | task.model_settings)
+    add_flags(group, task.config, model, task.sizes["base"] | task.model_settings, unread=unread)
     given = vars(parser.parse_args(arguments[1:] if named else arguments))
     resume = given.pop("resume")
     return ({"task": name} if named else {}) | given, resume
@@ -134,11 +136,16 @@ def check_positions(model_config, recipe: TrainConfig) -> None:
                                f"model's {positions} positions; give a smaller one")
 
 
+def unread_settings(task) -> tuple[str, ...]:
+    """The fields of its two configurations that do nothing in a task."""
+    return tuple(name for name in SOME_READ if name not in task.reads)
+
+
 def check_read(task, given: dict) -> None:
     """SettingError where something was given that the task does not read."""
-    for name in SOME_READ:
-        if name not in task.reads and given.get(name, getattr(TrainConfig, name)) != getattr(
-                TrainConfig, name):
+    for name in unread_settings(task):
+        default = getattr(TrainConfig, name, getattr(task.config, name, None))
+        if name in given and given[name] != default:
             readers = ", ".join(other.name for other in TASKS.values() if name in other.reads)
             raise SettingError(f"{flag_name(name)} does nothing in {task.name}; leave it out (it "
                                f"is a setting of {readers})")
