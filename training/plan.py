@@ -4,7 +4,8 @@ import math
 from dataclasses import replace
 
 from config import TrainConfig
-from training.settings import flag_name
+from tasks.registry import TASKS
+from training.settings import flag_name, unread_settings
 
 # What the beginning of a run may take of it at most.
 WARMUP_SHARE, LM_ONLY_SHARE, ITM_SHARE, ALPHA_SHARE = 0.1, 0.5, 0.7, 0.25
@@ -13,26 +14,28 @@ WARMUP_SHARE, LM_ONLY_SHARE, ITM_SHARE, ALPHA_SHARE = 0.1, 0.5, 0.7, 0.25
 def fit(config: TrainConfig, given: dict, pairs: int) -> tuple[TrainConfig, list[str]]:
     """The settings fitted to so many pairs, and sentences that say what was changed and why.
 
-    What was given on the command line stays. On own data epochs are added until there are
-    `min_steps`; warm-up, steps of LM alone and alpha's ramp are cut to a share of the run.
+    What was given on the command line stays, and what the task does not read. On own data epochs
+    are added until there are `min_steps`; warm-up, steps of LM alone and alpha's ramp are cut to a
+    share of the run.
     """
     changes, reasons = {}, {}
+    fixed = {*given, *unread_settings(TASKS[config.task])}
     steps_per_epoch = max(1, pairs // config.batch_size)
     if config.data and config.epochs * steps_per_epoch < config.min_steps:
         changes["epochs"] = math.ceil(config.min_steps / steps_per_epoch)
         reasons["epochs"] = f"the preset needs about {config.min_steps} steps"
-        if "epochs" not in given:  # the ramp keeps its share of the run
+        if "epochs" not in fixed:  # the ramp keeps its share of the run
             changes["alpha_epochs"] = config.alpha_epochs * changes["epochs"] / config.epochs
-    changes = {name: value for name, value in changes.items() if name not in given}
+    changes = {name: value for name, value in changes.items() if name not in fixed}
     epochs = changes.get("epochs", config.epochs)
     steps = epochs * steps_per_epoch
     for name, share in (("warmup_steps", WARMUP_SHARE), ("lm_only_steps", LM_ONLY_SHARE),
                         ("itm_from", ITM_SHARE)):
-        if getattr(config, name) > share * steps and name not in given:
+        if getattr(config, name) > share * steps and name not in fixed:
             changes[name] = int(share * steps)
             reasons[name] = f"at most {share:.0%} of the run"
     if changes.get("alpha_epochs", config.alpha_epochs) > ALPHA_SHARE * epochs and (
-            "alpha_epochs" not in given):
+            "alpha_epochs" not in fixed):
         changes["alpha_epochs"] = ALPHA_SHARE * epochs
         reasons["alpha_epochs"] = f"at most {ALPHA_SHARE:.0%} of the run"
     sentences = [f"  {flag_name(name)} {changes[name]:g} instead of {getattr(config, name):g}: "

@@ -39,6 +39,15 @@ def test_the_worlds_and_the_papers_runs_stay_as_they_are():
         assert fit(config, given, pairs) == (config, [])
 
 
+def test_what_a_task_does_not_read_is_not_fitted():
+    """Pretraining has momentum twins, whose alpha ramps up; VQA has none."""
+    recipe = dict(epochs=1, batch_size=10, warmup_steps=0, alpha_epochs=2.0)
+    config, sentences = fit(TrainConfig(**recipe), {}, 1000)
+    assert config.alpha_epochs == 0.25 and "--alpha-epochs 0.25 instead of 2" in sentences[0]
+    config = TrainConfig(task="vqa", **recipe)
+    assert fit(config, {}, 1000) == (config, [])
+
+
 def test_many_pairs_need_no_more_epochs():
     config, sentences = fitted(100_000, data="a.json")
     assert config.epochs == 1 and not sentences
