@@ -62,6 +62,7 @@ from capfilt import CapFiltConfig, bootstrap, open_captioner, open_filter
 from data.files import make_folder, read_json, whole_file, write_json
 from data.sources import PairIndex, with_shares
 from reports.tables import cell_table, parameter_table, set_table, verdict_table, verdicts
+from tasks.registry import TASKS
 from tools.experiments import BLIP_EXPERIMENTS, Experiment
 from tools.experiments_blip2 import BLIP2_EXPERIMENTS
 from tools.experiments_claims import CLAIM_EXPERIMENTS
@@ -70,7 +71,7 @@ from training import devices
 from training.checkpoints import open_model
 from training.code import digest_of_code
 from training.program import exit_status
-from training.settings import add_flags, at_least, given_for, training_flags
+from training.settings import add_flags, at_least, given_for, training_flags, unread_settings
 from world.web import (
     WORLD_FINETUNE,
     WORLD_PAIRS,
@@ -222,9 +223,14 @@ class ExperimentCache:
         return [self.make("texts", [str(folder), web, synthetic], make)]
 
     def clean(self, **given) -> str:
-        """`python train.py` with more settings, on the world's clean texts -> its checkpoint."""
+        """`python train.py` with more settings, on the world's clean texts -> its checkpoint.
+
+        Of --losses, which is for all cells of a table, it takes what its task reads.
+        """
+        unread = unread_settings(TASKS[given.get("task", "pretrain")])
+        shared = {name: value for name, value in self.regime.losses.items() if name not in unread}
         size = {"eval_size": self.regime.world.held_out}
-        return self.train("clean", self.regime.losses | size | given)
+        return self.train("clean", shared | size | given)
 
 
 EXPERIMENTS = BLIP_EXPERIMENTS | CLAIM_EXPERIMENTS | BLIP2_EXPERIMENTS

@@ -56,16 +56,13 @@ class BLIP(nn.Module):
         self.med_m = make_med(c, ("text",))
         self.vision_proj_m = nn.Linear(c.vit_width, c.embed_dim)
         self.text_proj_m = nn.Linear(c.text_width, c.embed_dim)
-        self.twin_parameters = []  # (online parameter, its twin)
-        for online, twin in self.twins():
-            for name, p_m in twin.requires_grad_(False).named_parameters():
-                self.twin_parameters.append((online.get_parameter(name), p_m))
+        for _, twin in self.twins():
+            twin.requires_grad_(False)
         self.update_momentum(0.0)  # an exact copy
         # The queues start as random unit vectors: easy negatives until real ones replace them.
         self.register_buffer("image_queue", l2_normalize(torch.randn(c.queue_size, c.embed_dim)))
         self.register_buffer("text_queue", l2_normalize(torch.randn(c.queue_size, c.embed_dim)))
-        # -1: empty slot, matches no image id
-        self.register_buffer("queue_ids", torch.full((c.queue_size,), -1))
+        self.register_buffer("queue_ids", torch.full((c.queue_size,), -1))  # -1: an empty slot
         self.register_buffer("queue_ptr", torch.zeros((), dtype=torch.long))
         self.objectives = OBJECTIVES
         self.draw_negative = draw_one  # of ITM; a test may take the likeliest instead
@@ -84,6 +81,12 @@ class BLIP(nn.Module):
         """(online module, its momentum twin) pairs."""
         return [(self.vit, self.vit_m), (self.med, self.med_m),
                 (self.vision_proj, self.vision_proj_m), (self.text_proj, self.text_proj_m)]
+
+    @property
+    def twin_parameters(self) -> list[tuple[Tensor, Tensor]]:
+        """(online parameter, its momentum twin) pairs."""
+        return [(online.get_parameter(name), p_m) for online, twin in self.twins()
+                for name, p_m in twin.named_parameters()]
 
     def set_objectives(self, objectives: tuple[str, ...]) -> None:
         """Choose the losses that forward() computes. Raises ValueError for an unknown one."""
@@ -277,10 +280,7 @@ class BLIP(nn.Module):
 
     @torch.no_grad()
     def clamp_temperature(self) -> None:
-        """Into [temp_min, temp_max].
-
-        Outside of the graph: inside, the gradient would be zero beyond the range.
-        """
+        """Into [temp_min, temp_max]. Within the graph its gradient would be 0 beyond the range."""
         self.temp.clamp_(self.config.temp_min, self.config.temp_max)
 
 

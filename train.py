@@ -43,7 +43,7 @@ from training.distributed import print0
 from training.log import Log
 from training.precision import autocast, evaluation_precision
 from training.program import exit_status, signals_noted
-from training.reach import freeze_unreached, require_reached
+from training.reach import freeze_unreached, require_reached, require_same_losses
 from training.run import Run
 from training.settings import FREE_ON_RESUME, flag_name, flags_of, parse, resolve
 
@@ -58,7 +58,7 @@ def train(run: Run) -> bool:
     config, model = run.config, run.model
     log = Log(run.out, run.step, config.log_every)
     diagnostics = Diagnostics(model)
-    net, objectives = None, None
+    net, objectives, expected = None, None, set()  # expected: names of the losses
     if config.compile:
         devices.compile_forward(model, run.device)
     model.train()
@@ -76,20 +76,20 @@ def train(run: Run) -> bool:
                         require_reached(model, run.trainable, inputs)
                     objectives = objectives_at(config, run.step)
                     model.set_objectives(objectives)
-                    freeze_unreached(model, run.trainable, inputs)
+                    expected = freeze_unreached(model, run.trainable, inputs)
                 net = distributed.wrap(model)  # again, because other parameters are trained now
             for group in run.optimizer.param_groups:
-                group["lr"] = lr
+                group["lr"] = lr * group.get("lr_scale", 1.0)  # a group of your own may have one
 
             losses, keys = forward_backward(run, net, micro_batches, alpha)
+            require_same_losses(losses, expected, run.step)
             run.scaler.unscale_(run.optimizer)  # (the scaler acts with --precision fp16 alone)
             grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(),
                                                        config.grad_clip or math.inf)
             run.scaler.step(run.optimizer)
             run.scaler.update()
             run.optimizer.zero_grad(set_to_none=True)
-            # What changes after the optimizer's step (BLIP sec. 3.2; MoCo, algorithm 1). A model
-            # without twins, queue or temperature does nothing here.
+            # After the optimizer's step (BLIP sec. 3.2; MoCo, algorithm 1). Other models: nothing.
             model.update_momentum()
             model.enqueue(keys)
             model.clamp_temperature()
@@ -98,11 +98,11 @@ def train(run: Run) -> bool:
             run.seconds = time.perf_counter() - began
             values = {"lr": lr, "alpha": alpha, "minutes": round(run.seconds / 60, 3)}
             if hasattr(model, "temp"):
-                values["temp"] = model.temp.detach()
+                values["temp"] = model.temp.detach().mean()  # (of one for each direction, too)
             log.add(losses, bar, run.step, run.step == run.steps, config.batch_size,
                     diagnostics.take(grad_norm), **values)
             if ends_an_epoch_to_judge(run):
-                log.write(judge_epoch(run))
+                log.judged(judge_epoch(run))
             stopping, due = decide_together(run, signals, saved)
             if due:
                 run.save()
@@ -120,14 +120,12 @@ def forward_backward(run: Run, net: torch.nn.Module, micro_batches: list[dict],
     stands, its gradient is one part of the mean, and twins and queue change once, after the step.
     So 1 process x 2 micro-batches computes what 2 processes x 1 do.
     """
-    count, weights = len(micro_batches), run.config.objective_weights()
-    weights |= {name: weights[old] for old, name in run.task.replaces.items()}
-    means, all_keys = {}, []
+    count, means, all_keys = len(micro_batches), {}, []
     for number, batch in enumerate(micro_batches):
         with distributed.no_sync(net, number < count - 1):
             with autocast(run.device, run.precision):
                 losses, keys = net(**run.inputs(batch, alpha))
-            total = sum(weights.get(name, 1.0) * loss for name, loss in losses.items())
+            total = sum(run.weight_of(name) * loss for name, loss in losses.items())
             run.scaler.scale(total / count).backward()
         for name, loss in losses.items():
             means[name] = means.get(name, 0) + loss.detach() / count
@@ -212,7 +210,9 @@ def evaluate(run: Run) -> Evaluation:
             evaluation = run.task.evaluate(run.trained_model(), run.datasets.final, settings)
     if distributed.rank() == 0:
         write_numbers(run.out / "metrics.json", numbers | evaluation.numbers,
-                      asdict(run.config) | {"model": asdict(run.model.config), "code": run.code})
+                      asdict(run.config) | {"model": asdict(run.model.config), "code": run.code,
+                                          "processes": distributed.world_size(),
+                                          "precision": run.precision})
         if evaluation.sections:
             draw_sheet(run.out / "samples.png", evaluation.sections)
         draw_curves(run.out / "curves.png", {run.out.name: read_log(run.out)},

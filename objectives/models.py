@@ -24,7 +24,6 @@ class WithoutTwins(BLIP):
         for name, _ in list(self.named_children()):
             if name.endswith("_m"):
                 delattr(self, name)
-        self.twin_parameters = []
 
     def twins(self) -> list[tuple[nn.Module, nn.Module]]:
         """None: but while BLIP's constructor makes them."""

@@ -15,12 +15,18 @@ BENCHMARKS: dict[str, Benchmark] = {}  # what `eval.py NAME` measures
 
 
 def register(module_name: str) -> None:
-    """Take up a file's TASK or TASKS (video has none: it is not trained) and BENCHMARKS."""
+    """Take up a file's TASK, TASKS (video has none: it is not trained) and BENCHMARKS.
+
+    Raises ValueError where another file has a task of that name.
+    """
     module = import_module(module_name)
-    tasks = getattr(module, "TASKS", ())
+    tasks = [*getattr(module, "TASKS", ())]
     if hasattr(module, "TASK"):
-        tasks = (module.TASK,)
+        tasks.append(module.TASK)
     for task in tasks:
+        if TASKS.get(task.name, task) is not task:  # (the same one, imported, is no other)
+            raise ValueError(f"{module_name}: there is a task {task.name!r} already; give yours "
+                             "another name")
         TASKS[task.name] = task
     for benchmark in getattr(module, "BENCHMARKS", ()):
         BENCHMARKS[benchmark.name] = benchmark

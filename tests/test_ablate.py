@@ -12,6 +12,7 @@ import train
 from capfilt import CapFiltConfig, training_flags
 from data.files import read_json, write_json
 from reports.tables import verdicts
+from tools.experiments import Experiment
 from tools.experiments_claims import LARGE, PARTS
 from tools.judge import MEASURES
 from world.web import WorldSets
@@ -285,3 +286,20 @@ def test_random_negatives_instead_of_hard_ones(monkeypatch):
         toy_model(hard_negatives=hard)(**toy_batch())
     assert all(sim.std() > 0 for sim in seen[:2]) and all((sim == 0).all() for sim in seen[2:])
     assert torch.equal(seen[2], torch.zeros(4, 4))
+
+
+def test_a_claim_about_a_cell_that_is_not_there_is_told_at_once():
+    with pytest.raises(ValueError, match="names a cell that is none of 'a', 'b'"):
+        Experiment("Mine", {"a": str, "b": str}, claims=(("a", "c"),))
+
+
+def test_settings_for_all_cells_go_where_they_are_read(tmp_path):
+    """`--losses "--alpha 0.2"`: pretrain-clip has no alpha."""
+    taken = []
+    shared = {"alpha": 0.2, "lr": 0.1}
+    regime = ablate.Regime(str(tmp_path), WorldSets(24, 16, 0.5, 10), 32, {}, {}, shared)
+    cache = ablate.ExperimentCache(regime, 0)
+    cache.train = lambda kind, given, *more: taken.append(given)
+    cache.clean()
+    cache.clean(task="pretrain-clip")
+    assert taken[0]["alpha"] == 0.2 and "alpha" not in taken[1] and taken[1]["lr"] == 0.1

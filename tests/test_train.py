@@ -11,6 +11,7 @@ import subprocess
 import sys
 from dataclasses import fields
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -34,7 +35,7 @@ from tasks.registry import TASKS
 from tasks.task import SOME_READ, EvalSettings
 from training import checkpoints, program
 from training.code import code_of
-from training.run import EpochBatches, open_datasets
+from training.run import EpochBatches, Run, open_datasets
 from training.settings import add_flags, parse, resolve
 from world.datasets import World
 
@@ -84,6 +85,28 @@ def test_help_lists_every_field_that_a_task_reads_with_its_meaning(task, capsys)
             about = " ".join(f.metadata["about"].split())
             shown = f"--{f.name.replace('_', '-')} " in text and about in text
             assert about and shown == (f.name not in SOME_READ or f.name in TASKS[task].reads)
+
+
+def test_a_setting_that_there_is_not_is_told():
+    with pytest.raises(ValueError, match="caption has no setting 'label_smoothin'"):
+        resolve({"task": "caption", "label_smoothin": 0.1})
+
+
+def test_a_flag_of_another_type_is_told():
+    @dataclasses.dataclass(frozen=True)
+    class Mine:
+        margin: float | None = setting(None, "of mine")
+    with pytest.raises(TypeError, match="Mine.margin is a float | None, and a flag must be"):
+        add_flags(argparse.ArgumentParser(), Mine, {})
+
+
+def test_a_loss_of_ones_own_has_the_weight_that_the_settings_give_it():
+    @dataclasses.dataclass(frozen=True)
+    class Mine(TrainConfig):
+        own_weight: float = 3.0
+    run = SimpleNamespace(config=Mine(lm_weight=0.5), task=TASKS["pretrain-albef"])
+    weights = [Run.weight_of(run, loss) for loss in ("itc", "lm", "mlm", "own", "other")]
+    assert weights == [1.0, 0.5, 0.5, 3.0, 1.0]
 
 
 def test_a_field_needs_no_text_and_no_range():
@@ -221,7 +244,7 @@ def test_a_run_on_the_world_writes_what_it_says(tmp_path, capsys):
     model, tokenizer = checkpoints.load_model(tmp_path / "a/checkpoint.pt")
     assert model.config.vocab_size == len(tokenizer.vocab)
     out = capsys.readouterr().out
-    assert "hard negatives judged not to match (chance 50.00)" in out
+    assert "ITM: negatives judged not to match (chance 50.00)" in out
     assert "chance" in out and str(tmp_path / "a") in out and "'batch_size': 8" in out
     # A second run does not write over the first.
     assert run(tmp_path / "a", "--scenes", 16) == 0

@@ -5,13 +5,14 @@
     python -m tools.compare runs/a-* --at 100 300             also the log after these steps
 
 Runs whose settings differ in nothing but the seed are one group: the table has its mean and its
-spread (standard deviation). Two groups with the same seeds are compared seed by seed: p is the
-probability that chance alone makes so large a mean difference (paired t-test). A difference below
-the one that "would be seen" is no evidence that there is none. Writes curves.png and table.md into
---out.
+spread (standard deviation). So are finetunings with the seeds 0, 1 ... from runs/a-0, runs/a-1 ...
+Two groups with the same seeds are compared seed by seed: p is the probability that chance alone
+makes so large a mean difference (paired t-test). A difference below the one that "would be seen" is
+no evidence that there is none. Writes curves.png and table.md into --out.
 """
 
 import argparse
+import re
 import statistics
 import sys
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ from training.settings import flag_name
 
 # Settings that do not make another group.
 SAME_RUN = {"seed", "out", "device", "workers", "log_every", "save_every", "save_minutes", "keep"}
+NO_FLAGS = ("code", "processes")  # of metrics.json's settings
 
 
 @dataclass
@@ -66,12 +68,15 @@ def group_runs(runs: list[RunFolder]) -> dict[str, list[RunFolder]]:
     """
     finished, by_settings = [run for run in runs if run.numbers], {}
     for run in finished:
-        key = tuple(sorted((name, str(value)) for name, value in run.settings.items()
-                           if name not in SAME_RUN))
+        settings = {name: str(value) for name, value in run.settings.items()
+                    if name not in SAME_RUN}
+        if "init" in settings:  # a start of each seed's own: the number stands in its path
+            settings["init"] = re.sub(rf"(?<!\d){run.seed}(?!\d)", "SEED", settings["init"])
+        key = tuple(sorted(settings.items()))
         by_settings.setdefault(key, []).append(run)
     groups = {}
     for key, members in by_settings.items():
-        own = [f"{'code' if name == 'code' else flag_name(name)} {value}" for name, value in key
+        own = [f"{name if name in NO_FLAGS else flag_name(name)} {value}" for name, value in key
                if all(name in run.settings for run in finished)
                and any((name, value) not in other for other in by_settings)]
         name = " ".join(own) or "all runs"

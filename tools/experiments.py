@@ -20,7 +20,9 @@ class Experiment:
     """A table: its cells, the paper's numbers and the order that the paper found."""
 
     title: str
-    cells: dict[str, Cell]  # name -> how its model is made
+    # name -> how its model is made: by settings, or by a task of its own. (A cell that replaces a
+    # function would get the model of another one, which has the same settings.)
+    cells: dict[str, Cell]
     # cell -> COCO text-to-image R@1, image-to-text R@1 (finetuned), COCO CIDEr
     paper: dict[str, tuple[float, float, float]] = field(default_factory=dict)
     claims: tuple[tuple[str, str], ...] = ()  # (better, worse)
@@ -34,6 +36,12 @@ class Experiment:
     paper_parameters: dict[str, float] = field(default_factory=dict)
     measures: dict[str, str] = field(default_factory=lambda: dict(MEASURES))  # the columns
     evaluated: bool = False  # the trainings' own evaluation is used, else tools.judge's
+
+    def __post_init__(self):
+        for better, worse in self.claims:
+            if not {better, worse} <= self.cells.keys():
+                raise ValueError(f"{self.title}: the claim ({better!r}, {worse!r}) names a cell "
+                                 f"that is none of {', '.join(map(repr, self.cells))}")
 
     def only(self, cells: list[str]) -> "Experiment":
         """The same with these cells alone; []: with all. Raises InputError for unknown ones.

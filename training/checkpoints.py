@@ -189,7 +189,6 @@ def for_use(model: nn.Module) -> None:
         for name, _ in list(model.named_children()):
             if name.endswith("_m"):
                 setattr(model, name, nn.Identity())
-        model.twin_parameters = []
         for name in ("image_queue", "text_queue", "queue_ids"):
             setattr(model, name, getattr(model, name)[:0].clone())
 
@@ -204,8 +203,8 @@ def require_finite(model: nn.Module, path: str | Path) -> None:
 
 def first_not_finite(model: nn.Module) -> str:
     """The name of a weight that is infinite or no number; "": all are finite."""
-    for name, value in model.state_dict().items():
-        if not value.isfinite().all():
+    for name, weight in model.named_parameters():
+        if not weight.isfinite().all():
             return name
     return ""
 

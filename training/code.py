@@ -5,9 +5,13 @@ import functools
 import hashlib
 from pathlib import Path
 
+from tasks.registry import MODULES
+
 ROOT = Path(__file__).parents[1]
-FILES = ("attention", "vit", "med", "losses", "decoding", "blip", "config", "train", "capfilt")
-ROOMS = ("data", "tasks", "training", "world", "objectives", "blip2")
+# Where the search for the code of a result begins; all that these import belongs to it as well.
+STARTS = ("train", "capfilt", "tools.judge", *MODULES)
+# They only show what came out (but for what judges).
+ASIDE, BUT = ("reports", "tools"), ("reports.metrics", "tools.judge")
 
 
 @functools.cache
@@ -17,13 +21,40 @@ def digest_of_code() -> str:
     Without comments and docstrings.
     """
     content = hashlib.sha256()
-    paths = [ROOT / f"{name}.py" for name in FILES]
-    paths += [ROOT / "reports" / "metrics.py", ROOT / "tools" / "judge.py"]  # what judges
-    for room in ROOMS:
-        paths += sorted((ROOT / room).glob("*.py"))
-    for path in paths:
+    for path in code_files():
         content.update(code_of(path.read_text(encoding="utf-8")).encode())
     return content.hexdigest()
+
+
+def code_files() -> list[Path]:
+    """The files that a result may depend on, a student's own too: found by what imports what."""
+    waiting, needed = list(STARTS), {}
+    while waiting:
+        name = waiting.pop()
+        path = file_of(name)
+        if path and name not in needed and (name in BUT or name.split(".")[0] not in ASIDE):
+            needed[name] = path
+            waiting += imports_of(path)
+    return sorted(needed.values())
+
+
+def file_of(module: str) -> Path | None:
+    """The file of one of this project's modules; None: it is none of them."""
+    path = ROOT.joinpath(*module.split("."))
+    if path.with_suffix(".py").exists():
+        return path.with_suffix(".py")
+    return path / "__init__.py" if (path / "__init__.py").exists() else None
+
+
+def imports_of(path: Path) -> list[str]:
+    """Names that may be modules which a file imports."""
+    names = []
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+    return names
 
 
 def code_of(text: str) -> str:

@@ -33,7 +33,7 @@ SHOWN = 5  # the last lines of the log whose mean is printed at the end of a run
 ABOUT = {"itc_i2t_acc": "ITC: pictures whose own text is the nearest in the batch",
          "itc_t2i_acc": "ITC: texts whose own picture is the nearest in the batch",
          "itm_pos_acc": "ITM: own pairs judged to match",
-         "itm_neg_acc": "ITM: hard negatives judged not to match",
+         "itm_neg_acc": "ITM: negatives judged not to match",
          "lm_nll": "LM: nats a token, without label smoothing",
          "grad_norm": "norm of the gradient, before clipping"}
 
@@ -107,7 +107,7 @@ def measure(model: BLIP, heard: dict[nn.Module, list[Tensor]],
             measures["itc_t2i_acc"] = (pair[sim.argmax(0)] == pair).float().mean()
     if model.itm_head in heard:
         logits = torch.cat(heard[model.itm_head])[:3 * pairs]
-        if len(logits) == 3 * pairs:
+        if logits.shape == (3 * pairs, 2):
             says_match = (logits[:, 1] > logits[:, 0]).float()
             measures["itm_pos_acc"] = says_match[:pairs].mean()
             measures["itm_neg_acc"] = 1 - says_match[pairs:].mean()
@@ -128,15 +128,14 @@ def chance_levels(model_config: object, config: TrainConfig) -> dict[str, float]
     Empty for other models than BLIP. The ITC accuracies count the pairs of one process and
     micro-batch.
     """
-    task = config.task
-    if not isinstance(model_config, BLIPConfig) or not (
-            task.startswith("pretrain") or task in ("retrieval", "caption")):
+    task = TASKS[config.task]
+    if not isinstance(model_config, BLIPConfig) or not issubclass(task.model, BLIP):
         return {}
     pairs = config.batch_size // (distributed.world_size() * config.accumulate)
     words = math.log(model_config.vocab_size)
     levels = {"itc": math.log(pairs + model_config.queue_size), "itm": ITM_CHANCE, "lm": words,
               "mlm": words, "itc_i2t_acc": 1 / pairs, "itc_t2i_acc": 1 / pairs, "itm_pos_acc": 0.5,
-              "itm_neg_acc": 0.5, "lm_nll": words} | TASKS[task].chance
+              "itm_neg_acc": 0.5, "lm_nll": words} | task.chance
     return {name: level for name, level in levels.items() if level is not None}
 
 
@@ -163,16 +162,15 @@ def final_lines(log: list[dict], chance: dict[str, float]) -> list[str]:
 
 
 def stands_at_chance(name: str, last: dict[str, float], chance: dict[str, float]) -> bool:
-    """Whether an objective has learnt next to nothing, by its loss or by its accuracies.
+    """Whether an objective has learnt next to nothing, by its accuracies where it has some.
 
-    The loss alone does not tell: ITC's falls below chance as soon as the queue's random vectors are
-    told from texts, and ITM's may stand above it for a model that is sure and wrong.
+    The loss does not tell: ITC's falls below chance as soon as the queue's random vectors are told
+    from texts, ITM's may stand above it for a model that is sure and wrong, and a loss that
+    somebody has changed has another chance level.
     """
-    if last[name] > NEAR_CHANCE * chance[name]:
-        return True
     accuracies = [accuracy for accuracy in ACCURACIES.get(name, ()) if accuracy in last]
     if not accuracies:
-        return False
+        return last[name] > NEAR_CHANCE * chance[name]
     level = sum(chance[accuracy] for accuracy in accuracies) / len(accuracies)
     reached = sum(last[accuracy] for accuracy in accuracies) / len(accuracies)
     return reached < level + 0.1 * (1 - level)

@@ -56,7 +56,12 @@ class Log:
         """Called after every step; losses and measures stay on the device until a line is due.
 
         A line holds their means over the steps since the line before, and `values` as they are.
+        Raises InputError for a loss that is not finite, or has the name of another number.
         """
+        taken = sorted(losses.keys() & {"step", "pairs_per_s", *measures, *values})
+        if taken:
+            raise InputError(f"a loss cannot be called {taken[0]!r}: log.jsonl has another number "
+                             "of that name; give it another one")
         for name, value in (losses | measures).items():
             self.sums[name] = self.sums.get(name, 0) + value.detach()
             self.counts[name] += 1  # an objective may begin between two lines
@@ -81,6 +86,11 @@ class Log:
         bar.set_postfix(means | {"pairs/s": round(rate)} | measured)
         self.write({"step": step, **means, **measured, **{k: float(v) for k, v in values.items()},
                     "pairs_per_s": round(rate, 1)})
+
+    def judged(self, line: dict) -> None:
+        """The line of an epoch's end. The time that judging took is not in the next line's rate."""
+        self.write(line)
+        self.since = time.perf_counter()
 
     def write(self, line: dict) -> None:
         """One line of log.jsonl, {step, ...}; nothing on other ranks than 0."""

@@ -294,6 +294,16 @@ class Run:
                     self.count(batch)
                 yield micro_batches
 
+    def weight_of(self, loss: str) -> float:
+        """A loss's weight in the sum: the setting LOSS_weight, where TrainConfig has one, else 1.
+
+        A loss that stands in another one's place (ALBEF's mlm for lm) has that one's.
+        """
+        for old, new in self.task.replaces.items():
+            if loss == new:
+                loss = old
+        return getattr(self.config, f"{loss}_weight", 1.0)
+
     def inputs(self, batch: dict, alpha: float) -> dict:
         """The arguments of the model's forward: the batch's tensors, and the task's."""
         tensors = {name: value for name, value in batch_to(batch, self.device).items()

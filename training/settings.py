@@ -63,6 +63,9 @@ def add_flags(parser, config_class: type, defaults: dict, base: dict | None = No
         shown = f"default {default!r}"
         if base is not None and base.get(f.name, f.default) != default:
             shown += f"; with --preset base {base.get(f.name, f.default)!r}"
+        if f.type not in (bool, int, float, str):
+            raise TypeError(f"{config_class.__name__}.{f.name} is a {f.type}, and a flag must be a "
+                            "bool, int, float or str; give the field setting(..., flag=False)")
         about = f"{f.metadata.get('about', '')} ({shown})".strip()
         about = argparse.SUPPRESS if f.name in unread else about.replace("%", "%%")
         parser.add_argument(flag_name(f.name), type=boolean if f.type is bool else f.type,
@@ -168,6 +171,11 @@ def combine(given: dict, start: dict | None) -> tuple[object, TrainConfig]:
     if name not in TASKS:
         raise SettingError(f"{name!r} is no task; choose one of {', '.join(TASKS)}")
     task = TASKS[name]
+    known = {f.name for f in (*fields(TrainConfig), *fields(task.config))}
+    unknown = sorted(given.keys() - known)
+    if unknown:
+        raise SettingError(f"{name} has no setting {unknown[0]!r}; `python train.py {name} --help` "
+                           "lists them")
     of_start = start.get("train_config", {}).get("preset", "base" if start else TrainConfig.preset)
     preset = given.get("preset", of_start)
     settings = preset_settings(name, preset, bool(given.get("data"))) | {"preset": preset}

@@ -97,3 +97,12 @@ def test_runs_of_edited_code_are_not_pooled_with_others(tmp_path, capsys):
     assert compare.main([*map(str, folders), "--out", str(tmp_path / "out")]) == 0
     header = capsys.readouterr().out.splitlines()[0]
     assert "`code a` (seeds 0, 1)" in header and "`code b` (seeds 0, 1)" in header
+
+
+def test_finetunings_from_a_start_for_each_seed_are_one_group(tmp_path, capsys):
+    """runs/a-0 with seed 0 and runs/a-1 with seed 1; another family of starts is another group."""
+    folders = [make_run(tmp_path / f"{name}-{seed}", seed, 0.5, init=f"runs/{name}-{seed}/c-10.pt")
+               for name in ("a", "b") for seed in (0, 1)]
+    assert compare.main([*map(str, folders), "--out", str(tmp_path / "out")]) == 0
+    header = capsys.readouterr().out.splitlines()[0]
+    assert "`--init runs/a-SEED/c-10.pt` (seeds 0, 1)" in header and "b-SEED" in header

@@ -57,6 +57,12 @@ def test_a_measure_that_is_no_number_is_left_out(tmp_path):
     assert line["lm_nll"] == 2.0 and "grad_norm" not in line
 
 
+def test_a_loss_with_the_name_of_another_number_is_told(tmp_path):
+    log = Log(tmp_path, 0, 1)
+    with pytest.raises(InputError, match="a loss cannot be called 'temp'"):
+        log.add({"temp": torch.tensor(1.0)}, tqdm(total=2, disable=True), 1, False, 8, {}, temp=0.1)
+
+
 def full_disk(*args, **kwargs):
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 

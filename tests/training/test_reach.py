@@ -1,12 +1,16 @@
 """What an objective reaches is trained, what none reaches is told by name."""
 
+from dataclasses import replace
+
 import pytest
 import torch
-from conftest import run, toy_batch, toy_model
+from conftest import SMALL, run, toy_batch, toy_model
 
+import train
 from blip import BLIP
 from config import OBJECTIVES
 from data.files import InputError
+from tasks.registry import TASKS
 from training.checkpoints import load
 from training.reach import freeze_unreached, reached_parameters, require_reached
 from training.run import trainable_names
@@ -69,6 +73,101 @@ def test_trying_leaves_no_trace():
     assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
     assert all(p.grad is None for p in model.parameters())
     assert not model.vit_m.training
+
+
+class Counting(BLIP):
+    """With a loss that only the training has, its head, and a buffer that counts the passes."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.head = torch.nn.Linear(config.embed_dim, 1)
+        self.register_buffer("passes", torch.zeros(()))
+
+    def forward(self, image, ids, mask, **options):
+        losses, keys = super().forward(image, ids, mask, **options)
+        if self.training:
+            losses["own"] = self.head(self.encode_image(image)[1]).square().mean()
+            self.passes += 1
+        return losses, keys
+
+
+class Late(BLIP):
+    """With a loss that begins in the middle of the run."""
+
+    passes = 0
+
+    def forward(self, image, ids, mask, **options):
+        losses, keys = super().forward(image, ids, mask, **options)
+        self.passes += 1
+        if self.passes > 4:
+            losses["own"] = self.text_proj.weight.square().mean()
+        return losses, keys
+
+
+def run_own(model: type[BLIP], out, monkeypatch) -> int:
+    """A short run of a task of one's own."""
+    task = replace(TASKS["pretrain"], name="pretrain-own", model=model)
+    monkeypatch.setitem(TASKS, "pretrain-own", task)
+    return train.main(["pretrain-own", *SMALL, "--lm-only-steps", "0", "--scenes", "48",
+                       "--out", str(out)])
+
+
+def test_a_loss_of_the_training_alone_and_a_buffer(tmp_path, monkeypatch):
+    """The pass that finds what is reached sees the loss, and leaves the buffer as it was."""
+    assert run_own(Counting, tmp_path, monkeypatch) == 0
+    state = load(tmp_path / "checkpoint.pt")
+    assert state["model"]["passes"] == state["step"] == 6
+
+
+def test_a_loss_that_begins_later_is_told(tmp_path, monkeypatch, capsys):
+    """What it alone reaches would be frozen, and nobody would notice."""
+    assert run_own(Late, tmp_path, monkeypatch) == 2
+    assert "the loss 'own' is in some steps only (step" in capsys.readouterr().err
+
+
+class Twin(BLIP):
+    """With a momentum twin of its own, as docs/losses.md makes one."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.head, self.head_m = (torch.nn.Linear(config.embed_dim, 4) for _ in range(2))
+        self.head_m.requires_grad_(False)
+
+    def twins(self):
+        return super().twins() + ([(self.head, self.head_m)] if hasattr(self, "head_m") else [])
+
+
+def test_a_twin_of_ones_own_follows():
+    model = Twin(toy_model().config)
+    model.update_momentum(0.0)
+    assert torch.equal(model.head_m.weight, model.head.weight)
+    with torch.no_grad():
+        model.head.weight.add_(1.0)
+    model.update_momentum(0.75)
+    assert torch.allclose(model.head.weight - model.head_m.weight, torch.tensor(0.75))
+
+
+def test_a_group_has_its_own_part_of_the_learning_rate(tmp_path, monkeypatch):
+    """A ViT with lr_scale 0 stays as it is; the rest learns."""
+    def make_optimizer(model, config):
+        vit = list(model.vit.parameters())
+        rest = [p for name, p in model.named_parameters()
+                if p.requires_grad and not name.startswith("vit.")]
+        return torch.optim.AdamW([{"params": vit, "lr_scale": 0.0}, {"params": rest}])
+    monkeypatch.setattr("training.run.make_optimizer", make_optimizer)
+    assert run(tmp_path, "--scenes", 48, "--save-every", 2, "--keep", 9) == 0
+    first, last = (load(tmp_path / f"checkpoint-{step:08d}.pt")["model"] for step in (2, 6))
+    stayed = {name for name in first if torch.equal(first[name], last[name])}
+    assert {name for name in first if name.startswith("vit.")} <= stayed
+    assert not stayed & {"vision_proj.weight", "itm_head.weight", "med.lm_head.dense.weight"}
+
+
+def test_a_loss_that_is_no_tensor_is_told():
+    model, inputs = toy_model(), dict(toy_batch(), alpha=0.4)
+    forward = model.forward
+    model.forward = lambda **given: (forward(**given)[0] | {"own": 0.0}, {})
+    with pytest.raises(InputError, match="the loss 'own' is a float; it must be a tensor"):
+        reached_parameters(model, inputs)
 
 
 def test_a_parameter_that_was_frozen_on_purpose_stays_so():
