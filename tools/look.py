@@ -187,7 +187,7 @@ def queue_pairs(trained: TrainedModel, state: dict, most: int = 2048) -> QueuePa
     """Which pairs the queue of a checkpoint holds: the data's order is known (EpochBatches).
 
     state: the checkpoint. None where it cannot be told: own data (their pictures were augmented),
-    several processes, no run, no queue.
+    several processes, no run, no queue, a queue that was not filled with whole batches.
     """
     names = {name: value for name, value in trained.settings.items()
              if name in TrainConfig.__dataclass_fields__}
@@ -197,6 +197,9 @@ def queue_pairs(trained: TrainedModel, state: dict, most: int = 2048) -> QueuePa
     config = TrainConfig(**names)
     train = open_datasets(TASKS[config.task], config, trained.image_size).train
     steps_per_epoch, slot = len(train) // config.batch_size, int(trained.model.queue_ptr)
+    itc_steps = sum("itc" in objectives_at(config, step) for step in range(state["step"]))
+    if slot != itc_steps * config.batch_size % size:  # somebody has changed `enqueue`
+        return None
     slots, items = [], []
     for step in range(state["step"] - 1, -1, -1):
         if "itc" not in objectives_at(config, step) or len(items) >= min(size, most):

@@ -84,6 +84,9 @@ def test_the_queue_holds_the_pairs_that_it_is_said_to_hold(pretrained):
     assert all(cosine > 0.99 for _, cosine in curves["image, twin"] + curves["text, twin"])
     pairs.slots = pairs.slots[1:] + pairs.slots[:1]
     assert look.staleness(trained, pairs)["text, twin"][0][1] < 0.9
+    trained.model.queue_ptr += 1  # another enqueue than BLIP's
+    assert look.queue_pairs(trained, read_tensors(pretrained)) is None
+    trained.model.queue_ptr -= 1
     trained.settings["data"] = "own.json"
     assert look.queue_pairs(trained, read_tensors(pretrained)) is None
 
