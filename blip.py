@@ -280,7 +280,7 @@ class BLIP(nn.Module):
 
     @torch.no_grad()
     def clamp_temperature(self) -> None:
-        """Into [temp_min, temp_max]. Within the graph its gradient would be 0 beyond the range."""
+        """Into [temp_min, temp_max]. In the graph, its gradient would be 0 beyond the range."""
         self.temp.clamp_(self.config.temp_min, self.config.temp_max)
 
 

@@ -88,9 +88,9 @@ class Log:
                     "pairs_per_s": round(rate, 1)})
 
     def judged(self, line: dict) -> None:
-        """The line of an epoch's end. The time that judging took is not in the next line's rate."""
+        """The line of an epoch's end. The next line's rate is that of the steps after it."""
         self.write(line)
-        self.since = time.perf_counter()
+        self.count, self.since = 0, time.perf_counter()
 
     def write(self, line: dict) -> None:
         """One line of log.jsonl, {step, ...}; nothing on other ranks than 0."""

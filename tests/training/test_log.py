@@ -5,6 +5,7 @@ import json
 import os
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -61,6 +62,19 @@ def test_a_loss_with_the_name_of_another_number_is_told(tmp_path):
     log = Log(tmp_path, 0, 1)
     with pytest.raises(InputError, match="a loss cannot be called 'temp'"):
         log.add({"temp": torch.tensor(1.0)}, tqdm(total=2, disable=True), 1, False, 8, {}, temp=0.1)
+
+
+def test_judging_is_not_in_the_rate(tmp_path, monkeypatch):
+    """A step a second; after the third one judging takes 100 seconds; a line every two steps."""
+    now = iter([0, 2, 2, 103, 104, 104])
+    monkeypatch.setattr("training.log.time", SimpleNamespace(perf_counter=lambda: next(now)))
+    log = Log(tmp_path, 0, 2)
+    for step in (1, 2, 3, 4):
+        log.add({"lm": torch.tensor(1.0)}, tqdm(total=4, disable=True), step, False, 8, {})
+        if step == 3:
+            log.judged({"step": 3, "score": 0.5})
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [line["pairs_per_s"] for line in lines if "lm" in line] == [8.0, 8.0]
 
 
 def full_disk(*args, **kwargs):
