@@ -27,6 +27,8 @@ SMALL = ("--image-size 32 --vit-width 16 --vit-depth 1 --vit-heads 2 --text-widt
          "1 --text-heads 2 --text-ffn 32 --embed-dim 8 --queue-size 20 --batch-size 8 --min-steps "
          "0 --eval-size 12 --eval-top-k 3 --log-every 2 --warmup-steps 2 --lm-only-steps 2 "
          "--workers 0 --precision fp32").split()
+# The same for a finetuning, which takes the sizes from its start and has no steps of LM alone.
+FINETUNE = " ".join(SMALL[SMALL.index("--batch-size"):]).replace("--lm-only-steps 2", "").split()
 REFERENCE = Path(__file__).parents[2] / "shared" / "reference"
 
 

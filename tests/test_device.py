@@ -2,13 +2,11 @@
 
 import pytest
 import torch
-from conftest import SMALL, run
+from conftest import FINETUNE, run
 from imitated_device import GPU, imitated_gpu
 
 import train
 from training import devices
-
-FINETUNE = SMALL[SMALL.index("--batch-size"):]  # it takes the sizes from the checkpoint
 
 
 def test_the_imitation_finds_what_is_on_the_wrong_device(monkeypatch):

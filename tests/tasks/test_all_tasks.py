@@ -4,15 +4,13 @@ import json
 
 import pytest
 import torch
-from conftest import SMALL, SumsInAnyOrder, run, toy_model
+from conftest import FINETUNE, SumsInAnyOrder, run, toy_model
 from PIL import Image
 
 import eval as eval_
 import train
 from tasks.registry import make_model
 from training import checkpoints
-
-FINETUNE = SMALL[SMALL.index("--batch-size"):]  # it takes the sizes from the checkpoint
 
 
 def test_a_task_starts_from_the_pretrained_model():

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import SMALL, toy_batch, toy_model
+from conftest import FINETUNE, toy_batch, toy_model
 from PIL import Image
 
 import eval as eval_
@@ -19,8 +19,6 @@ from data.clips import frame_numbers, load_clip
 from tasks.registry import make_model
 from world.datasets import Clips, film
 from world.language import is_true
-
-FINETUNE = SMALL[SMALL.index("--batch-size"):]  # it takes the sizes from the checkpoint
 
 
 def test_uniform_frames():

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from conftest import SMALL, toy_batch, toy_model
+from conftest import FINETUNE, toy_batch, toy_model
 from PIL import Image
 
 import eval as eval_
@@ -20,8 +20,6 @@ from tasks.registry import make_model
 from tasks.task import TrainedModel
 from world.datasets import Dialogs, all_texts
 from world.dialogs import FORMS, ROUNDS, SAME, VALUES
-
-FINETUNE = SMALL[SMALL.index("--batch-size"):]  # it takes the sizes from the checkpoint
 
 
 def toy_visdial(**changes) -> visdial.VisDial:

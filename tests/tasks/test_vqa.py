@@ -6,7 +6,7 @@ import re
 
 import pytest
 import torch
-from conftest import REFERENCE, SMALL, photographs, reference, toy_batch, toy_model
+from conftest import FINETUNE, REFERENCE, photographs, reference, toy_batch, toy_model
 
 import eval as eval_
 import train
@@ -21,8 +21,6 @@ from weights.released import load_released
 from world.datasets import Questions
 from world.questions import ask
 from world.scenes import Scene, Thing
-
-FINETUNE = SMALL[SMALL.index("--batch-size"):]  # it takes the sizes from the checkpoint
 
 
 def toy_vqa(**changes) -> vqa.VQA:
