@@ -1,6 +1,7 @@
 """The command line, the schedules, and whole runs small enough for a test."""
 
 import argparse
+import ast
 import dataclasses
 import functools
 import json
@@ -495,9 +496,9 @@ def test_a_model_of_nans_is_neither_judged_nor_kept(tmp_path, pretrained, monkey
 
 
 def test_docstrings_are_not_code_and_all_else_is():
-    plain = 'def f(x):\n    """%s"""\n    return x %s 1  # %s\n'
-    assert code_of(plain % ("a", "+", "b")) == code_of(plain % ("c", "+", "d"))
-    assert code_of(plain % ("a", "+", "b")) != code_of(plain % ("a", "-", "b"))
+    def code(about, sign, comment):
+        return code_of(ast.parse(f'def f(x):\n    """{about}"""\n    return x {sign} 1  # {comment}'))
+    assert code("a", "+", "b") == code("c", "+", "d") != code("a", "-", "b")
 
 
 def test_an_evaluation_draws_no_number_of_the_trainings(pretrained):

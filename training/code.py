@@ -21,21 +21,21 @@ def digest_of_code() -> str:
     Without comments and docstrings.
     """
     content = hashlib.sha256()
-    for path in code_files():
-        content.update(code_of(path.read_text(encoding="utf-8")).encode())
+    for _, tree in sorted(code_files().items()):
+        content.update(code_of(tree).encode())
     return content.hexdigest()
 
 
-def code_files() -> list[Path]:
+def code_files() -> dict[Path, ast.Module]:
     """The files that a result may depend on, a student's own too: found by what imports what."""
     waiting, needed = list(STARTS), {}
     while waiting:
         name = waiting.pop()
         path = file_of(name)
-        if path and name not in needed and (name in BUT or name.split(".")[0] not in ASIDE):
-            needed[name] = path
-            waiting += imports_of(path)
-    return sorted(needed.values())
+        if path and path not in needed and (name in BUT or name.split(".")[0] not in ASIDE):
+            needed[path] = ast.parse(path.read_text(encoding="utf-8"))
+            waiting += imports_of(needed[path])
+    return needed
 
 
 def file_of(module: str) -> Path | None:
@@ -46,10 +46,10 @@ def file_of(module: str) -> Path | None:
     return path / "__init__.py" if (path / "__init__.py").exists() else None
 
 
-def imports_of(path: Path) -> list[str]:
+def imports_of(tree: ast.Module) -> list[str]:
     """Names that may be modules which a file imports."""
     names = []
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             names += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom) and node.module:
@@ -57,9 +57,8 @@ def imports_of(path: Path) -> list[str]:
     return names
 
 
-def code_of(text: str) -> str:
-    """A file's code, without comments and docstrings."""
-    tree = ast.parse(text)
+def code_of(tree: ast.Module) -> str:
+    """A file's code, without comments and docstrings (the tree loses them)."""
     documented = ast.Module | ast.ClassDef | ast.FunctionDef
     for node in ast.walk(tree):
         if isinstance(node, documented) and ast.get_docstring(node):
