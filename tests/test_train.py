@@ -497,7 +497,8 @@ def test_a_model_of_nans_is_neither_judged_nor_kept(tmp_path, pretrained, monkey
 
 def test_docstrings_are_not_code_and_all_else_is():
     def code(about, sign, comment):
-        return code_of(ast.parse(f'def f(x):\n    """{about}"""\n    return x {sign} 1  # {comment}'))
+        text = f'def f(x):\n    """{about}"""\n    return x {sign} 1  # {comment}'
+        return code_of(ast.parse(text))
     assert code("a", "+", "b") == code("c", "+", "d") != code("a", "-", "b")
 
 
