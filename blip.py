@@ -85,8 +85,11 @@ class BLIP(nn.Module):
     @property
     def twin_parameters(self) -> list[tuple[Tensor, Tensor]]:
         """(online parameter, its momentum twin) pairs."""
-        return [(online.get_parameter(name), p_m) for online, twin in self.twins()
-                for name, p_m in twin.named_parameters()]
+        pairs = []
+        for online, twin in self.twins():
+            named = dict(online.named_parameters())
+            pairs += [(named[name], p_m) for name, p_m in twin.named_parameters()]
+        return pairs
 
     def set_objectives(self, objectives: tuple[str, ...]) -> None:
         """Choose the losses that forward() computes. Raises ValueError for an unknown one."""
@@ -99,8 +102,7 @@ class BLIP(nn.Module):
     def encode_image(self, image: Tensor) -> tuple[Tensor, Tensor]:
         """image (B, 3, S, S) -> tokens (B, N, D) and unit features (B, E).
 
-        Clips (B, F, 3, S, S) -> the tokens of all frames (B, F * N, D) and the mean of the frames'
-        features (BLIP sec. 5.6).
+        Clips (B, F, 3, S, S): tokens of all frames (B, F * N, D), their features' mean (sec. 5.6).
         """
         if image.ndim == 5:
             tokens = self.vit(image.flatten(0, 1)).unflatten(0, image.shape[:2])
@@ -154,10 +156,9 @@ class BLIP(nn.Module):
 
         image (B, 3, S, S), ids and mask (B, L) -> {"itc", "itm", "lm"}: scalars, and the twins'
         features. alpha in [0, 1] weighs the twins' soft targets. image_ids (B,) tell which texts
-        share an image: these are no negatives of one another. finetuning (for retrieval, released
-        code): ITM's negatives are mined by online features and without the floor, and with
-        `all_negatives` they come from all processes. The first prompt_length tokens give no LM
-        loss. Nothing in the model changes.
+        share an image: no negatives of one another. finetuning (for retrieval, released code):
+        ITM's negatives are mined by online features, without the floor, with `all_negatives` from
+        all processes. The first prompt_length tokens give no LM loss. Nothing in the model changes.
         """
         losses, keys, sims = {}, {}, None
         image_tokens, image_feat = self.encode_image(image)

@@ -136,8 +136,7 @@ def beam_search(step: Step, prompt: Tensor, eos: int, beams: int = 3, max_length
     score is the sum of the log-probabilities / length ** length_penalty. Each step looks at the
     2 x beams best continuations; one that ends is kept as a hypothesis if it ranks among the first
     `beams`. An image is done when it has `beams` hypotheses and the best continuation, divided by
-    the present length + ahead, is no better than the worst of them. (In the released code's version
-    of the transformers library ahead is 0 for BLIP, and 1 for BLIP-2's stage 2.)
+    the present length + ahead, is no better than the worst. (ahead as released: BLIP 0, BLIP-2 1.)
     """
     results = [Beams(beams) for _ in range(len(prompt))]
     images = list(range(len(prompt)))  # still being searched; each has as many running beams

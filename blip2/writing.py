@@ -10,6 +10,19 @@ from torch import Tensor, nn
 from decoding import Hypothesis, write
 
 
+def contexts_needed(context_of: Tensor, share: bool = True) -> tuple[Tensor, int]:
+    """Which contexts must be held for these rows, and how many rows read each.
+
+    context_of (R,): the context of each row; rows of a context are neighbours. All rows of a
+    context share it where each has as many (always so in beam search). Where they have not, as when
+    samples end one by one, or with share=False, each row gets a copy of its own.
+    """
+    distinct, counts = context_of.unique_consecutive(return_counts=True)
+    if share and (counts == counts[0]).all():
+        return distinct, int(counts[0])
+    return context_of, 1
+
+
 class PrefixStep:
     """A decoder behind a prefix of embeddings as `step(tokens, rows) -> logits`.
 
@@ -36,7 +49,11 @@ class PrefixStep:
         if self.past is None:
             states, self.past = self.language(self.embeds, self.mask)
             return self.language.logits(states[:, -1])[self.cache_of]
-        beams = self.keep_caches(self.cache_of[rows])
+        needed, beams = contexts_needed(self.cache_of[rows], self.language.beams_share)
+        if not torch.equal(needed, torch.arange(self.caches, device=rows.device)):
+            self.past = self.language.select(self.past, needed)
+        self.caches = len(needed)
+        self.cache_of = torch.arange(self.caches, device=rows.device).repeat_interleave(beams)
         itself = torch.eye(beams, dtype=torch.bool, device=rows.device).repeat(self.caches, 1)
         self.sees = torch.cat([self.sees[rows], itself], 1)
         # The new words of an image's beams stand side by side, as tokens of one sequence.
@@ -44,22 +61,6 @@ class PrefixStep:
         mask = self.sees if beams == 1 else self.sees.view(self.caches, beams, -1)
         states, self.past = self.language(words, mask, self.past)
         return self.language.logits(states.flatten(0, 1))
-
-    def keep_caches(self, cache_of: Tensor) -> int:
-        """Keep the caches that are still needed; how many rows each of them has from now on.
-
-        cache_of (R,): the cache of each row; rows of a cache are neighbours. Where they are not
-        equally many, as when samples end one by one, each row gets a cache of its own.
-        """
-        needed, counts = cache_of.unique_consecutive(return_counts=True)
-        beams = int(counts[0])
-        if not self.language.beams_share or (counts != beams).any():
-            needed, beams = cache_of, 1
-        if not torch.equal(needed, torch.arange(self.caches, device=needed.device)):
-            self.past = self.language.select(self.past, needed)
-        self.caches = len(needed)
-        self.cache_of = torch.arange(self.caches, device=needed.device).repeat_interleave(beams)
-        return beams
 
 
 class ContextStep:
@@ -73,10 +74,8 @@ class ContextStep:
 
     def __call__(self, tokens: Tensor, rows: Tensor) -> Tensor:
         """tokens (R, 1), rows (R,) of the previous call -> logits (R, V) for the next token."""
-        self.images = self.images[rows]  # rows of an image are neighbours
-        distinct, counts = self.images.unique_consecutive(return_counts=True)
-        equal = (counts == counts[0]).all()  # as many rows for each image: they share its context
-        images = distinct if equal else self.images
+        self.images = self.images[rows]
+        images, _ = contexts_needed(self.images)
         if self.context_of is None or not torch.equal(images, self.context_of):
             self.context = self.language.project(self.states[images], self.mask[images])
             self.context_of = images

@@ -9,6 +9,7 @@ import torch
 
 from tasks import registry
 from tools import bench
+from training.code import imports_of
 
 ROOT = Path(__file__).parents[1]
 FILES = sorted(path for path in ROOT.rglob("*.py")
@@ -31,14 +32,7 @@ MODULES = {name_of(path) for path in FILES}
 
 def own_imports(path: Path) -> set[str]:
     """The project's modules that a file imports, anywhere in it."""
-    names = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            names.add(node.module)
-            names |= {f"{node.module}.{alias.name}" for alias in node.names}
-    return names & MODULES
+    return set(imports_of(ast.parse(path.read_text()))) & MODULES
 
 
 def room_of(name: str) -> str:

@@ -202,9 +202,15 @@ def require_finite(model: nn.Module, path: str | Path) -> None:
 
 
 def first_not_finite(model: nn.Module) -> str:
-    """The name of a weight that is infinite or no number; "": all are finite."""
+    """The name of a weight that is infinite or nan, or of a buffer with nan; "": none is.
+
+    A buffer of one's own may be infinite, as the best value so far is at the start.
+    """
     for name, weight in model.named_parameters():
         if not weight.isfinite().all():
+            return name
+    for name, buffer in model.named_buffers():
+        if buffer.isnan().any():
             return name
     return ""
 

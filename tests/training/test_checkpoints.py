@@ -80,6 +80,15 @@ def test_weights_that_are_not_finite_are_refused(tmp_path, pretrained, capsys):
     assert error.count("\n") == 1
 
 
+def test_a_buffer_may_be_infinite_and_not_nan():
+    """The best value so far starts at inf; statistics or a queue of nan give scores of nan."""
+    model = torch.nn.BatchNorm1d(2)
+    model.register_buffer("best", torch.tensor(float("inf")))
+    assert checkpoints.first_not_finite(model) == ""
+    model.running_mean[0] = float("nan")
+    assert checkpoints.first_not_finite(model) == "running_mean"
+
+
 def test_a_failed_write_leaves_the_previous_checkpoint(tmp_path, monkeypatch):
     checkpoints.save(tmp_path / "c.pt", {"step": 1})
     def fail(*args, **kwargs):
