@@ -390,8 +390,8 @@ def run(o: argparse.Namespace, command: str) -> None:
     regime = Regime(str(Path(o.out).resolve()), WorldSets(**given_for(WorldSets, vars(o))), o.pairs,
                     WORLD_PRETRAIN | o.pretrain, WORLD_FINETUNE | o.finetune,
                     WORLD_RECIPE | o.losses)
-    for folder in (o.out, o.results):
-        make_folder(folder)
+    make_folder(o.out)
+    make_folder(o.results, "--results")
     names = list(EXPERIMENTS) if "all" in o.experiments else o.experiments
     experiments = {name: EXPERIMENTS[name].only(o.cells) for name in names}
     if o.device:

@@ -26,7 +26,7 @@ from torch import Tensor
 
 import train
 from config import CapFiltConfig
-from data.files import InputError, lock_folder, make_folder
+from data.files import InputError, lock_folder, write_json
 from data.images import prepare_images
 from data.shards import Shard, merge, pending, write
 from data.sources import PairIndex, open_index, with_shares
@@ -43,7 +43,7 @@ from training.code import digest_of_code
 from training.distributed import print0
 from training.precision import autocast, choose_precision
 from training.program import exit_status
-from training.settings import add_flags, at_least, given_for, training_flags
+from training.settings import FileFlag, add_flags, at_least, given_for, training_flags
 from world.web import WORLD_PAIRS, WorldSets, stand_in, truth_of_set
 
 
@@ -160,12 +160,9 @@ def decide(texts: list[dict], config: CapFiltConfig, rng: random.Random) -> None
 
 def run(o: argparse.Namespace) -> None:
     """Do what the command line asks."""
-    out, device, world = Path(o.out), devices.start(o.device), None
+    out, device = Path(o.out), devices.start(o.device)
     distributed.from_rank_0(lambda: lock_folder(out))
-    if not o.web:
-        world = WorldSets(**given_for(WorldSets, vars(o)))
-        print0(f"== the world's web and human pairs, as files in {out}/data")
-        stand_in(o, world, make_folder(out / "data"))
+    world = stand_in(o, WorldSets(**given_for(WorldSets, vars(o))), out)
     check(o)
     shared = {"seed": o.seed, "device": o.device, "precision": o.precision, "vocab": o.vocab}
 
@@ -227,9 +224,11 @@ def bootstrap_from(o: argparse.Namespace, folder: Path, device: torch.device) ->
     filters = [open_filter(path, vars(o), device) for path in o.filter]
     precision = {"precision": choose_precision(o.precision, device)}
     config = CapFiltConfig(**given_for(CapFiltConfig, vars(o) | precision))
-    report_filters(filters, human, itm_scores, config.threshold, folder)
+    qualities = report_filters(filters, human, itm_scores, config.threshold)
     report = bootstrap(web, human, captioners, filters, config, folder, o.seed, o.workers)
     if distributed.rank() == 0:
+        if qualities:
+            write_json(folder / "filter.json", qualities)
         draw_judged_texts(folder / "sheet.png", report["examples"], Path(web.root))
     print_report(report, folder)
     return report
@@ -258,13 +257,13 @@ def command_line() -> argparse.ArgumentParser:
     """The flags of the module docstring."""
     p = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--web", default="", help="json list or tar shards; default: the world's")
-    p.add_argument("--human", default="", help="json of pairs of good quality")
-    p.add_argument("--image-root", default="", help="default: the folder of each source")
+    p.add_argument("--web", default="", action=FileFlag, help="json or tar shards; none: the world")
+    p.add_argument("--human", default="", action=FileFlag, help="json of pairs of good quality")
+    p.add_argument("--image-root", default="", action=FileFlag, help="default: the source's folder")
     p.add_argument("--captioner", nargs="+", default=[], help="train.py caption (none: web texts)")
     p.add_argument("--filter", nargs="+", default=[], help="train.py retrieval (none: keep all)")
-    p.add_argument("--out", default="runs/capfilt", help="default runs/capfilt")
-    p.add_argument("--init", default="", help="pretrained model that --finetune starts from")
+    p.add_argument("--out", default="runs/capfilt", action=FileFlag, help="default runs/capfilt")
+    p.add_argument("--init", default="", action=FileFlag, help="model that --finetune starts from")
     p.add_argument("--finetune", nargs="?", const={}, type=training_flags, metavar="FLAGS",
                    help="make captioner and filter from --init and --human first; FLAGS of "
                    "train.py for both, given as --finetune=\"--epochs 5\"")

@@ -71,6 +71,13 @@ def check_multiples(config, *pairs: tuple[str, str]) -> None:
                 f"--{part.replace('_', '-')} {getattr(config, part)}")
 
 
+def check_lengths(config) -> None:
+    """Raise SettingError where no caption can be as long as it must be."""
+    if config.min_length > config.max_length:
+        raise SettingError(f"--min-length {config.min_length} is more than --max-length "
+                           f"{config.max_length}; give a smaller --min-length")
+
+
 @dataclass(frozen=True)
 class BLIPConfig:
     """Architecture and objectives. The defaults are the paper's ViT-B/16 + BERT-base."""
@@ -236,6 +243,7 @@ class TrainConfig:
 
     def __post_init__(self):
         check_settings(self)
+        check_lengths(self)
         if not any(self.objective_weights().values()):
             raise SettingError("all losses are switched off; give one of them a weight above 0")
 

@@ -40,6 +40,7 @@ from blip2.stage2 import Stage2
 from data.datasets import ImageDataset
 from data.files import InputError, make_folder, write_json
 from data.pairs import read_pairs
+from data.text import Tokenizer, clean_question
 from reports.metrics import caption_scores
 from reports.numbers import print_numbers, write_numbers
 from reports.sheets import draw_sheet
@@ -50,16 +51,21 @@ from tasks.task import Benchmark, EvalSettings, Source, TrainedModel
 from tools import demo
 from training import devices, distributed
 from training.checkpoints import open_model
+from training.folders import refuse_a_run
 from training.precision import evaluation_precision
 from training.program import exit_status
-from training.settings import add_flags, at_least, given_for
+from training.settings import FileFlag, add_flags, at_least, given_for
 
 
 def open_checkpoint(o: argparse.Namespace, needs: tuple[str, ...], kind: type = BLIP,
                     ) -> TrainedModel:
     """The command line's model, which must be of a kind and trained with what it `needs`."""
     heads = {name: getattr(o, name) for name in ("vit_heads", "text_heads") if getattr(o, name)}
-    return open_model(o.checkpoint, needs, o.vocab, devices.start(o.device), (kind,), heads)
+    trained = open_model(o.checkpoint, needs, o.vocab, devices.start(o.device), (kind,), heads)
+    if not trained.released and (o.vocab or heads):
+        raise InputError(f"--vocab, --vit-heads and --text-heads are for released weights; "
+                         f"{o.checkpoint} holds its own: leave them out")
+    return trained
 
 
 # ---- benchmarks ----------------------------------------------------------------------------------
@@ -85,6 +91,7 @@ def run_benchmark(o: argparse.Namespace, benchmark: Benchmark) -> None:
     """Measure; print the numbers; write them, the sheet and the results into --out."""
     if benchmark.needs_data and not o.data:
         raise InputError(f"{benchmark.name} needs --data: its annotations")
+    refuse_a_run(o.out)
     trained = open_checkpoint(o, benchmark.needs, benchmark.model)
     trained.settings = trained.settings | benchmark.settings
     size = o.size or (0 if o.data else benchmark.size)
@@ -92,12 +99,11 @@ def run_benchmark(o: argparse.Namespace, benchmark: Benchmark) -> None:
     source = Source(o.data, o.image_root, split, size, trained.image_size,
                     frames=getattr(o, "frames", 0), need_labels=benchmark.need_labels)
     dataset = benchmark.open_data(source)
+    out = make_folder(o.out)
     settings = eval_settings(o, benchmark, trained)
     with evaluation_precision(trained.settings["precision"], trained.device):
         evaluation = benchmark.evaluate(trained, dataset, settings)
     if distributed.rank() == 0:
-        out = make_folder(o.out)
-        print_numbers(evaluation.numbers)
         write_numbers(out / "metrics.json", evaluation.numbers, all_settings(o, benchmark, trained))
         written = ["metrics.json", *evaluation.files]
         if evaluation.sections:
@@ -105,6 +111,7 @@ def run_benchmark(o: argparse.Namespace, benchmark: Benchmark) -> None:
             written.append("sheet.png")
         for name, content in evaluation.files.items():
             write_json(out / name, content, indent=None)
+        print_numbers(evaluation.numbers)
         print(f"wrote {out}/{', '.join(sorted(written))}")
 
 
@@ -149,10 +156,16 @@ def describe(o: argparse.Namespace) -> None:
     """Captions of pictures, and samples."""
     trained = open_checkpoint(o, TASKS["caption"].needs)
     decoding = Decoding.choose(vars(o), trained.settings)
-    records = demo.describe(trained, demo.find_pictures(o.picture), decoding, o.captions, o.samples)
-    write_json(make_folder(o.out) / "captions.json", records)
-    print(f"wrote {o.out}/captions.json (beam: mean log-probability of a token; sample: "
-          "log-likelihood)")
+    path, records = make_folder(o.out) / "captions.json", []
+    try:
+        for record in demo.describe(trained, demo.find_pictures(o.picture), decoding, o.captions,
+                                    o.samples):
+            records.append(record)
+    finally:  # also of those before an interrupt
+        if records:
+            write_json(path, records)
+            print(f"wrote {path} ({len(records)} pictures; beam: mean log-probability of a token; "
+                  "sample: log-likelihood)")
 
 
 def ask(o: argparse.Namespace) -> None:
@@ -163,9 +176,10 @@ def ask(o: argparse.Namespace) -> None:
 
 def search(o: argparse.Namespace) -> None:
     """The pictures of a folder that fit a text best."""
-    trained = open_checkpoint(o, TASKS["retrieval"].needs)
-    for record in demo.search(trained, o.text, demo.find_pictures(o.images), Path(o.checkpoint),
-                              Path(o.out), o.top_k):
+    trained, out = open_checkpoint(o, TASKS["retrieval"].needs), make_folder(o.out)
+    pictures = [path for path in demo.find_pictures(o.images)
+                if path.resolve() != (out / "search.png").resolve()]  # of a search before
+    for record in demo.search(trained, o.text, pictures, Path(o.checkpoint), out, o.top_k):
         print(f"{record['score']:7.2f}   ITC {record['itc']:6.3f}  ITM {record['itm']:5.3f}  "
               f"{record['image']}")
     print(f"wrote {o.out}/search.png")
@@ -180,10 +194,10 @@ def match(o: argparse.Namespace) -> None:
 
 def attend(o: argparse.Namespace) -> None:
     """Where cross-attention looks, word by word."""
-    trained = open_checkpoint(o, ("itm",))
+    trained, out = open_checkpoint(o, ("itm",)), make_folder(o.out)
     image = demo.open_picture(o.picture, trained.image_size)
     words, heat, itm = demo.attention(trained, image, o.text, o.layer)
-    path = make_folder(o.out) / "attention.png"
+    path = out / "attention.png"
     demo.draw_attention(path, image, words, heat, f"{o.text} (ITM probability {itm:.3f})")
     print(f"ITM probability {itm:.4f}; wrote {path}")
 
@@ -191,6 +205,9 @@ def attend(o: argparse.Namespace) -> None:
 def chat(o: argparse.Namespace) -> None:
     """Several questions about a picture, each in the light of those before (BLIP-2)."""
     trained = open_checkpoint(o, (), Stage2)
+    vocab = trained.model.config.language.get("vocab")  # (a library's model has none here)
+    for question in o.question:
+        demo.check_words(clean_question(question), Tokenizer(list(vocab)) if vocab else None)
     image = demo.open_picture(o.picture, trained.image_size)
     for question, answer in blip2_demo.chat(trained, image, o.question):
         print(f"question: {question}\nanswer:   {answer}")
@@ -198,16 +215,19 @@ def chat(o: argparse.Namespace) -> None:
 
 def queries(o: argparse.Namespace) -> None:
     """Where each of BLIP-2's queries looks, and how much they differ."""
-    trained = open_checkpoint(o, (), FrozenVision)
+    trained, out = open_checkpoint(o, (), FrozenVision), make_folder(o.out)
     image = demo.open_picture(o.picture, trained.image_size)
     names, heat, rank = blip2_demo.query_attention(trained, image)
-    path = make_folder(o.out) / "queries.png"
+    path = out / "queries.png"
     demo.draw_attention(path, image, names, heat, "where each query looks")
     print(f"the {len(names)} queries differ in about {rank:.1f} directions (effective rank of "
           f"their last states)\nwrote {path}")
 
 
 # ---- command line --------------------------------------------------------------------------------
+
+PRINTED = ("score", "ask", "match", "chat")  # what they find is printed, and no file is written
+
 
 def command_line() -> argparse.ArgumentParser:
     """The commands of the module docstring and their flags."""
@@ -218,8 +238,9 @@ def command_line() -> argparse.ArgumentParser:
     def add(name: str, about: str, run, model: bool = True) -> argparse.ArgumentParser:
         p = commands.add_parser(name, help=about, description=about, allow_abbrev=False)
         p.set_defaults(run=run)
-        p.add_argument("--out", default=f"runs/eval/{name}",
-                       help=f"folder for what it writes (default runs/eval/{name})")
+        if name not in PRINTED:
+            p.add_argument("--out", default=f"runs/eval/{name}", action=FileFlag,
+                           help=f"folder for what it writes (default runs/eval/{name})")
         if model:
             p.add_argument("--checkpoint", required=True, help="of train.py, or released weights")
             p.add_argument("--vocab", default="", help="vocab.txt, for released weights")
@@ -241,7 +262,8 @@ def command_line() -> argparse.ArgumentParser:
                    help="allow references without a prediction: leave them out")
     p = add("describe", "captions, and samples with their log-likelihoods", describe)
     p.add_argument("picture", nargs="+", help="picture or folder")
-    p.add_argument("--captions", type=at_least(1), default=1, help="by beam search (default 1)")
+    p.add_argument("--captions", type=at_least(1, 100), default=1,
+                   help="by beam search (default 1)")
     p.add_argument("--samples", type=at_least(0), default=3, help="by nucleus sampling (default 3)")
     add_flags(p, Decoding, {}, skip=("method",))
     p = add("ask", "an answer to a question about a picture", ask)
@@ -272,8 +294,9 @@ def add_benchmark_flags(p: argparse.ArgumentParser, benchmark: Benchmark) -> Non
     """The flags that all benchmarks have, and the benchmark's own."""
     world = ("required: the world has none of it" if benchmark.needs_data
              else f"default: {benchmark.size} held-out items of the picture world")
-    p.add_argument("--data", default="", help=f"json files ({world})")
-    p.add_argument("--image-root", default="", help="default: the folder of the json")
+    p.add_argument("--data", default="", action=FileFlag, help=f"json files ({world})")
+    p.add_argument("--image-root", default="", action=FileFlag,
+                   help="default: the folder of the json")
     p.add_argument("--split", default="test", help="of a Karpathy file (default test)")
     p.add_argument("--size", type=at_least(0), default=0,
                    help="only the first so many items (default all)")

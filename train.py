@@ -18,10 +18,8 @@ curves.png (at the end).
 
 import math
 import os
-import re
 import sys
 import time
-import uuid
 from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
@@ -30,7 +28,8 @@ import torch
 from tqdm import tqdm
 
 from config import TrainConfig, alpha_at, learning_rate, objectives_at
-from data.files import InputError, lock_folder, make_folder, note_in_lock, read_json
+from data.datasets import some_pictures
+from data.files import InputError, read_json, refuse_own_files
 from data.text import Tokenizer
 from reports.curves import draw_curves, read_log
 from reports.numbers import print_highlights, print_numbers, write_numbers
@@ -40,6 +39,7 @@ from tasks.task import EvalSettings, Evaluation
 from training import checkpoints, devices, distributed, plan
 from training.diagnostics import Diagnostics, chance_levels, final_lines
 from training.distributed import print0
+from training.folders import begin, prepare_folder
 from training.log import Log
 from training.precision import autocast, evaluation_precision
 from training.program import exit_status, signals_noted
@@ -255,42 +255,24 @@ def start(given: dict, resume: bool = False) -> Run:
         raise InputError(f"--batch-size {config.batch_size} leaves one pair to each process and "
                          "micro-batch, and ITM needs a second one as a negative; give a larger "
                          "one, or a smaller --accumulate")
-    refuse_own_files(config)
+    refuse_own_files(files_of(config), config.out)
     run = Run(model_config, config, device, state, source, given, run_id)
+    refuse_own_files(some_pictures(run.datasets.train), config.out)
     if distributed.rank() == 0:
         prepare_folder(run.out, resume=state is not None)
     return run
 
 
-def refuse_own_files(config: TrainConfig) -> None:
-    """InputError where the run's folder holds what the run reads: it may be moved aside."""
-    out = Path(config.out).resolve()
+def files_of(config: TrainConfig) -> list[str]:
+    """The files and the folder that a run reads, by its settings."""
     files = [*config.data.split(","), *config.val.split(","), config.image_root, config.vocab]
-    for file in filter(None, files):
-        if Path(file).resolve().is_relative_to(out):
-            raise InputError(f"{file} lies in the run's folder {config.out}, and an earlier run's "
-                             "folder is moved aside; give another --out")
+    return [file for file in files if file]
 
 
 def task_needs_negatives(config: TrainConfig) -> bool:
     """Whether ITM takes its negatives from the pairs of one process and micro-batch."""
     from_all = config.all_negatives and distributed.world_size() > 1
     return bool(TASKS[config.task].reranks and config.itm_weight and not from_all)
-
-
-def begin(out: Path, state: dict | None, restarted: bool) -> str:
-    """Lock the run's folder -> the id of the run that it belongs to from now on.
-
-    The id stands in the lock's file before anything slow begins. So a run that is restarted knows
-    which checkpoint is its own. Raises InputError where another process trains into the folder.
-    """
-    earlier = lock_folder(out)
-    if state:
-        run_id = state.get("run_id") or uuid.uuid4().hex
-    else:
-        run_id = earlier if restarted and earlier else uuid.uuid4().hex
-    note_in_lock(out, run_id)
-    return run_id
 
 
 def resumed_config(given: dict, state: dict, out: Path) -> tuple[object, TrainConfig]:
@@ -331,25 +313,6 @@ def new_config(given: dict) -> tuple[object, TrainConfig, object]:
     return model_config, config, source
 
 
-def prepare_folder(out: Path, resume: bool) -> None:
-    """Make the run's folder. An earlier run in it is moved aside, not overwritten."""
-    try:
-        if not resume and any(out.glob("*.pt")):
-            number = 1
-            while Path(f"{out}.old{number}").exists():
-                number += 1
-            aside = Path(f"{out}.old{number}")
-            out.rename(aside)
-            print(f"{out} holds an earlier run: moved to {aside} (--resume would have continued "
-                  "it)")
-        make_folder(out)
-        for leftover in out.glob("*.tmp"):  # of a process that was killed while it wrote
-            if re.search(r"\.\d+\.tmp$", leftover.name):  # data.files.whole_file
-                leftover.unlink()
-    except OSError as error:
-        raise InputError(f"the run's folder {out} cannot be made ({error}); give another --out")
-
-
 def describe(run: Run) -> None:
     """Print what will be trained, where and with which settings."""
     c, processes = run.config, distributed.world_size()
@@ -378,7 +341,12 @@ def run_all(given: dict, resume: bool) -> int:
                f"--resume --out {run.config.out}")
         return 130
     print0(f"trained for {run.seconds / 60:.1f} minutes; evaluating")
-    evaluation = evaluate(run)
+    try:
+        evaluation = evaluate(run)
+    except KeyboardInterrupt:
+        print0(f"interrupted; the training is done: judge it with: python train.py --resume --out "
+               f"{run.config.out}")
+        return 130
     if distributed.rank() == 0:
         report(run, evaluation.numbers)
     return 0

@@ -20,7 +20,7 @@ from blip2.config import Blip2Config
 from blip2.language import LanguageConfig, make_language
 from blip2.stage1 import FrozenVision, make_qformer
 from blip2.writing import logits_of_targets, write_behind
-from config import setting
+from config import SettingError, setting
 from decoding import Hypothesis
 from losses import lm_loss
 
@@ -44,6 +44,12 @@ class Stage2Config(Blip2Config):
     # LanguageConfig's fields, of a language model of this project; else a name or folder of
     # the transformers library under "name".
     language: dict = field(default_factory=dict, metadata={"flag": False})
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.new_layers > self.depth:
+            raise SettingError(f"--new-layers {self.new_layers} is more than the Q-Former's "
+                               f"{self.depth} layers; give a smaller one")
 
 
 class Stage2(FrozenVision):

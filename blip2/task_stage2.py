@@ -5,6 +5,7 @@ about pictures (zero-shot VQA, BLIP-2 sec. 4.1). Finetuned for VQA, the queries 
 too.
 """
 
+import os
 import random
 from dataclasses import replace
 
@@ -60,6 +61,10 @@ ANSWERS = dict(beams=5, min_length=1, max_length=11, length_penalty=-1.0)
 
 def read_language(path: str, task: str = "language-model") -> dict:
     """A checkpoint of the task. Raises InputError for what is none."""
+    if not os.path.exists(path):
+        flag = "--text-from" if task == "blip2-stage1" else "--language-model"
+        raise InputError(f"{path} does not exist; train it with `python train.py {task}`, or give "
+                         f"{flag} with another checkpoint of it")
     state = read_tensors(path)
     if not isinstance(state, dict) or state.get("train_config", {}).get("task") != task:
         raise InputError(f"{path} is not a checkpoint of `python train.py {task}`")
@@ -76,6 +81,9 @@ def complete(config: Stage2Config, tokenizer: Tokenizer) -> Stage2Config:
         raise InputError("blip2-stage2 needs a language model: give --language-model with a "
                          "checkpoint of `python train.py language-model`, or a name or folder of "
                          "the transformers library such as facebook/opt-2.7b")
+    if os.path.exists(os.path.join(path, "checkpoint.pt")):  # a folder of the library has none
+        raise InputError(f"--language-model {path} is the folder of a run; give "
+                         f"{os.path.join(path, 'checkpoint.pt')}")
     if path.endswith(".pt"):
         return replace(config, language=dict(read_language(path)["model_config"]))
     from blip2.transformers_language import describe_library_model

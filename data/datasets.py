@@ -229,6 +229,14 @@ def some_examples(dataset: Dataset, most: int) -> Iterator:
         yield dataset.example(index)
 
 
+def some_pictures(dataset: Dataset) -> list[Path]:
+    """Where the files of about a hundred examples lie; [] for the world, which has none."""
+    if not isinstance(dataset, ImageDataset):
+        return []
+    return [Path(getattr(example, "root", "") or dataset.root) / name
+            for example in some_examples(dataset, 100) for name in example.images]
+
+
 class Collate:
     """Items -> a batch {image, examples, index, broken, and what `encode` makes}.
 

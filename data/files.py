@@ -11,7 +11,7 @@ import pickle
 import re
 import stat
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TextIO
 
@@ -84,6 +84,8 @@ def unreadable(error: Exception) -> str:
 def check_start(path: str | Path, text: str) -> None:
     """Raises InputError where a file cannot be json, as its first characters show."""
     text = text.lstrip()
+    if not text:
+        raise InputError(f"{path} is empty; give a file with records")
     if not text.startswith(("[", "{")):
         raise InputError(f"{path} is no json (it begins with {text[:20]!r}); give a json list, "
                          "json with one record a line, a data set's own json file, or for "
@@ -103,6 +105,12 @@ def read_json(path: str | Path):
                          f"column {error.colno} (near {near!r}); repair it there")
     except (RecursionError, ValueError) as error:
         raise InputError(f"{path} cannot be read: {unreadable(error)}; repair it")
+
+
+def require_object(where: str, record, needs: str) -> None:
+    """InputError where a record of a file is no json object. needs: what it must have."""
+    if not isinstance(record, dict):
+        raise InputError(f"{where}: it is {record!r:.60} and must be an object; it needs {needs}")
 
 
 BLOCK = 1 << 20  # characters that are read at a time
@@ -171,6 +179,8 @@ def read_tensors(path: str | Path) -> dict:
     A file that holds anything but tensors and plain values is refused, and so is one whose
     checksums do not fit. A .safetensors file needs the package of that name. Raises InputError.
     """
+    if os.path.isdir(path):
+        raise InputError(f"{path} is a folder; give a checkpoint in it: checkpoint.pt or best.pt")
     try:
         if str(path).endswith(".safetensors"):
             from safetensors.torch import load_file
@@ -244,6 +254,9 @@ def lock_folder(folder: str | Path) -> str:
     if folder in HELD:
         HELD[folder].seek(0)
         return HELD[folder].read()
+    if folder.is_file():
+        raise InputError(f"{folder} is a file and cannot be the folder of a run; give another "
+                         "--out")
     path = make_folder(folder.parent) / f".{folder.name}.lock"
     if not os.access(folder.parent, os.W_OK):
         path = make_folder(folder) / ".lock"
@@ -276,7 +289,8 @@ def note_in_lock(folder: str | Path, note: str) -> None:
 def unlock_folders() -> None:
     """Let other processes into the folders that this one locked."""
     while HELD:
-        HELD.popitem()[1].close()
+        with contextlib.suppress(OSError):  # a full disk: what is not written yet is lost
+            HELD.popitem()[1].close()
 
 
 def write_json(path: str | Path, content, indent: int | None = 1) -> None:
@@ -293,3 +307,12 @@ def make_folder(path: str | Path, flag: str = "--out") -> Path:
         raise InputError(f"the folder {path} cannot be made ({error.strerror}); give another "
                          f"{flag}")
     return Path(path)
+
+
+def refuse_own_files(files: Iterable[str | Path], out: str | Path) -> None:
+    """InputError where a file lies in the folder, which may be moved or written over."""
+    folder = Path(out).resolve()
+    for file in files:
+        if Path(file).resolve().is_relative_to(folder):
+            raise InputError(f"{file} lies in the folder {out}, into which this command writes: "
+                             "what is there may be moved aside or written over; give another --out")

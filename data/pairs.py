@@ -17,6 +17,9 @@ def iterate_records(path: str | Path, split: str) -> Iterator[tuple[str, dict]]:
     As (where it stands, {image, caption, image_id?, domain?}). Raises InputError.
     """
     captions_by_image, form, annotations = {}, "BLIP", []
+    if str(path).endswith(".tar"):
+        raise InputError(f"{path}: tar shards are for train.py --data and capfilt.py --web; here "
+                         "give a json file")
     if is_list(path):
         records = stream_list(path)
     else:
@@ -80,7 +83,9 @@ def make_pair(where: str, record: dict, root: str, need_captions: bool = True) -
             isinstance(c, str) for c in captions):
         raise InputError(f"{where}: image must be a path and caption a text or a list of texts")
     check_inside(where, image, root)
-    name = record.get("image_id", image)
+    name = record.get("image_id")
+    if name is None or name != name:  # null, NaN: its path names it
+        name = image
     return Pair(image, tuple(text.strip() for text in captions if clean_caption(text)),
                 name_hash(name), name, str(record.get("domain", "")))
 

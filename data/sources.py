@@ -23,7 +23,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from data.datasets import Pair
-from data.files import InputError, parse_json, read_json, regular_file
+from data.files import InputError, make_folder, parse_json, read_json, regular_file
 from data.images import ENDINGS
 from data.pairs import iterate_records, make_pair
 from data.text import clean_caption
@@ -133,7 +133,7 @@ class PairIndex(Sequence):
         """Write the index; it takes its name when it is whole, and nothing stays if it fails."""
         temporary, skipped, position = Path(f"{index}.{os.getpid()}.tmp"), Counter(), 0
         remove_leftovers(index)
-        temporary.mkdir(parents=True, exist_ok=True)
+        make_folder(temporary)
         if shards:
             records = (record for shard in shards for record in tar_records(shard, root, skipped))
         else:
@@ -243,6 +243,8 @@ def open_mixture(data: str, image_root: str, folder: Path) -> "Mixture":
     """
     rows, shares = [], []
     for text in data.split(","):
+        if not text:
+            raise InputError(f"--data {data} has nothing on one side of a comma; take it away")
         source, colon, share = text.rpartition(":")
         if not colon or not re.fullmatch(r"\d*\.?\d+", share):
             source, share = text, "1"

@@ -93,10 +93,11 @@ class Tokenizer:
     def from_file(cls, path: str | Path) -> "Tokenizer":
         """Read BERT's vocab.txt: one token a line."""
         try:
-            lines = Path(regular_file(path)).read_text(encoding="utf-8").splitlines()
+            text = Path(regular_file(path)).read_text(encoding="utf-8-sig").rstrip("\r\n")
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(f"vocabulary {path} cannot be read ({error}); give a vocab.txt with "
                              "one token a line")
+        lines = text.splitlines()
         repeated = [token for token, n in Counter(lines).items() if n > 1]
         if repeated:
             raise InputError(f"vocabulary {path} lists {repeated[0]!r} twice; each token may "
@@ -120,6 +121,10 @@ class Tokenizer:
         """Whether the vocabulary has pieces for all of the text, and the text has any."""
         pieces = self.piece_ids(text)
         return bool(pieces) and self.ids[UNK] not in pieces
+
+    def unknown_words(self, text: str) -> list[str]:
+        """The words that are read as [UNK]: the vocabulary has no pieces for them."""
+        return [word for word in text.split() if self.ids[UNK] in self.piece_ids(word)]
 
     def encode(self, texts: list[str], max_tokens: int) -> tuple[Tensor, Tensor]:
         """texts -> ids and mask (B, L): [CLS] pieces [SEP], padded to the longest text.

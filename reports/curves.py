@@ -25,7 +25,9 @@ def read_log(folder: str | Path) -> list[dict]:
     path = Path(folder) / "log.jsonl"
     try:
         lines = [json.loads(line) for line in path.read_text().splitlines()]
-    except (OSError, ValueError):
+        if not all(isinstance(line["step"], int) for line in lines):
+            raise ValueError("a step that is no number")
+    except (OSError, ValueError, KeyError, TypeError):
         raise InputError(f"{path} cannot be read; give the folder of a run of train.py")
     if not lines:
         raise InputError(f"{path} is empty: the run has not logged a step yet; wait, or leave it "

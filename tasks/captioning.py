@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from blip import BLIP
-from config import TrainConfig, check_settings, setting
+from config import TrainConfig, check_lengths, check_settings, setting
 from data.datasets import caption_collate, some_examples
 from data.files import InputError, is_list, read_json, stream_list
 from data.text import Tokenizer
@@ -64,6 +64,7 @@ class Decoding:
 
     def __post_init__(self):
         check_settings(self)
+        check_lengths(self)
 
     @classmethod
     def choose(cls, given: dict, trained: dict) -> "Decoding":

@@ -17,7 +17,7 @@ from attention import CrossAttention, KeysValues
 from blip import init_weights, make_med
 from config import BLIPConfig, TrainConfig
 from data.datasets import Collate, ImageDataset, NLVR2Example
-from data.files import InputError, is_list, stream_list
+from data.files import InputError, is_list, require_object, stream_list
 from data.text import Tokenizer, clean_caption
 from reports.metrics import consistency, mean
 from reports.sheets import GREEN, RED, Cell, pictures_of
@@ -38,6 +38,7 @@ from tasks.task import (
 from training import distributed
 from world.datasets import Statements
 
+NEEDS = "images, sentence and label (or identifier, sentence, label)"  # of a record
 OTHER_SIDE = {"left": "right", "right": "left"}
 
 
@@ -118,6 +119,7 @@ def read_statements(path: str | Path) -> list[NLVR2Example]:
     examples = []
     for number, record in enumerate(stream_list(path)):
         where = f"{path}, record {number}"
+        require_object(where, record, NEEDS)
         try:
             images, label = record.get("images"), str(record["label"]).lower()
             if images is None:
@@ -134,8 +136,7 @@ def read_statements(path: str | Path) -> list[NLVR2Example]:
             examples.append(NLVR2Example(tuple(images), record["sentence"], label == "true",
                                          str(record.get("identifier", number))))
         except (KeyError, TypeError, AttributeError) as error:
-            raise InputError(f"{where}: {error} is missing; a record needs images, sentence and "
-                             "label (or identifier, sentence, label)")
+            raise InputError(f"{where}: {error} is missing; it needs {NEEDS}")
     if not examples:
         raise InputError(f"{path} holds no statement")
     return examples

@@ -54,6 +54,7 @@ class TrainedModel:
     tokenizer: Tokenizer
     settings: dict  # of its training: TrainConfig's fields
     answers: list[str] = field(default_factory=list)  # that a VQA model ranks
+    released: bool = False  # by the paper's authors, or in their form
 
     @property
     def device(self) -> torch.device:
@@ -98,6 +99,7 @@ class Source:
     size: int  # the first so many; 0: all
     image_size: int  # pixels
     seed: int = 0
+    each_caption: bool = False  # an item for each caption, for training; else for each image
     augment: bool = False  # random crops, flips and RandAugment, for training
     rand_augment: bool = True  # false: crops and flips alone
     replace_broken: bool = False  # an image that cannot be read by another one, for training
@@ -252,7 +254,10 @@ def open_pairs(source: Source) -> Dataset:
     """Image-text pairs: one caption each in training, else one item for each image."""
     if not source.data:
         return World(source.split, source.size, source.image_size, source.seed, source.noise)
-    if source.split != "train":
+    if not source.each_caption:
+        if "," in source.data and not os.path.exists(source.data):
+            raise InputError(f"{source.data} names several files, and what judges is one file; put "
+                             "all its pairs into one")
         pairs = read_pairs(source.data, source.image_root or None, source.split,
                            source.need_labels)
         return source.images(merge_captions(pairs))

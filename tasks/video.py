@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 
 from data.clips import load_clip
 from data.datasets import ImageDataset, Pair, VQAExample, name_hash
-from data.files import InputError, is_list, read_json, stream_list
+from data.files import InputError, is_list, read_json, require_object, stream_list
 from tasks import retrieval, vqa
 from tasks.task import Benchmark, Source
 from world.datasets import ClipQuestions, Clips
@@ -46,8 +46,7 @@ def iterate_clips(path: str) -> Iterator[tuple[str, dict, str]]:
         raise InputError(f"{path} is neither a json list nor a file with one record a line")
     for number, record in enumerate(stream_list(path)):
         where = f"{path}, record {number}"
-        if not isinstance(record, dict):
-            raise InputError(f"{where}: it is {str(record)[:40]!r} and must be a record")
+        require_object(where, record, "the name of a clip")
         keys = [key for key in ("clip_name", "video", "video_id") if key in record]
         if not keys:
             raise InputError(f"{where}: it names no clip; give clip_name, video or video_id")

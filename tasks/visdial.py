@@ -5,6 +5,7 @@ parts and not their order, and no code was released: the order here is our choic
 Here: the model, the files of dialogs, the evaluation. Letters: K candidates.
 """
 
+import math
 import random
 
 import torch
@@ -15,7 +16,7 @@ from torch.utils.data import Dataset
 from blip import init_weights, make_med
 from config import BLIPConfig, TrainConfig
 from data.datasets import Collate, DialogExample, DialogRound
-from data.files import InputError, read_json
+from data.files import InputError, read_json, require_object
 from data.images import prepare_images
 from data.text import Tokenizer, clean_caption, clean_question
 from med import ContextKV
@@ -109,6 +110,7 @@ def read_dialogs(data: str) -> list[DialogExample]:
     examples = []
     for number, record in enumerate(dialogs):
         where = f"{path}, dialog {number}"
+        require_object(where, record, "image_id, caption and dialog")
         try:
             rounds = [read_round(f"{where}, round {turn}", turn_record, questions, answers)
                       for turn, turn_record in enumerate(record["dialog"], 1)]
@@ -124,17 +126,19 @@ def read_dialogs(data: str) -> list[DialogExample]:
                              "question, answer, answer_options and gt_index")
     if not examples:
         raise InputError(f"{path} holds no dialog")
+    check_relevance(dense, relevance, examples)
     return examples
 
 
 def read_round(where: str, record: dict, questions: list[str], answers: list[str]) -> DialogRound:
     """A round whose texts are given as numbers of questions and answers. Raises InputError."""
+    require_object(where, record, "question, answer, answer_options and gt_index")
     choices, target = record.get("answer_options", []), record["gt_index"]
     if len(choices) != CANDIDATES:
         raise InputError(f"{where}: it has {len(choices)} candidate answers and must have "
                          f"{CANDIDATES}")
     if target not in range(CANDIDATES):
-        raise InputError(f"{where}: gt_index is {str(target)[:40]}; it must be a number from 0 "
+        raise InputError(f"{where}: gt_index is {target!r:.40}; it must be a number from 0 "
                          f"to {CANDIDATES - 1}")
     return DialogRound(questions[record["question"]], answers[record["answer"]],
                        tuple(answers[i] for i in choices), int(target))
@@ -144,15 +148,25 @@ def read_relevance(path: str) -> dict[int, tuple[int, tuple[float, ...]]]:
     """Dense annotations: image id -> (round, relevance of its candidates). Raises InputError."""
     relevance, notes = {}, read_json(path)
     for number, note in enumerate(notes if isinstance(notes, list) else [notes]):
+        require_object(f"{path}, record {number}", note, "image_id, round_id and gt_relevance")
         try:
             of_candidates = tuple(map(float, note.get("gt_relevance", note.get("relevance"))))
             if len(of_candidates) != CANDIDATES:
                 raise ValueError(f"{len(of_candidates)} candidates")
+            if not all(0 <= value < math.inf for value in of_candidates):
+                raise ValueError("a relevance that is no number from 0 on")
             relevance[note["image_id"]] = (note["round_id"] - 1, of_candidates)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise InputError(f"{path}, record {number}: {error!r:.200}; it needs image_id, "
                              f"round_id and gt_relevance of {CANDIDATES} candidates")
     return relevance
+
+
+def check_relevance(path: str, relevance: dict, examples: list[DialogExample]) -> None:
+    """InputError where dense annotations are of no dialog that there is."""
+    if relevance and not any(example.relevance for example in examples):
+        raise InputError(f"{path}: none of its {len(relevance)} images is that of a dialog; give "
+                         "the dense annotations of the same split")
 
 
 def open_data(source: Source) -> Dataset:

@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 from blip import init_weights, make_med
 from config import BLIPConfig, TrainConfig
 from data.datasets import Collate, VQAExample, some_examples
-from data.files import InputError, is_list, read_json, stream_list
+from data.files import InputError, is_list, read_json, require_object, stream_list
 from data.text import Tokenizer, clean_question
 from decoding import Hypothesis, beam_search
 from losses import next_token_targets
@@ -172,6 +172,7 @@ def read_questions(data: str, need_answers: bool = True) -> list[VQAExample]:
         subset = content.get("data_subtype", "")
         for number, record in enumerate(content["questions"]):
             where = f"{path}, question {number}"
+            require_object(where, record, "image_id, question and question_id")
             try:
                 about = annotations.get(record["question_id"], {})
                 name = f"{subset}/COCO_{subset}_{record['image_id']:012d}.jpg"
@@ -190,6 +191,7 @@ def read_annotations(path: str, notes: list) -> dict[int | str, dict]:
     """VQAv2's annotations: question_id -> {answer: texts, answer_type}. Raises InputError."""
     annotations = {}
     for number, note in enumerate(notes):
+        require_object(f"{path}, annotation {number}", note, "question_id and answers")
         try:
             answers = as_texts([given["answer"] for given in note.get("answers", [])])
             if not all(isinstance(answer, str) and answer.strip() for answer in answers):
@@ -204,6 +206,7 @@ def read_annotations(path: str, notes: list) -> dict[int | str, dict]:
 
 def make_example(where: str, record: dict, need_answers: bool) -> VQAExample:
     """A BLIP record, checked. Raises InputError."""
+    require_object(where, record, "image, question and answer")
     try:
         image, question = record["image"], record["question"]
         answers = as_texts(record.get("answer", []))

@@ -371,6 +371,8 @@ def test_mistakes_are_one_sentence(files, whole, tmp_path, capsys, monkeypatch):
     assert not list((tmp_path / "out").glob("shards/*"))
     assert "--captions 5 by beam search need --beams 5" in error(
         ("--method", "beam"), ("--captions", 5))
+    assert "lies in the folder" in error(("--out", files))
+    assert not (files / "shards").exists()
     assert "--keep is 'some'; choose one of all, best, sample" in error(("--keep", "some"))
     assert "holds shards made with another threshold" in error(
         ("--out", whole), ("--threshold", 0.7))
@@ -387,11 +389,23 @@ def test_mistakes_are_one_sentence(files, whole, tmp_path, capsys, monkeypatch):
 
 def test_flags_change_the_worlds_recipe_and_do_not_replace_it(tmp_path):
     """One setting of a finetuning is given: pictures of the world are still not cropped."""
-    options = Namespace(seed=0, captioner=[], filter=[], pairs=0, vocab="", pretrain=None,
-                        finetune=training_flags("--label-smoothing 0.2"))
+    options = Namespace(seed=0, captioner=[], filter=[], pairs=0, vocab="", pretrain=None, web="",
+                        human="", image_root="", finetune=training_flags("--label-smoothing 0.2"))
     stand_in(options, WorldSets(4, 4, 0.5, 4), tmp_path)
     assert options.finetune == WORLD_FINETUNE | {"label_smoothing": 0.2}
     assert options.pretrain == WORLD_PRETRAIN and not options.finetune["augment"]
+
+
+def test_human_pairs_without_web_pairs_are_not_dropped_in_silence(tmp_path, capsys):
+    assert capfilt.main(["--human", "h.json", "--out", str(tmp_path / "out")]) == 2
+    assert "--human is of own data: give --web too" in capsys.readouterr().err
+
+
+def test_a_set_that_is_refused_keeps_its_filters_report(files, whole, capsys):
+    before = (whole / "filter.json").read_bytes()
+    assert capfilt.main(arguments(files, whole, "--threshold", 0.7)) == 2
+    assert "holds shards made with another threshold" in capsys.readouterr().err
+    assert (whole / "filter.json").read_bytes() == before
 
 
 def test_a_last_shard_without_a_readable_picture_costs_nothing_else(tmp_path):

@@ -200,11 +200,45 @@ def test_describe_prints_and_writes_captions_of_a_folder(tmp_path, pretrained, c
     out = capsys.readouterr().out
     records = json.loads((tmp_path / "o/captions.json").read_text())
     assert [r["image"] for r in records] == [str(folder / f"{i}.jpg") for i in range(3)]
+    assert f"wrote {tmp_path}/o/captions.json (3 pictures" in out
     assert "left out" in out and all(text in out for r in records for text, _ in r["captions"])
     assert all(len(r["captions"]) == len(r["samples"]) == 2 for r in records)
     assert all(r["captions"][0][1] >= r["captions"][1][1] for r in records)
     assert eval.main(asked) == 0  # the same seed, the same samples
     assert json.loads((tmp_path / "o/captions.json").read_text()) == records
+
+
+def test_an_interrupt_keeps_what_is_described_and_encoded(tmp_path, pretrained, monkeypatch):
+    batches = demo.picture_batches
+    def pressed(*arguments):
+        yield next(batches(*arguments))
+        raise KeyboardInterrupt
+    folder, out = photographs(tmp_path, 3), tmp_path / "o"
+    asked = ["--checkpoint", str(pretrained), "--out", str(out)]
+    with monkeypatch.context() as patch:
+        patch.setattr(demo, "picture_batches", pressed)
+        assert eval.main(["describe", str(folder), *asked]) == 130
+        assert eval.main(["search", "red", "--images", str(folder), *asked]) == 130
+    assert len(json.loads((out / "captions.json").read_text())) == 3
+    store, = out.glob("features-*.pt")
+    assert len(demo.read_features(store)) == 3
+
+
+def test_a_search_does_not_find_its_own_sheet_or_a_picture_twice(tmp_path, pretrained, capsys):
+    folder = photographs(tmp_path, 3)
+    asked = ["search", "red", "--images", str(folder), str(folder) + "/", str(folder / "0.jpg"),
+             "--checkpoint", str(pretrained), "--out", str(folder / "found")]
+    for _ in range(2):
+        assert eval.main(asked) == 0
+        out = capsys.readouterr().out
+        assert out.count("ITC") == out.count(".jpg") == 3
+
+
+def test_words_that_the_vocabulary_lacks_are_named(tmp_path, pretrained, capsys):
+    asked = [str(photographs(tmp_path, 1) / "0.jpg"), "a ☃ red", "--checkpoint",
+             str(pretrained)]
+    assert eval.main(["match", *asked]) == 0
+    assert "the model's vocabulary does not have '☃'" in capsys.readouterr().err
 
 
 def test_a_search_among_damaged_pictures_is_one_sentence(tmp_path, pretrained, capsys):
@@ -279,6 +313,18 @@ def test_match_and_attend(tmp_path, pretrained, capsys):
     assert Image.open(tmp_path / "a/attention.png").size[0] > 300
 
 
+def test_training_pairs_are_judged_as_others(tmp_path, pretrained):
+    """Split "train" of a Karpathy file: an image with all its captions is one item."""
+    folder = photographs(tmp_path, 4)
+    rows = [{"filename": f"{i}.jpg", "split": "train", "sentences": [{"raw": "a"}, {"raw": "b"}]}
+            for i in range(4)]
+    (folder / "k.json").write_text(json.dumps({"images": rows}))
+    assert eval.main(["retrieval", "--checkpoint", str(pretrained), "--data",
+                      str(folder / "k.json"), "--split", "train", "--out",
+                      str(tmp_path / "r")]) == 0
+    assert (metrics(tmp_path / "r")["images"], metrics(tmp_path / "r")["texts"]) == (4, 8)
+
+
 def test_a_small_gallery_is_ranked_whole(tmp_path, pretrained, capsys):
     assert eval.main(["retrieval", "--checkpoint", str(pretrained), "--size", "5", "--top-k", "6",
                       "--out", str(tmp_path / "r")]) == 0
@@ -303,11 +349,23 @@ def test_a_small_gallery_is_ranked_whole(tmp_path, pretrained, capsys):
     (["describe", "nowhere", "--checkpoint", "C"], "nowhere does not exist"),
     (["match", "nowhere.jpg", "x", "--checkpoint", "C"], "picture nowhere.jpg cannot be read"),
     (["match", "x.jpg", "x", "--checkpoint", "nothing.pt"], "nothing.pt does not exist"),
+    (["match", "FOLDER/0.jpg", " .", "--checkpoint", "C"], "the text has no words"),
+    (["match", "FOLDER/0.jpg", "red " * 99, "--checkpoint", "C"], "has 101 tokens, more than the"),
+    (["retrieval", "--checkpoint", "RUN"], "is a folder; give a checkpoint in it: checkpoint.pt"),
+    (["retrieval", "--checkpoint", "C", "--out", "RUN"], "whose metrics.json would be lost"),
+    (["retrieval", "--checkpoint", "C", "--data", "a.tar"], "a.tar: tar shards are for train.py"),
+    (["retrieval", "--checkpoint", "C", "--data", "a,b"], "a,b names several files, and what jud"),
+    (["retrieval", "--checkpoint", "C", "--vocab", "v"], "--text-heads are for released weights"),
+    (["caption", "--checkpoint", "C", "--min-length", "31"], "31 is more than --max-length 30"),
+    (["ask", "x.jpg", "x", "--checkpoint", "C"], "of another task (pretrain); give one of vqa"),
+    (["queries", "x.jpg", "--checkpoint", "C"], "give one of blip2-stage1 or blip2-retrieval or"),
     (["nocaps", "--checkpoint", "C"], "nocaps needs --data")])
 def test_what_cannot_be_evaluated_is_one_sentence(tmp_path, pretrained, capsys, arguments, message):
     state = checkpoints.load(pretrained)
     weights = state["train_config"]
-    places = {"FOLDER": str(photographs(tmp_path, 3)), "C": str(pretrained)}
+    folder = str(photographs(tmp_path, 3))
+    places = {"FOLDER": folder, "FOLDER/0.jpg": f"{folder}/0.jpg", "C": str(pretrained),
+              "RUN": str(pretrained.parent)}
     for name, off in (("RETRIEVAL", ("lm",)), ("CAPTION", ("itc", "itm"))):
         state["train_config"] = weights | {"task": name.lower()} | {f"{o}_weight": 0.0 for o in off}
         places[name] = str(tmp_path / f"{name}.pt")

@@ -46,6 +46,8 @@ from world.datasets import World
     (["--nonsense", "1"], "unrecognized arguments: --nonsense"),
     (["--batch", "8"], "unrecognized arguments"),  # no abbreviations
     (["--augment", "maybe"], "neither true nor false"),
+    (["--data", ""], "--data is empty; give a name, or leave the flag out"),
+    (["--out", ""], "--out is empty"),
     (["captions"], "'captions' is no task; choose one of pretrain, retrieval, caption")])
 def test_a_wrong_flag_is_an_error(flags, message, capsys):
     with pytest.raises(SystemExit) as stopped:
@@ -65,6 +67,7 @@ def test_a_wrong_flag_is_an_error(flags, message, capsys):
     (["nlvr2", "--label-smoothing", "0"], "--label-smoothing does nothing in nlvr2"),
     (["pretrain-clip", "--queue-size", "0"], "--queue-size does nothing in pretrain-clip"),
     (["--val", "val.json"], "--val is of own data"),
+    (["--min-length", "31"], "--min-length 31 is more than --max-length 30"),
     (["--batch-size", "4", "--accumulate", "4"], "ITM needs a second one as a negative"),
     (["language-model", "--heads", "5"], "--width 128 is not a multiple of --heads 5"),
     (["language-model", "--heads", "2"], "--near-heads 4 is more than --heads 2"),
@@ -86,6 +89,11 @@ def test_help_lists_every_field_that_a_task_reads_with_its_meaning(task, capsys)
             about = " ".join(f.metadata["about"].split())
             shown = f"--{f.name.replace('_', '-')} " in text and about in text
             assert about and shown == (f.name not in SOME_READ or f.name in TASKS[task].reads)
+
+
+def test_a_flag_of_a_file_knows_the_home_folder(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    assert parse(["--out=~/runs", "--prompt", ""], "")[0] == {"out": "/home/me/runs", "prompt": ""}
 
 
 def test_a_setting_that_there_is_not_is_told():
@@ -306,6 +314,22 @@ def test_real_pairs(tmp_path, capsys):
     assert "images could not be read and were replaced" in capsys.readouterr().out
 
 
+def test_a_run_does_not_go_on_with_other_data(tmp_path, capsys):
+    folder = photographs(tmp_path / "p")
+    data, flags = folder / "train.json", ["--resume", "--out", str(tmp_path / "a")]
+    assert run(tmp_path / "a", "--data", data, "--epochs", 1) == 0
+    whole = data.read_text()
+    for rows in (json.loads(whole)[:30], [row | {"caption": "a dog"} for row in json.loads(whole)]):
+        data.write_text(json.dumps(rows))
+        capsys.readouterr()
+        assert train.main(flags) == 2
+        error = capsys.readouterr().err
+        assert f"is not what it was when the run in {tmp_path}/a began" in error
+        assert f"now it has {len(rows)} examples" in error
+    data.write_text(whole)
+    assert train.main(flags) == 0
+
+
 @pytest.mark.parametrize("flags, message", [
     (["--data", "nothing.json"], "nothing.json does not exist"),
     (["--batch-size", "500", "--scenes", "100"], "fewer than --batch-size 500"),
@@ -424,10 +448,15 @@ def test_a_finetuning_that_cannot_start_says_why(tmp_path, pretrained, capsys, t
 
 
 def test_own_files_in_the_runs_folder_are_refused_and_left_alone(tmp_path, capsys):
-    folder = photographs(tmp_path)
+    folder = photographs(tmp_path / "p")
     (folder / "notes.tmp").write_text("mine")
     assert run(folder, "--data", folder / "train.json") == 2
-    assert "lies in the run's folder" in capsys.readouterr().err
+    assert "train.json lies in the folder" in capsys.readouterr().err
+    rows = json.loads((folder / "train.json").read_text())  # a list elsewhere, its pictures here
+    (tmp_path / "list.json").write_text(json.dumps([
+        row | {"image": f"{folder.name}/{row['image']}"} for row in rows]))
+    assert run(folder, "--data", tmp_path / "list.json", "--image-root", tmp_path) == 2
+    assert "0.jpg lies in the folder" in capsys.readouterr().err
     (tmp_path / "run").mkdir()
     for name in ("notes.tmp", "checkpoint.pt.123.tmp"):  # the second one is of a killed run
         (tmp_path / "run" / name).write_text("")

@@ -24,7 +24,7 @@ from reports.numbers import factor_and_digits, trivial_levels
 from reports.statistics import mean_and_spread, paired_test, smallest_visible
 from reports.tables import markdown_row
 from training.program import exit_status
-from training.settings import flag_name
+from training.settings import FileFlag, flag_name
 
 # Settings that do not make another group.
 SAME_RUN = {"seed", "out", "device", "workers", "log_every", "save_every", "save_minutes", "keep"}
@@ -46,12 +46,13 @@ class RunFolder:
         return self.settings["seed"]
 
 
-def open_run(folder: str) -> RunFolder:
+def open_run(folder: str | Path) -> RunFolder:
     """Read a run's folder. Raises InputError."""
     path, numbers = Path(folder), {}
     if (path / "metrics.json").exists():
         numbers = read_json(path / "metrics.json")
-        if "seed" not in numbers.get("settings", {}):
+        settings = numbers.get("settings") if isinstance(numbers, dict) else None
+        if not isinstance(settings, dict) or "seed" not in settings:
             raise InputError(f"{path}/metrics.json does not tell the run's settings; give the "
                              "folder of a run of train.py")
     settings = dict(numbers.pop("settings", {}))
@@ -163,16 +164,21 @@ def log_table(name: str, runs: list[RunFolder], steps: list[int]) -> list[str]:
 
 
 def value_after(log: list[dict], key: str, step: int) -> float | None:
-    """The number in the last line up to a step; None where that line lacks it."""
+    """The number in the last line up to a step.
+
+    None where that line lacks it, and where the run has not come so far.
+    """
     lines = [line for line in log if line["step"] <= step and "lr" in line]
-    return lines[-1].get(key) if lines else None
+    if not lines or log[-1]["step"] < step:
+        return None
+    return lines[-1].get(key)
 
 
 # ---- command line --------------------------------------------------------------------------------
 
 def compare(folders: list[str], out: str, steps: list[int]) -> None:
     """Print the tables; write them and the curves. Raises InputError."""
-    runs = [open_run(folder) for folder in dict.fromkeys(folders)]
+    runs = [open_run(folder) for folder in dict.fromkeys(map(Path, folders))]
     groups = group_runs(runs)
     lines = final_table(groups) if groups else []
     unfinished = [run.name for run in runs if not run.numbers]
@@ -193,7 +199,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", nargs="+", help="folders of train.py's runs")
-    parser.add_argument("--out", default="runs/compare", help="folder (default runs/compare)")
+    parser.add_argument("--out", default="runs/compare", action=FileFlag,
+                        help="folder (default runs/compare)")
     parser.add_argument("--at", nargs="+", type=int, default=[], metavar="STEP",
                         help="also a table of the log after these steps")
     o = parser.parse_args(arguments)

@@ -12,6 +12,7 @@ looks.
 
 import hashlib
 import math
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -24,7 +25,7 @@ from tqdm import tqdm
 
 from data.files import InputError, make_folder, read_tensors
 from data.images import load_image, prepare_images
-from data.text import clean_caption, clean_question
+from data.text import Tokenizer, clean_caption, clean_question
 from reports.sheets import BLACK, GREY, Cell, draw_sheet, in_rows
 from tasks.captioning import Decoding, write_captions
 from tasks.retrieval import combined_score
@@ -38,7 +39,7 @@ def find_pictures(paths: list[str | Path]) -> list[Path]:
     Raises InputError for what is not there.
     """
     endings, pictures = set(Image.registered_extensions()), []
-    for path in map(Path, paths):
+    for path in dict.fromkeys(map(Path, paths)):
         if not path.exists():
             raise InputError(f"{path} does not exist; check the path")
         if path.is_dir():
@@ -48,7 +49,7 @@ def find_pictures(paths: list[str | Path]) -> list[Path]:
             pictures.append(path)
     if not pictures:
         raise InputError(f"there is no picture in {', '.join(map(str, paths))}")
-    return pictures
+    return list(dict.fromkeys(pictures))  # a folder and a picture in it: once
 
 
 def open_picture(path: str | Path, size: int) -> Tensor:
@@ -79,7 +80,7 @@ def picture_batches(paths: list[Path], size: int,
 
 @torch.no_grad()
 def describe(trained: TrainedModel, paths: list[Path], decoding: Decoding, captions: int = 1,
-             samples: int = 3) -> list[dict]:
+             samples: int = 3) -> Iterator[dict]:
     """For each readable picture {image, captions, samples}, printed as they come.
 
     captions: [(text, mean log-probability of a token)], samples: [(text, log-likelihood)]. Raises
@@ -87,25 +88,27 @@ def describe(trained: TrainedModel, paths: list[Path], decoding: Decoding, capti
     """
     model, tokenizer = trained.model, trained.tokenizer
     decoding.prompt_ids(model, tokenizer)  # says what is wrong before anything is read
+    if decoding.prompt:
+        check_words(clean_caption(decoding.prompt), tokenizer)
     beam = replace(decoding, method="beam", beams=max(decoding.beams, captions))
     nucleus = replace(decoding, method="nucleus")
-    records = []
+    done = 0
     for readable, images in picture_batches(paths, trained.image_size, "describing"):
         kv = model.project(model.vit(prepare_images(images, trained.device)))
         best = write_captions(model, tokenizer, kv, beam, captions)
         sampled = [[]] * len(readable)
         if samples:
             # Each batch draws its own samples.
-            own = replace(nucleus, seed=nucleus.seed + len(records))
+            own = replace(nucleus, seed=nucleus.seed + done)
             sampled = write_captions(model, tokenizer, kv, own, samples)
         for path, of_beam, of_nucleus in zip(readable, best, sampled):
-            records.append({"image": str(path), "captions": of_beam, "samples": of_nucleus})
             tqdm.write("\n".join(
                 [str(path)] + [f"  {score:7.2f}  {text}" for text, score in of_beam]
                 + [f"  {score:7.2f}  {text}   (sample)" for text, score in of_nucleus]))
-    if not records:
+            yield {"image": str(path), "captions": of_beam, "samples": of_nucleus}
+        done += len(readable)
+    if not done:
         raise InputError(f"none of the {len(paths)} pictures could be read")
-    return records
 
 
 @torch.no_grad()
@@ -116,13 +119,8 @@ def ask(trained: TrainedModel, picture: str | Path, question: str,
     Raises InputError for a picture that cannot be read or a question that is too long.
     """
     model, tokenizer, max_tokens = trained.model, trained.tokenizer, trained.max_tokens
-    question = clean_question(question)
-    length = 2 + len(tokenizer.piece_ids(question))
-    if length > max_tokens:
-        raise InputError(f"the question has {length} tokens, more than the {max_tokens} that the "
-                         "model reads; shorten it")
+    ids, mask = tokenize(trained, clean_question(question), max_tokens)
     image = open_picture(picture, trained.image_size)[None]
-    ids, mask = tokenize(trained, question, max_tokens)
     kv = model.encode_question(prepare_images(image, trained.device), ids, mask)
     answers = [] if generate else trained.answers
     if not answers:
@@ -133,13 +131,29 @@ def ask(trained: TrainedModel, picture: str | Path, question: str,
     return answers[int(candidates[0, nll[0].argmin()])]
 
 
+def check_words(text: str, tokenizer: Tokenizer | None) -> None:
+    """InputError where a text has no words; says which of them the tokenizer does not have."""
+    if not text:
+        raise InputError("the text has no words; give some, in quotes")
+    unknown = tokenizer.unknown_words(text) if tokenizer else []
+    if unknown:
+        print(f"WARNING the model's vocabulary does not have {', '.join(map(repr, unknown))}: read "
+              "as [UNK], one unknown word like any other", file=sys.stderr)
+
+
 def tokenize(trained: TrainedModel, text: str, max_tokens: int = 0) -> tuple[Tensor, Tensor]:
     """A text's ids and mask (1, L) on the model's device.
 
-    max_tokens 0: as many as the model has positions.
+    max_tokens 0: as many as the model has positions. Raises InputError for a text that is longer,
+    and for one without words.
     """
-    ids, mask = trained.tokenizer.encode([text],
-                                         max_tokens or trained.model.config.max_positions)
+    check_words(text, trained.tokenizer)
+    most = max_tokens or trained.model.config.max_positions
+    length = 2 + len(trained.tokenizer.piece_ids(text))  # [CLS] and [SEP]
+    if length > most:
+        raise InputError(f"the text has {length} tokens, more than the {most} that the model "
+                         "reads; shorten it")
+    ids, mask = trained.tokenizer.encode([text], most)
     return ids.to(trained.device), mask.to(trained.device)
 
 
@@ -176,13 +190,15 @@ def encode_pictures(trained: TrainedModel, paths: list[Path], checkpoint: Path,
         features = read_features(store)
     stamps = {path: stamp(path) for path in paths}
     missing = [path for path in paths if stamps[path] not in features]
-    for readable, images in picture_batches(missing, trained.image_size, "encoding"):
-        feat = trained.model.encode_image(prepare_images(images, trained.device))[1].cpu()
-        features |= zip([stamps[path] for path in readable], feat)
-    if missing and features:
-        make_folder(folder)
-        checkpoints.save(store, {"stamps": list(features),
-                                 "features": torch.stack(list(features.values()))})
+    try:
+        for readable, images in picture_batches(missing, trained.image_size, "encoding"):
+            feat = trained.model.encode_image(prepare_images(images, trained.device))[1].cpu()
+            features |= zip([stamps[path] for path in readable], feat)
+    finally:  # also of those before an interrupt
+        if missing and features:
+            make_folder(folder)
+            checkpoints.save(store, {"stamps": list(features),
+                                     "features": torch.stack(list(features.values()))})
     paths = [path for path in paths if stamps[path] in features]
     if not paths:
         raise InputError("none of the pictures could be read")
@@ -249,13 +265,7 @@ def attention(trained: TrainedModel, image: Tensor, text: str,
     if not 1 <= layer < depth:
         raise InputError(f"--layer {layer} cannot be shown; of the model's {depth} layers 1 to "
                          f"{depth - 1} can (in the last one, ITM reads no word)")
-    if not words:
-        raise InputError(f"the text {text!r} has no words")
     ids, mask = tokenize(trained, " ".join(words))
-    pieces = len(tokenizer.piece_ids(" ".join(words)))
-    if pieces + 2 > ids.shape[1]:  # [ENC] and [SEP]
-        raise InputError(f"the text has {pieces} pieces, more than the {ids.shape[1] - 2} that the "
-                         "model reads; give a shorter one")
     attn_maps = []
     with torch.no_grad():
         kv = model.project(model.vit(prepare_images(image[None], trained.device)))

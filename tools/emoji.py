@@ -20,7 +20,7 @@ import random
 import sys
 from pathlib import Path
 
-from data.files import InputError, read_json, write_json
+from data.files import InputError, read_json, require_object, write_json
 
 TRAIN, HELD_OUT = ("google", "twitter", "facebook"), "apple"
 GALLERY = 720  # pictures of the held-out set that are searched
@@ -32,8 +32,14 @@ def pictures(folder: Path, name: str) -> list[dict]:
     if not listing.exists():
         raise InputError(f"{listing} does not exist; unpack emoji-datasource-{name} into "
                          f"{folder / name} (python -m tools.emoji --help shows how)")
-    records = []
-    for emoji in read_json(listing):
+    records, emojis = [], read_json(listing)
+    for number, emoji in enumerate(emojis if isinstance(emojis, list) else [emojis]):
+        where = f"{listing}, record {number}"
+        require_object(where, emoji, "image, name and short_name")
+        missing = [key for key in ("image", "name", "short_name") if key not in emoji]
+        if missing:
+            raise InputError(f"{where}: {missing[0]!r} is missing; unpack emoji-datasource-{name} "
+                             "anew")
         image = f"{name}/img/{name}/64/{emoji['image']}"
         if (folder / image).exists():
             caption = (emoji["name"] or emoji["short_name"].replace("_", " ")).lower()

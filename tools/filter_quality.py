@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.files import make_folder, write_json
 from data.images import prepare_images
 from data.pairs import merge_captions
 from data.shards import Shard
@@ -29,12 +28,12 @@ Score = Callable[[TrainedModel, Tensor, list[list[str]]], list[list[float]]]  # 
 
 
 def report_filters(filters: list[TrainedModel], human: PairIndex | None, score: Score,
-                   threshold: float, folder: Path) -> None:
-    """Judge each filter, print what it is worth, write folder/filter.json. All ranks call it.
+                   threshold: float) -> list[dict]:
+    """Judge each filter, print what it is worth -> filter_quality of each. All ranks call it.
 
-    Nothing where there are no human pairs or no filters.
+    [] where there are no human pairs or no filters.
     """
-    def judge() -> None:
+    def judge() -> list[dict]:
         qualities = []
         for number, filter in enumerate(filters):
             own, others = scores_of_pairs(filter, human, score)
@@ -45,9 +44,8 @@ def report_filters(filters: list[TrainedModel], human: PairIndex | None, score: 
             else:
                 print0("WARNING of the human pairs none can be read, or all texts are equal: the "
                        "filter was not judged; is --image-root right?")
-        write_json(make_folder(folder) / "filter.json", qualities)
-    if human is not None and filters:
-        distributed.from_rank_0(judge)
+        return qualities
+    return distributed.from_rank_0(judge) if human is not None and filters else []
 
 
 @torch.no_grad()

@@ -243,13 +243,12 @@ def staleness(trained: TrainedModel, pairs: QueuePairs) -> dict[str, list[tuple[
 
 def open_batch(trained: TrainedModel, o: argparse.Namespace) -> dict:
     """The batch that is looked at. Raises InputError where it has fewer than two pairs."""
-    settings = trained.settings
-    noise = settings.get("noise", 0.0) if o.noise is None else o.noise
+    given = {} if o.noise is None else {"noise": o.noise}
+    settings = TrainConfig(**(trained.settings | given))
     source = Source(o.data, o.image_root, "train" if o.data else "held-out", o.batch,
-                    trained.image_size, noise=noise)
+                    trained.image_size, noise=settings.noise, each_caption=True)
     dataset = TASKS["pretrain"].open_data(source)
-    collate = TASKS["pretrain"].collate(trained.tokenizer, TrainConfig(**settings),
-                                        trained.model.config)
+    collate = TASKS["pretrain"].collate(trained.tokenizer, settings, trained.model.config)
     batch = collate([dataset[index] for index in range(min(o.batch, len(dataset)))])
     if len(batch["examples"]) < 2:
         raise InputError(f"{o.data or '--batch'} gives fewer than two pairs with a readable "
@@ -279,12 +278,14 @@ def look(o: argparse.Namespace) -> None:
     look_draw.draw_masks(out / "masks.png", masks_of(
         trained, moved["image"][row:row + 1], moved["ids"][row:row + 1, :length],
         moved["mask"][row:row + 1, :length]))
+    written = ["itc.png", "negatives.png", "itm.png", "lm.png", "masks.png"]
     if pairs and pairs.items:
+        written.append("queue.png")
         look_draw.draw_queue(out / "queue.png", staleness(trained, pairs), len(pairs.items))
     else:
         print("no queue.png: it needs a checkpoint of one process in the picture world with a "
               "queue; elsewhere the pictures behind the queue's features are not known")
-    print(f"wrote {out}/" + ", ".join(sorted(path.name for path in out.glob("*.png"))))
+    print(f"wrote {out}/{', '.join(written)}")
 
 
 def main(arguments: list[str] | None = None) -> int:

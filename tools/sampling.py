@@ -86,6 +86,15 @@ def table(experiments: dict[str, dict[str, list[dict]]], about: str) -> str:
     return "\n".join(lines)
 
 
+def is_ours(experiments) -> bool:
+    """Whether what a file holds is {experiment: {way to decode: its MEASURES, seed by seed}}."""
+    try:
+        return all(row.keys() >= MEASURES.keys() for ways in experiments.values()
+                   for rows in ways.values() for row in rows)
+    except (AttributeError, TypeError):
+        return False
+
+
 def run(o: argparse.Namespace) -> None:
     """Judge each way, and write it beside what is there."""
     if len(o.captioner) != len(o.filter):
@@ -94,7 +103,7 @@ def run(o: argparse.Namespace) -> None:
     device, path = devices.start(o.device), Path(f"{o.out}.json")
     make_folder(path.parent)
     experiments = read_json(path) if path.exists() else {}
-    if not isinstance(experiments, dict):
+    if not is_ours(experiments):
         raise InputError(f"{path} is not a file of this program; give another --out")
     seeds = [judge_captioner(captioner, open_filter(filter, {}, device), o.size, device)
              for captioner, filter in zip(o.captioner, o.filter)]

@@ -163,7 +163,8 @@ def open_model(path: str | Path, needs: Iterable[str] = (), vocab: str = "",
                          "weights, give --vocab with the vocab.txt of bert-base-uncased")
     task = settings.get("task", "pretrain")
     if not isinstance(model, kinds):
-        fitting = [name for name, other in TASKS.items() if other.model in kinds]
+        fitting = [name for name, other in TASKS.items() if issubclass(other.model, kinds)
+                   and not set(needs) & set(other.replaces)]
         raise InputError(f"{path} is a checkpoint of another task ({task}); give one of "
                          f"{' or '.join(fitting)}")
     untrained = [name for name in needs if not settings.get(f"{name}_weight", 1.0)
@@ -177,7 +178,7 @@ def open_model(path: str | Path, needs: Iterable[str] = (), vocab: str = "",
     if not to_train:
         for_use(model)
     model = speed_up_generation(model.to(device).eval())
-    return TrainedModel(model, tokenizer, settings, answers)
+    return TrainedModel(model, tokenizer, settings, answers, released=not is_ours(state))
 
 
 def for_use(model: nn.Module) -> None:

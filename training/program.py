@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
+from typing import TextIO
 
 from config import SettingError
 from data.files import InputError, unlock_folders
@@ -58,12 +59,80 @@ def leave_signals_to_the_run(worker: int) -> None:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
 
 
+class Screen:
+    """A stream that outlives its reader: what is written after `| head` has ended is lost.
+
+    The work behind it goes on. A letter that the screen does not have is written as its number.
+    """
+
+    def __init__(self, stream: TextIO):
+        self.stream = stream
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
+    def write(self, text: str) -> int:
+        """As the stream's."""
+        with self.reader_may_leave():
+            self.stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        """As the stream's."""
+        with self.reader_may_leave():
+            self.stream.flush()
+
+    @contextlib.contextmanager
+    def reader_may_leave(self) -> Iterator[None]:
+        """Within it, when the reader is found to be gone all goes to /dev/null from then on."""
+        try:
+            yield
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+
+    def __getattr__(self, name: str):
+        return getattr(self.stream, name)
+
+
+@contextlib.contextmanager
+def screens_that_last() -> Iterator[None]:
+    """Within it, what is printed can neither end the program nor be a letter too many for it."""
+    before = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = Screen(sys.stdout), Screen(sys.stderr)
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        sys.stdout, sys.stderr = before
+
+
+@contextlib.contextmanager
+def ended_as_interrupted() -> Iterator[None]:
+    """Within it, SIGTERM is a KeyboardInterrupt.
+
+    Not under torchrun, which ends processes that wait for one another, and so hear nothing.
+    """
+    if "RANK" in os.environ:
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def exit_status(program: Callable[[], int | None], interrupted: str = "interrupted") -> int:
     """Run a program's main part -> its exit status.
 
     What the part returns, or 0; 2 after a user's mistake, of which one sentence is printed; 130
     after an interrupt.
     """
+    with screens_that_last(), ended_as_interrupted():
+        return status_of(program, interrupted)
+
+
+def status_of(program: Callable[[], int | None], interrupted: str) -> int:
+    """As exit_status, where nothing keeps what is printed from ending the program."""
     try:
         status = program() or 0
         distributed.barrier()  # a rank that leaves while another still talks may be aborted

@@ -6,6 +6,7 @@ parts; rank 0 takes parts 0 and 2, rank 1 takes parts 1 and 3. So, but for dropo
 depends on the number of parts, and not on how many processes they are for.
 """
 
+import hashlib
 import math
 from collections import Counter
 from collections.abc import Iterator
@@ -76,7 +77,8 @@ def open_datasets(task: Task, config: TrainConfig, image_size: int) -> Datasets:
                   index=Path(c.out).parent / "index")
     train = task.open_data(replace(base, size=0 if c.data else c.scenes, noise=c.noise,
                                    augment=c.augment, rand_augment=c.rand_augment,
-                                   crop_min=c.crop_min, flip=c.flip, replace_broken=True))
+                                   crop_min=c.crop_min, flip=c.flip, each_caption=True,
+                                   replace_broken=True))
     if not c.data:
         val = task.open_data(replace(base, split="val", size=min(300, c.eval_size), seed=0))
         return Datasets(train, val, task.open_data(
@@ -105,6 +107,17 @@ def texts_of(train: Dataset, most: int) -> list[str]:
     """The texts of about so many examples, as a model reads them."""
     return [clean_caption(text) for example in some_examples(train, most)
             for text in example.texts]
+
+
+def digest_of_data(config: TrainConfig, train: Dataset) -> str:
+    """Of the number of own examples and of some of their texts; "" of the picture world.
+
+    A run that goes on with other examples would not be the run that began.
+    """
+    if not config.data:
+        return ""
+    texts = [text for example in some_examples(train, 1000) for text in example.texts]
+    return hashlib.sha256(repr([len(train), texts]).encode("utf-8", "replace")).hexdigest()[:16]
 
 
 def make_tokenizer(config: TrainConfig, train: Dataset) -> Tokenizer:
@@ -184,10 +197,8 @@ class Run:
         self.device, self.out, self.task = device, Path(config.out), TASKS[config.task]
         image_size = getattr(model_config, "image_size", 0)  # 0: of a model of texts alone
         self.datasets = open_datasets(self.task, config, image_size)
-        if len(self.datasets.train) < config.batch_size:
-            raise InputError(f"there are {len(self.datasets.train)} training pairs, fewer than "
-                             f"--batch-size {config.batch_size}; give a smaller one")
         self.config, self.plan = config, []  # the plan: what was changed, in words
+        self.require_a_batch()
         if not state:
             self.config, self.plan = plan.fit(config, given or {}, len(self.datasets.train))
         self.tokenizer = self.open_tokenizer(state, source)
@@ -196,6 +207,9 @@ class Run:
             self.config, sentences = plan.fit_captions(self.config, lengths)
             self.plan += sentences
         self.datasets = self.task.prepare(self.datasets, self.tokenizer, self.config)
+        self.require_a_batch()  # some may have been left out
+        self.data_digest = digest_of_data(self.config, self.datasets.train)
+        self.require_same_data(state)
         self.model = self.make_model(model_config, state, source)
         self.check_prompt()
         self.optimizer = make_optimizer(self.model, self.config)
@@ -211,6 +225,20 @@ class Run:
             if state:
                 self.restore(state)
             self.set_generators(state)
+
+    def require_a_batch(self) -> None:
+        """InputError where there are fewer examples than a batch has: an epoch has no step."""
+        count = len(self.datasets.train)
+        if count < self.config.batch_size:
+            raise InputError(f"there are {count} training examples, fewer than --batch-size "
+                             f"{self.config.batch_size}; give a smaller one, or more data")
+
+    def require_same_data(self, state: dict | None) -> None:
+        """InputError where a run would go on with other data than it began with."""
+        if state and state.get("data_digest", self.data_digest) != self.data_digest:
+            raise InputError(f"{self.config.data} is not what it was when the run in {self.out} "
+                             f"began (now it has {len(self.datasets.train)} examples); put the "
+                             "old file back, or start a new run in another --out")
 
     def open_tokenizer(self, state: dict | None, source: TrainedModel | None) -> Tokenizer:
         """The checkpoint's, the start's with words of own data, or a new one."""
@@ -351,7 +379,7 @@ class Run:
             broken = sum((rank["broken"] for rank in ranks), Counter())
             checkpoints.save(self.out / "checkpoint.pt", self.weights() | {
                 "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(),
-                "step": self.step,
+                "step": self.step, "data_digest": self.data_digest,
                 "seconds": self.seconds, "best": self.best, "broken": dict(broken),
                 "seen": sum(rank["seen"] for rank in ranks),
                 "rng": [rank["rng"] for rank in ranks],

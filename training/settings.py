@@ -3,6 +3,7 @@
 
 import argparse
 import math
+import os
 import shlex
 from dataclasses import MISSING, fields
 
@@ -14,6 +15,10 @@ from tasks.task import SOME_READ
 FREE_ON_RESUME = {"out", "device", "workers", "log_every", "save_every", "save_minutes", "keep",
                   "accumulate", "compile"}
 
+
+# What names files or folders.
+FILES = {"init", "init_vit", "init_text", "data", "val", "image_root", "vocab", "out", "answers",
+         "text_from"}
 
 # What a program that trains several models (capfilt.py, ablate.py) sets itself.
 SET_BY_THE_PROGRAM = ("data", "image_root", "init", "out", "seed", "device")
@@ -30,18 +35,30 @@ def boolean(text: str) -> bool:
     return text.lower() == "true"
 
 
-def at_least(least: int):
-    """A flag's value: a whole number from `least` on."""
+def at_least(least: int, most: float = MOST):
+    """A flag's value: a whole number from `least` to `most`."""
     def number(text: str) -> int:
         try:
             value = int(text)
         except ValueError:
             raise argparse.ArgumentTypeError(f"{text!r} is no whole number")
-        if not least <= value <= MOST:
+        if not least <= value <= most:
             raise argparse.ArgumentTypeError(f"it is {text} and must be between {least} and "
-                                             f"{MOST:g}")
+                                             f"{most:g}")
         return value
     return number
+
+
+class FileFlag(argparse.Action):
+    """A flag that names a file or a folder; "~" is the home folder.
+
+    An empty name is refused: it comes from a variable of the shell that nobody set.
+    """
+
+    def __call__(self, parser, namespace, value, option_string=None):
+        if not value:
+            parser.error(f"{option_string} is empty; give a name, or leave the flag out")
+        setattr(namespace, self.dest, os.path.expanduser(value))
 
 
 def flag_name(field_name: str) -> str:
@@ -69,6 +86,7 @@ def add_flags(parser, config_class: type, defaults: dict, base: dict | None = No
         about = f"{f.metadata.get('about', '')} ({shown})".strip()
         about = argparse.SUPPRESS if f.name in unread else about.replace("%", "%%")
         parser.add_argument(flag_name(f.name), type=boolean if f.type is bool else f.type,
+                            action=FileFlag if f.name in FILES else "store",
                             default=argparse.SUPPRESS, help=about)
 
 

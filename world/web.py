@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from config import check_settings, setting
-from data.files import InputError, read_json, whole_file
+from data.files import InputError, make_folder, read_json, refuse_own_files, whole_file
 from data.text import Tokenizer
 from training import distributed
 from world.datasets import World
@@ -59,17 +59,30 @@ class WorldSets:
             file.write(made_of)
 
 
-def stand_in(options: Namespace, world: WorldSets, folder: Path) -> None:
-    """Write the world's sets into `folder`; they and their recipe become capfilt.py's options."""
+def stand_in(options: Namespace, world: WorldSets, out: Path) -> WorldSets | None:
+    """Without --web: the world's sets, written into out/data, become options, and its recipe.
+
+    Returns what stands in: the world, or None where there is --web. Raises InputError for files in
+    the folder that capfilt.py writes into, and for --human alone.
+    """
     o = options
+    if o.web:
+        refuse_own_files([file for file in (o.web, o.human) if file], out)
+        return None
+    if o.human or o.image_root:
+        flag = "--human" if o.human else "--image-root"
+        raise InputError(f"{flag} is of own data: give --web too, or leave it out")
+    folder = make_folder(out / "data")
+    distributed.print0(f"== the world's web and human pairs, as files in {folder}")
     if distributed.rank() == 0:
         world.save(folder, o.seed)
     distributed.barrier()
-    o.web, o.human, o.image_root = str(folder / "web.json"), str(folder / "human.json"), ""
+    o.web, o.human = str(folder / "web.json"), str(folder / "human.json")
     o.pairs, o.vocab = o.pairs or WORLD_PAIRS, o.vocab or str(folder / "vocab.txt")
     o.pretrain = WORLD_PRETRAIN | (o.pretrain or {})
     if o.finetune is not None or not (o.captioner or o.filter):
         o.finetune = WORLD_FINETUNE | (o.finetune or {})
+    return world
 
 
 def truth_of_set(folder: Path, web: World) -> dict[str, float]:

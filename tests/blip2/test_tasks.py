@@ -133,6 +133,10 @@ def test_chat_and_queries(models, tmp_path, capsys):
     assert eval_command.main(["chat", str(tmp_path / "p.png"), "what? " * 150, "--checkpoint",
                               checkpoint]) == 2
     assert "does not fit the language model's" in capsys.readouterr().err
+    assert eval_command.main(["chat", str(tmp_path / "p.png"), "is it ☃?", " .", "--checkpoint",
+                              checkpoint]) == 2
+    assert "does not have '☃?'" in (error := capsys.readouterr().err)
+    assert "the text has no words" in error
 
 
 def test_in_how_many_directions_queries_differ():
@@ -154,7 +158,13 @@ def test_in_how_many_directions_queries_differ():
     ("blip2-stage2", ["--init", "stage1/checkpoint.pt", "--width", 32, "--heads", 4],
      "in the weights of --init and cannot be"),
     ("blip2-stage2", ["--init", "stage1/checkpoint.pt", "--language-model", "no/such/model"],
-     "transformers library")])
+     "transformers library"),
+    ("blip2-stage2", ["--init", "stage1/checkpoint.pt"],
+     "runs/language/checkpoint.pt does not exist; train it with `python train.py language-model`"),
+    ("blip2-stage2", ["--init", "stage1/checkpoint.pt", "--language-model", "decoder"],
+     "decoder is the folder of a run; give decoder/checkpoint.pt"),
+    ("blip2-stage2", ["--init", "stage1/checkpoint.pt", "--new-layers", 9],
+     "--new-layers 9 is more than the Q-Former's 2 layers")])
 def test_mistakes_are_one_sentence(models, tmp_path, capsys, monkeypatch, task, flags, message):
     monkeypatch.chdir(models)
     assert run(task, tmp_path / "x", "--scenes", 16, *flags) == 2

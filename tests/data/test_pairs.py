@@ -18,6 +18,14 @@ def test_blip_json(tmp_path):
                                 Pair("a.jpg", ("A cat",), name_hash("x"), "x")]
 
 
+def test_an_image_id_that_is_none_names_no_image(tmp_path):
+    """null and NaN: the path does, else all pictures would be one."""
+    path = write_json(tmp_path / "p.json", [
+        {"image": f"{i}.jpg", "caption": "A dog.", "image_id": i}
+        for i in (None, float("nan"), None, 0)])
+    assert [pair.name for pair in read_pairs(path)] == ["None.jpg", "nan.jpg", "None.jpg", 0]
+
+
 def test_only_karpathys_files_hold_all_splits(tmp_path):
     images = [{"filename": "a.jpg", "split": "val", "sentences": [{"raw": "x"}]}]
     assert is_karpathy(write_json(tmp_path / "karpathy.json", {"images": images}))

@@ -111,7 +111,8 @@ def test_a_source_with_a_share(tmp_path):
     path = write_json(tmp_path / "p.json", [{"image": f"{i}.jpg", "caption": "x"}
                                             for i in range(10)])
     assert len(open_mixture(f"{path}:0.2,{path}", "", tmp_path / "index")) == 12
-    for wrong, message in ((f"{path}:0", "give one above 0"), (f"{tmp_path}/*.tar", "no tar file"),
+    for wrong, message in ((f"{path}:0", "give one above 0"), (f"{path},", "side of a comma"),
+                           (f"{tmp_path}/*.tar", "no tar file"),
                            (f"{tmp_path}/x.json", "does not exist")):
         with pytest.raises(InputError, match=message):
             open_mixture(wrong, "", tmp_path / "index")

@@ -64,6 +64,19 @@ def test_a_vocabulary_that_cannot_be_used(tmp_path, content, message):
         Tokenizer.from_file(tmp_path / "nothing.txt")
 
 
+def test_a_vocabulary_from_an_editor_of_windows(tmp_path):
+    """A mark at its start, other line ends and empty lines at its end are no tokens."""
+    (tmp_path / "vocab.txt").write_bytes(
+        "\ufeff[PAD]\r\n[UNK]\r\n[CLS]\r\n[SEP]\r\ndog\r\n\r\n\r\n".encode())
+    assert Tokenizer.from_file(tmp_path / "vocab.txt").vocab[:5] == [
+        "[PAD]", "[UNK]", "[CLS]", "[SEP]", "dog"]
+
+
+def test_words_without_pieces_are_found():
+    tokenizer = Tokenizer.train(["a red dog"] * 3, 100)
+    assert tokenizer.unknown_words("a ☃ dog [red] zoo") == ["☃", "[red]", "zoo"]
+
+
 def test_a_word_of_a_megabyte_does_not_stop_the_training_of_a_vocabulary():
     start = time.perf_counter()
     tokenizer = Tokenizer.train([*CAPTIONS, "dog" * 400_000, "dog" * 400_001], 300)

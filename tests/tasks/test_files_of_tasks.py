@@ -1,6 +1,7 @@
 """The files of all tasks: where pictures may lie, forms of records, a sentence for each mistake."""
 
 import json
+import math
 
 import pytest
 from test_visdial import visdial_file
@@ -72,7 +73,8 @@ def test_an_answer_that_is_a_number_is_its_text(tmp_path):
 
 @pytest.mark.parametrize("change, message", [
     ({"gt_index": -1}, "round 1: gt_index is -1; it must be a number from 0"),
-    ({"gt_index": "3.0"}, "round 1: gt_index is 3.0;"), ({"question": "x"}, "dialog 0: TypeError"),
+    ({"gt_index": "3.0"}, "round 1: gt_index is '3.0';"),
+    ({"question": "x"}, "dialog 0: TypeError"),
     ({"answer_options": 7}, "dialog 0: TypeError"), ({"question": 99}, "dialog 0: IndexError")])
 def test_mistakes_in_a_round(tmp_path, change, message):
     path = visdial_file(tmp_path).split(",")[0]
@@ -94,10 +96,12 @@ def test_mistakes_in_a_round(tmp_path, change, message):
      "record 0: ValueError"),
     (vqa.read_questions, {"annotations": [3]}, "annotation 0: "),
     (vqa.read_questions, {"annotations": [{"question_id": []}]}, "annotation 0: "),
-    (vqa.read_questions, [3], "record 0: 'int'"),
+    (vqa.read_questions, [3], "record 0: it is 3 and must be an object; it needs image, question"),
+    (visdial.read_relevance, [{"image_id": 1, "round_id": 2, "gt_relevance": [math.nan] * 100}],
+     "record 0: .*a relevance that is no number"),
     (video.read_clips, [{"video": "a", "caption": 3}], "record 0: caption must be a text"),
     (video.read_clips, [{"video": ["a"], "caption": "x"}], "record 0: video must be a text"),
-    (nlvr2.read_statements, [["a"]], "record 0: ")])
+    (nlvr2.read_statements, [["a"]], "record 0: it is \\['a'\\] and must be an object")])
 def test_mistakes_in_files_are_one_sentence(tmp_path, read, content, message):
     path = tmp_path / "p.json"
     path.write_text(json.dumps(content))

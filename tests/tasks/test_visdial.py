@@ -122,6 +122,11 @@ def test_visdial_files(tmp_path):
     (tmp_path / "x.json").write_text("{}")
     with pytest.raises(InputError, match="is no VisDial 1.0 file"):
         visdial.read_dialogs(str(tmp_path / "x.json"))
+    data = visdial_file(tmp_path)
+    notes = json.loads((tmp_path / "dense.json").read_text())
+    (tmp_path / "dense.json").write_text(json.dumps([notes[0] | {"image_id": 8}]))
+    with pytest.raises(InputError, match="dense.json: none of its 1 images is that of a dialog"):
+        visdial.read_dialogs(data)
 
 
 def test_what_the_dialog_encoder_reads():

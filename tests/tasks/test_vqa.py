@@ -302,3 +302,7 @@ def test_answers_that_cannot_be_spelt_are_left_out_of_training(pretrained, tmp_p
     assert "2 of 4 answers cannot be spelt" in told and "1 of 12 questions that have" in told
     assert "11 pairs" in told
     assert checkpoints.load(tmp_path / "r" / "checkpoint.pt")["answers"] == ["red", "blue"]
+    (folder / "vqa.json").write_text(json.dumps([row | {"answer": "\u7d05"} for row in rows]))
+    assert train.main(["vqa", "--init", str(pretrained), "--out", str(tmp_path / "n"), *FINETUNE,
+                       "--data", str(folder / "vqa.json")]) == 2
+    assert "there are 0 training examples, fewer than --batch-size" in capsys.readouterr().err

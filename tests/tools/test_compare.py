@@ -49,6 +49,22 @@ def test_two_groups_of_three_seeds(tmp_path, capsys):
     assert colours(tmp_path / "out/curves.png") > 20
 
 
+def test_a_step_that_the_run_did_not_reach_has_no_number(tmp_path, capsys):
+    folder = make_run(tmp_path / "a", 0, 0.5)
+    assert compare.main([str(folder), f"{folder}/", "--out", str(tmp_path / "o"), "--at", "4",
+                         "5"]) == 0
+    assert "| lm | 1 |  |" in capsys.readouterr().out  # one run, though it is named twice
+
+
+@pytest.mark.parametrize("name, content", [("log.jsonl", '{"a": 1}'), ("log.jsonl", "[1]"),
+                                           ("metrics.json", "[1]"), ("metrics.json", '{"a": 1}')])
+def test_files_of_something_else_are_one_sentence(tmp_path, capsys, name, content):
+    (make_run(tmp_path / "a", 0, 0.5) / name).write_text(content)
+    assert compare.main([str(tmp_path / "a"), "--out", str(tmp_path / "o")]) == 2
+    error = capsys.readouterr().err
+    assert name in error and "give the folder of a run of train.py" in error.replace("the \n", "")
+
+
 def test_more_micro_batches_are_another_group(tmp_path):
     """A micro-batch has its own negatives: --accumulate changes the result."""
     runs = [compare.open_run(str(make_run(tmp_path / f"{parts}", seed, 0.5, accumulate=parts)))

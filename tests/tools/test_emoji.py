@@ -12,6 +12,11 @@ def test_lists_of_training_and_held_out_drawings(tmp_path, capsys):
     """Other drawings are held out; half of the web names are another picture's."""
     assert emoji.main([str(tmp_path)]) == 2
     assert "google/emoji.json does not exist; unpack" in capsys.readouterr().err
+    (tmp_path / "google").mkdir()
+    for foreign, message in (('[{"a": 1}]', "record 0: 'image' is missing"), ("[3]", "it is 3")):
+        (tmp_path / "google/emoji.json").write_text(foreign)
+        assert emoji.main([str(tmp_path)]) == 2
+        assert message in capsys.readouterr().err
     for name in (*emoji.TRAIN, emoji.HELD_OUT):
         folder = tmp_path / name / "img" / name / "64"
         folder.mkdir(parents=True)

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 
-from data.files import read_json
 from data.sources import PairIndex
 from data.text import clean_caption
 from tools.filter_quality import filter_quality, report_filters
@@ -37,7 +36,7 @@ def human(tmp_path) -> PairIndex:
     return PairIndex.open(str(tmp_path / "human.json"), None, tmp_path / "index")
 
 
-def test_a_filter_that_knows_and_one_that_guesses(human, tmp_path, capsys):
+def test_a_filter_that_knows_and_one_that_guesses(human, capsys):
     """Own texts are told from others by their pictures; a guess is warned about."""
     truth = {clean_caption(pair.captions[0]) for pair in human}
     seen = []
@@ -48,17 +47,16 @@ def test_a_filter_that_knows_and_one_that_guesses(human, tmp_path, capsys):
         return [[0.4 if clean_caption(text) in truth and place == 0 else 0.1
                  for place, text in enumerate(of_image)] for of_image in texts]
 
-    report_filters([Filter()], human, knows, 0.5, tmp_path)
+    quality, = report_filters([Filter()], human, knows, 0.5)
     assert len(seen) == 40 and all(own != other for own, other in seen)
     assert {clean_caption(own) for own, _ in seen} == truth
-    quality, = read_json(tmp_path / "filter.json")
     assert quality["pairs"] == 40 and quality["auc"] == 1.0
     assert quality["accepted"] == {"true": 0.0, "false": 0.0}
     said = capsys.readouterr().out
     assert "accepts 0 % and 0 % at threshold 0.5" in said and "AUC 1.00" in said
     assert "--threshold 0.4 would accept 100 % and 0 %" in said
 
-    report_filters([Filter(), Filter()], human, lambda _, images, texts: [[0.7, 0.7]] * len(texts),
-                   0.5, tmp_path)
-    assert [quality["auc"] for quality in read_json(tmp_path / "filter.json")] == [0.5, 0.5]
+    qualities = report_filters([Filter(), Filter()], human,
+                               lambda _, images, texts: [[0.7, 0.7]] * len(texts), 0.5)
+    assert [quality["auc"] for quality in qualities] == [0.5, 0.5]
     assert "WARNING filter 2 can hardly tell" in capsys.readouterr().out

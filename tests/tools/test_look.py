@@ -115,6 +115,9 @@ def test_own_pairs_and_what_cannot_be_shown(pretrained, tmp_path, capsys):
     assert look.main([*flags, "--data", str(folder / "one.json")]) == 2
     error = capsys.readouterr().err
     assert "gives fewer than two pairs" in error and error.strip().count("\n") == 0
+    for noise, message in (("5", "it must be at most 1"), ("nan", "give a number")):
+        assert look.main([*flags, "--noise", noise]) == 2
+        assert f"--noise is {float(noise)}; {message}" in capsys.readouterr().err
 
 
 def test_calls_are_noted_by_the_arguments_names():

@@ -45,6 +45,11 @@ def test_the_command_keeps_experiments_side_by_side(pretrained, tmp_path, monkey
     assert sampling.main([*flags, "--captioner", str(pretrained), "--filter",
                           *[str(pretrained)] * 2]) == 2
     assert "1 captioners and 2 filters" in capsys.readouterr().err
+    for foreign in ("[1]", '{"a": 1}', '{"a": {"b": [{"true": 1}]}}'):
+        (tmp_path / "r" / "sampling.json").write_text(foreign)
+        assert sampling.main([*flags, *one]) == 2
+        assert "is not a file of this program" in capsys.readouterr().err
+        assert (tmp_path / "r" / "sampling.json").read_text() == foreign
 
 
 def colours_of(path) -> list[int]:

@@ -1,0 +1,80 @@
+"""What ends a program and what does not: a reader that leaves, a letter too many, a signal."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import SMALL, run
+
+import train
+from data.files import HELD, InputError, lock_folder
+from training.program import exit_status
+
+ROOT = Path(__file__).parents[2]
+
+
+def start(code: str, **options) -> subprocess.Popen:
+    """A program whose main part is `code`."""
+    text = f"import sys\nfrom training.program import exit_status\ndef main():\n    {code}\n"
+    return subprocess.Popen([sys.executable, "-c", text + "sys.exit(exit_status(main))"], cwd=ROOT,
+                            text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)
+
+
+def test_a_training_goes_on_when_nobody_reads_what_it_prints(tmp_path):
+    """`python train.py | head -1` ends with the model judged."""
+    command = [sys.executable, "train.py", *SMALL, "--scenes", "16", "--out", str(tmp_path / "a")]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.close()  # before the first line
+    error = process.stderr.read().decode()
+    assert process.wait() == 0 and "Broken" not in error
+    assert (tmp_path / "a/metrics.json").exists()
+
+
+def test_a_letter_that_the_screen_does_not_have_is_its_number():
+    process = start("print('Z\\u00fcrich \\u2603')", env=os.environ | {"PYTHONIOENCODING": "ascii"})
+    out, error = process.communicate()
+    assert out == "Z\\xfcrich \\u2603\n" and not error and process.returncode == 0
+
+
+def test_a_program_that_is_told_to_end_says_so():
+    process = start("print('ready', flush=True)\n    import time\n    time.sleep(60)")
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGTERM)
+    _, error = process.communicate()
+    assert process.returncode == 130 and error == "interrupted\n"
+
+
+def test_the_handler_and_the_screens_are_put_back():
+    before = signal.getsignal(signal.SIGTERM), sys.stdout, sys.stderr
+    assert exit_status(lambda: 3) == 3
+    assert (signal.getsignal(signal.SIGTERM), sys.stdout, sys.stderr) == before
+
+
+def test_an_interrupt_of_the_last_judgement_says_how_to_go_on(tmp_path, monkeypatch, capsys):
+    def press(*arguments):
+        raise KeyboardInterrupt
+    with monkeypatch.context() as pressed:
+        pressed.setattr(train, "evaluate", press)
+        assert run(tmp_path / "a", "--scenes", 16) == 130
+    assert f"python train.py --resume --out {tmp_path}/a" in capsys.readouterr().out
+    assert train.main(["--resume", "--out", str(tmp_path / "a")]) == 0
+    assert (tmp_path / "a/metrics.json").exists()
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a disk that is always full")
+def test_a_full_disk_is_one_sentence_also_when_the_lock_is_closed(tmp_path, capsys):
+    def main():
+        lock = HELD[tmp_path] = open("/dev/full", "w", encoding="utf-8")
+        lock.write("a note")
+        lock.flush()
+    assert exit_status(main) == 2
+    assert capsys.readouterr().err.count("\n") == 1 and not HELD
+
+
+def test_a_file_is_no_folder_for_a_run(tmp_path):
+    (tmp_path / "a").write_text("")
+    with pytest.raises(InputError, match="a is a file and cannot be the folder of a run"):
+        lock_folder(tmp_path / "a")
