@@ -71,7 +71,14 @@ from training import devices
 from training.checkpoints import open_model
 from training.code import digest_of_code
 from training.program import exit_status
-from training.settings import add_flags, at_least, given_for, training_flags, unread_settings
+from training.settings import (
+    FileFlag,
+    add_flags,
+    at_least,
+    given_for,
+    training_flags,
+    unread_settings,
+)
 from world.web import (
     WORLD_FINETUNE,
     WORLD_PAIRS,
@@ -372,8 +379,9 @@ def command_line() -> argparse.ArgumentParser:
                    help="cells at a time (default 1); on a CPU one for each core is fastest")
     p.add_argument("--device", default="", help="cuda, mps or cpu (default: cuda if there is one, "
                    "else cpu)")
-    p.add_argument("--out", default="runs/ablate", help="default runs/ablate")
-    p.add_argument("--results", default="results", help="folder for the tables (default results)")
+    p.add_argument("--out", default="runs/ablate", action=FileFlag, help="default runs/ablate")
+    p.add_argument("--results", default="results", action=FileFlag,
+                   help="folder for the tables (default results)")
     p.add_argument("--pairs", type=at_least(1), default=WORLD_PAIRS,
                    help=f"pairs that every pretraining sees (default {WORLD_PAIRS})")
     for flag, recipe, about in (("--pretrain", WORLD_PRETRAIN, "every pretraining"),

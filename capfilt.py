@@ -227,8 +227,7 @@ def bootstrap_from(o: argparse.Namespace, folder: Path, device: torch.device) ->
     qualities = report_filters(filters, human, itm_scores, config.threshold)
     report = bootstrap(web, human, captioners, filters, config, folder, o.seed, o.workers)
     if distributed.rank() == 0:
-        if qualities:
-            write_json(folder / "filter.json", qualities)
+        write_json(folder / "filter.json", qualities)
         draw_judged_texts(folder / "sheet.png", report["examples"], Path(web.root))
     print_report(report, folder)
     return report

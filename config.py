@@ -243,7 +243,6 @@ class TrainConfig:
 
     def __post_init__(self):
         check_settings(self)
-        check_lengths(self)
         if not any(self.objective_weights().values()):
             raise SettingError("all losses are switched off; give one of them a weight above 0")
 

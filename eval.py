@@ -37,10 +37,11 @@ from blip import BLIP
 from blip2 import demo as blip2_demo
 from blip2.stage1 import FrozenVision
 from blip2.stage2 import Stage2
+from blip2.texts import WordPieces, open_tokenizer
 from data.datasets import ImageDataset
 from data.files import InputError, make_folder, write_json
 from data.pairs import read_pairs
-from data.text import Tokenizer, clean_question
+from data.text import clean_question
 from reports.metrics import caption_scores
 from reports.numbers import print_numbers, write_numbers
 from reports.sheets import draw_sheet
@@ -80,15 +81,16 @@ FLAGS = {  # of benchmarks, beside those that all have
                          "ITM's log-odds (default: the checkpoint's)"),
     "generate": dict(action="store_true", help="answer freely; default: rank the answers of the "
                      "checkpoint, or of --answers"),
-    "answers": dict(default="", help="json list of the answers that are ranked"),
+    "answers": dict(default="", action=FileFlag, help="json list of the answers that are ranked"),
     "frames": dict(type=at_least(1), help="drawn uniformly from a clip (1: the first one)"),
-    "constant_from": dict(default="", help="json of training captions: the commonest is the "
-                          "constant answer to compare with (default: the references' own)"),
+    "constant_from": dict(default="", action=FileFlag, help="json of training captions: the "
+                          "commonest is the constant answer to compare with (default: the "
+                          "references' own)"),
 }
 
 
 def run_benchmark(o: argparse.Namespace, benchmark: Benchmark) -> None:
-    """Measure; print the numbers; write them, the sheet and the results into --out."""
+    """Measure; write the numbers, the sheet and the results into --out; print the numbers."""
     if benchmark.needs_data and not o.data:
         raise InputError(f"{benchmark.name} needs --data: its annotations")
     refuse_a_run(o.out)
@@ -99,8 +101,8 @@ def run_benchmark(o: argparse.Namespace, benchmark: Benchmark) -> None:
     source = Source(o.data, o.image_root, split, size, trained.image_size,
                     frames=getattr(o, "frames", 0), need_labels=benchmark.need_labels)
     dataset = benchmark.open_data(source)
-    out = make_folder(o.out)
     settings = eval_settings(o, benchmark, trained)
+    out = make_folder(o.out)  # one that cannot be made is told before the work, not after it
     with evaluation_precision(trained.settings["precision"], trained.device):
         evaluation = benchmark.evaluate(trained, dataset, settings)
     if distributed.rank() == 0:
@@ -156,16 +158,17 @@ def describe(o: argparse.Namespace) -> None:
     """Captions of pictures, and samples."""
     trained = open_checkpoint(o, TASKS["caption"].needs)
     decoding = Decoding.choose(vars(o), trained.settings)
-    path, records = make_folder(o.out) / "captions.json", []
+    pictures, records = demo.find_pictures(o.picture), []
+    out, name = make_folder(o.out), "captions-interrupted.json"
     try:
-        for record in demo.describe(trained, demo.find_pictures(o.picture), decoding, o.captions,
-                                    o.samples):
+        for record in demo.describe(trained, pictures, decoding, o.captions, o.samples):
             records.append(record)
-    finally:  # also of those before an interrupt
+        name = "captions.json"
+    finally:
         if records:
-            write_json(path, records)
-            print(f"wrote {path} ({len(records)} pictures; beam: mean log-probability of a token; "
-                  "sample: log-likelihood)")
+            write_json(out / name, records)
+            print(f"wrote {out}/{name} ({len(records)} pictures; beam: mean log-probability of a "
+                  "token; sample: log-likelihood)")
 
 
 def ask(o: argparse.Namespace) -> None:
@@ -176,7 +179,7 @@ def ask(o: argparse.Namespace) -> None:
 
 def search(o: argparse.Namespace) -> None:
     """The pictures of a folder that fit a text best."""
-    trained, out = open_checkpoint(o, TASKS["retrieval"].needs), make_folder(o.out)
+    trained, out = open_checkpoint(o, TASKS["retrieval"].needs), Path(o.out)
     pictures = [path for path in demo.find_pictures(o.images)
                 if path.resolve() != (out / "search.png").resolve()]  # of a search before
     for record in demo.search(trained, o.text, pictures, Path(o.checkpoint), out, o.top_k):
@@ -194,10 +197,10 @@ def match(o: argparse.Namespace) -> None:
 
 def attend(o: argparse.Namespace) -> None:
     """Where cross-attention looks, word by word."""
-    trained, out = open_checkpoint(o, ("itm",)), make_folder(o.out)
+    trained = open_checkpoint(o, ("itm",))
     image = demo.open_picture(o.picture, trained.image_size)
     words, heat, itm = demo.attention(trained, image, o.text, o.layer)
-    path = out / "attention.png"
+    path = make_folder(o.out) / "attention.png"
     demo.draw_attention(path, image, words, heat, f"{o.text} (ITM probability {itm:.3f})")
     print(f"ITM probability {itm:.4f}; wrote {path}")
 
@@ -205,9 +208,10 @@ def attend(o: argparse.Namespace) -> None:
 def chat(o: argparse.Namespace) -> None:
     """Several questions about a picture, each in the light of those before (BLIP-2)."""
     trained = open_checkpoint(o, (), Stage2)
-    vocab = trained.model.config.language.get("vocab")  # (a library's model has none here)
+    reader = open_tokenizer(trained.model.config.language)
     for question in o.question:
-        demo.check_words(clean_question(question), Tokenizer(list(vocab)) if vocab else None)
+        demo.check_words(clean_question(question),
+                         reader.tokenizer if isinstance(reader, WordPieces) else None)
     image = demo.open_picture(o.picture, trained.image_size)
     for question, answer in blip2_demo.chat(trained, image, o.question):
         print(f"question: {question}\nanswer:   {answer}")
@@ -215,10 +219,10 @@ def chat(o: argparse.Namespace) -> None:
 
 def queries(o: argparse.Namespace) -> None:
     """Where each of BLIP-2's queries looks, and how much they differ."""
-    trained, out = open_checkpoint(o, (), FrozenVision), make_folder(o.out)
+    trained = open_checkpoint(o, (), FrozenVision)
     image = demo.open_picture(o.picture, trained.image_size)
     names, heat, rank = blip2_demo.query_attention(trained, image)
-    path = out / "queries.png"
+    path = make_folder(o.out) / "queries.png"
     demo.draw_attention(path, image, names, heat, "where each query looks")
     print(f"the {len(names)} queries differ in about {rank:.1f} directions (effective rank of "
           f"their last states)\nwrote {path}")

@@ -257,7 +257,8 @@ def start(given: dict, resume: bool = False) -> Run:
                          "one, or a smaller --accumulate")
     refuse_own_files(files_of(config), config.out)
     run = Run(model_config, config, device, state, source, given, run_id)
-    refuse_own_files(some_pictures(run.datasets.train), config.out)
+    if not state:
+        refuse_own_files(some_pictures(run.datasets.train), config.out)
     if distributed.rank() == 0:
         prepare_folder(run.out, resume=state is not None)
     return run
@@ -344,9 +345,8 @@ def run_all(given: dict, resume: bool) -> int:
     try:
         evaluation = evaluate(run)
     except KeyboardInterrupt:
-        print0(f"interrupted; the training is done: judge it with: python train.py --resume --out "
-               f"{run.config.out}")
-        return 130
+        raise KeyboardInterrupt("interrupted; the training is done: judge it with: python train.py "
+                                f"--resume --out {run.config.out}")
     if distributed.rank() == 0:
         report(run, evaluation.numbers)
     return 0

@@ -234,7 +234,8 @@ def some_pictures(dataset: Dataset) -> list[Path]:
     if not isinstance(dataset, ImageDataset):
         return []
     return [Path(getattr(example, "root", "") or dataset.root) / name
-            for example in some_examples(dataset, 100) for name in example.images]
+            for example in some_examples(dataset, 100) for name in example.images
+            if "\0" not in name]  # such a name is no file's
 
 
 class Collate:

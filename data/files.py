@@ -180,7 +180,8 @@ def read_tensors(path: str | Path) -> dict:
     checksums do not fit. A .safetensors file needs the package of that name. Raises InputError.
     """
     if os.path.isdir(path):
-        raise InputError(f"{path} is a folder; give a checkpoint in it: checkpoint.pt or best.pt")
+        raise InputError(f"{path} is a folder; give the file of weights in it (a run's: "
+                         "checkpoint.pt or best.pt)")
     try:
         if str(path).endswith(".safetensors"):
             from safetensors.torch import load_file
@@ -311,8 +312,8 @@ def make_folder(path: str | Path, flag: str = "--out") -> Path:
 
 def refuse_own_files(files: Iterable[str | Path], out: str | Path) -> None:
     """InputError where a file lies in the folder, which may be moved or written over."""
-    folder = Path(out).resolve()
+    folder = os.path.join(os.path.realpath(out), "")
     for file in files:
-        if Path(file).resolve().is_relative_to(folder):
+        if os.path.join(os.path.realpath(file), "").startswith(folder):
             raise InputError(f"{file} lies in the folder {out}, into which this command writes: "
                              "what is there may be moved aside or written over; give another --out")

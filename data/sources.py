@@ -92,7 +92,7 @@ def read_members(archive: tarfile.TarFile, images: dict[str, tuple[int, int]],
     return end
 
 
-INDEX_FORMAT = 3  # an index of another format is built anew
+INDEX_FORMAT = 4  # an index of another format is built anew
 
 
 class PairIndex(Sequence):

@@ -122,9 +122,11 @@ class Tokenizer:
         pieces = self.piece_ids(text)
         return bool(pieces) and self.ids[UNK] not in pieces
 
-    def unknown_words(self, text: str) -> list[str]:
-        """The words that are read as [UNK]: the vocabulary has no pieces for them."""
-        return [word for word in text.split() if self.ids[UNK] in self.piece_ids(word)]
+    def unknown(self, text: str) -> list[str]:
+        """The words and signs that are read as [UNK]: the vocabulary has no pieces for them."""
+        pieces = self.pieces.encode(text, add_special_tokens=False)
+        return [text[start:end] for piece, (start, end) in zip(pieces.tokens, pieces.offsets)
+                if piece == UNK]
 
     def encode(self, texts: list[str], max_tokens: int) -> tuple[Tensor, Tensor]:
         """texts -> ids and mask (B, L): [CLS] pieces [SEP], padded to the longest text.

@@ -64,7 +64,6 @@ class Decoding:
 
     def __post_init__(self):
         check_settings(self)
-        check_lengths(self)
 
     @classmethod
     def choose(cls, given: dict, trained: dict) -> "Decoding":
@@ -75,7 +74,9 @@ class Decoding:
         names = {f.name for f in fields(cls)}
         finetuned = {name: trained[name] for name in ("prompt", "min_length", "max_length")
                      if name in trained}
-        return cls(**(finetuned | {k: v for k, v in given.items() if k in names}))
+        decoding = cls(**(finetuned | {k: v for k, v in given.items() if k in names}))
+        check_lengths(decoding)
+        return decoding
 
     def options(self, device: torch.device) -> dict:
         """The keyword arguments of BLIP.generate."""

@@ -371,8 +371,11 @@ def test_mistakes_are_one_sentence(files, whole, tmp_path, capsys, monkeypatch):
     assert not list((tmp_path / "out").glob("shards/*"))
     assert "--captions 5 by beam search need --beams 5" in error(
         ("--method", "beam"), ("--captions", 5))
-    assert "lies in the folder" in error(("--out", files))
-    assert not (files / "shards").exists()
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/bootstrapped.json").write_text((files / "web.json").read_text())
+    assert "bootstrapped.json lies in the folder" in error(
+        ("--out", tmp_path / "mine"), ("--web", tmp_path / "mine/bootstrapped.json"))
+    assert "--min-length 13 is more than --max-length 12" in error(("--min-length", 13))
     assert "--keep is 'some'; choose one of all, best, sample" in error(("--keep", "some"))
     assert "holds shards made with another threshold" in error(
         ("--out", whole), ("--threshold", 0.7))

@@ -219,7 +219,7 @@ def test_an_interrupt_keeps_what_is_described_and_encoded(tmp_path, pretrained, 
         patch.setattr(demo, "picture_batches", pressed)
         assert eval.main(["describe", str(folder), *asked]) == 130
         assert eval.main(["search", "red", "--images", str(folder), *asked]) == 130
-    assert len(json.loads((out / "captions.json").read_text())) == 3
+    assert len(json.loads((out / "captions-interrupted.json").read_text())) == 3
     store, = out.glob("features-*.pt")
     assert len(demo.read_features(store)) == 3
 
@@ -351,7 +351,7 @@ def test_a_small_gallery_is_ranked_whole(tmp_path, pretrained, capsys):
     (["match", "x.jpg", "x", "--checkpoint", "nothing.pt"], "nothing.pt does not exist"),
     (["match", "FOLDER/0.jpg", " .", "--checkpoint", "C"], "the text has no words"),
     (["match", "FOLDER/0.jpg", "red " * 99, "--checkpoint", "C"], "has 101 tokens, more than the"),
-    (["retrieval", "--checkpoint", "RUN"], "is a folder; give a checkpoint in it: checkpoint.pt"),
+    (["retrieval", "--checkpoint", "RUN"], "is a folder; give the file of weights in it"),
     (["retrieval", "--checkpoint", "C", "--out", "RUN"], "whose metrics.json would be lost"),
     (["retrieval", "--checkpoint", "C", "--data", "a.tar"], "a.tar: tar shards are for train.py"),
     (["retrieval", "--checkpoint", "C", "--data", "a,b"], "a,b names several files, and what jud"),

@@ -37,7 +37,7 @@ from tasks.task import SOME_READ, EvalSettings
 from training import checkpoints, program
 from training.code import code_of
 from training.run import EpochBatches, Run, open_datasets
-from training.settings import add_flags, parse, resolve
+from training.settings import add_flags, parse, resolve, training_flags
 from world.datasets import World
 
 # ---- command line ----
@@ -94,6 +94,11 @@ def test_help_lists_every_field_that_a_task_reads_with_its_meaning(task, capsys)
 def test_a_flag_of_a_file_knows_the_home_folder(monkeypatch):
     monkeypatch.setenv("HOME", "/home/me")
     assert parse(["--out=~/runs", "--prompt", ""], "")[0] == {"out": "/home/me/runs", "prompt": ""}
+
+
+def test_a_length_is_compared_with_the_presets_not_with_the_papers():
+    assert training_flags("--min-length 25") == {"min_length": 25}
+    assert resolve({"min_length": 25})[1].max_length == 30
 
 
 def test_a_setting_that_there_is_not_is_told():
@@ -319,7 +324,10 @@ def test_a_run_does_not_go_on_with_other_data(tmp_path, capsys):
     data, flags = folder / "train.json", ["--resume", "--out", str(tmp_path / "a")]
     assert run(tmp_path / "a", "--data", data, "--epochs", 1) == 0
     whole = data.read_text()
-    for rows in (json.loads(whole)[:30], [row | {"caption": "a dog"} for row in json.loads(whole)]):
+    images = [row["image"] for row in json.loads(whole)]
+    for rows in (json.loads(whole)[:30], json.loads(whole)[:3],
+                 [row | {"caption": "a dog"} for row in json.loads(whole)],
+                 [row | {"image": name} for row, name in zip(json.loads(whole), images[::-1])]):
         data.write_text(json.dumps(rows))
         capsys.readouterr()
         assert train.main(flags) == 2

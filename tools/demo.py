@@ -88,8 +88,7 @@ def describe(trained: TrainedModel, paths: list[Path], decoding: Decoding, capti
     """
     model, tokenizer = trained.model, trained.tokenizer
     decoding.prompt_ids(model, tokenizer)  # says what is wrong before anything is read
-    if decoding.prompt:
-        check_words(clean_caption(decoding.prompt), tokenizer)
+    name_unknown(decoding.prompt, tokenizer)
     beam = replace(decoding, method="beam", beams=max(decoding.beams, captions))
     nucleus = replace(decoding, method="nucleus")
     done = 0
@@ -132,10 +131,16 @@ def ask(trained: TrainedModel, picture: str | Path, question: str,
 
 
 def check_words(text: str, tokenizer: Tokenizer | None) -> None:
-    """InputError where a text has no words; says which of them the tokenizer does not have."""
+    """InputError where a cleaned text has no words; says what the tokenizer has no pieces for."""
     if not text:
         raise InputError("the text has no words; give some, in quotes")
-    unknown = tokenizer.unknown_words(text) if tokenizer else []
+    if tokenizer:
+        name_unknown(text, tokenizer)
+
+
+def name_unknown(text: str, tokenizer: Tokenizer) -> None:
+    """Say which words and signs of a text the vocabulary does not have."""
+    unknown = tokenizer.unknown(text)
     if unknown:
         print(f"WARNING the model's vocabulary does not have {', '.join(map(repr, unknown))}: read "
               "as [UNK], one unknown word like any other", file=sys.stderr)
@@ -213,9 +218,9 @@ def search(trained: TrainedModel, text: str, paths: list[Path], checkpoint: Path
     How they are put together (retrieval.combined_score) is the checkpoint's setting. All pictures
     where there are fewer. As [{image, itc, itm, score}]; writes folder/search.png.
     """
+    ids, mask = tokenize(trained, clean_caption(text))
     paths, feats = encode_pictures(trained, paths, checkpoint, folder)
     model = trained.model
-    ids, mask = tokenize(trained, clean_caption(text))
     sim = feats @ model.encode_text(ids, mask).cpu()[0]
     hits = []  # (picture, record)
     for i in sim.topk(min(top_k, len(paths))).indices.tolist():

@@ -41,7 +41,7 @@ from training import devices
 from training.checkpoints import open_model
 from training.program import exit_status
 from training.run import EpochBatches, open_datasets
-from training.settings import at_least
+from training.settings import FileFlag, at_least
 
 ALPHAS = (0.0, 0.4)  # whose soft targets are shown; the paper's is 0.4
 Call = tuple[dict, object]  # arguments by name, what was returned
@@ -294,7 +294,8 @@ def main(arguments: list[str] | None = None) -> int:
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", required=True, help="of a pretraining, or released weights")
     parser.add_argument("--vocab", default="", help="vocab.txt, for released weights")
-    parser.add_argument("--data", default="", help="json of pairs (default: the picture world)")
+    parser.add_argument("--data", default="", action=FileFlag,
+                        help="json of pairs (default: the picture world)")
     parser.add_argument("--image-root", default="", help="default: the folder of the json")
     parser.add_argument("--noise", type=float, default=None,
                         help="share of bad texts in the world (default: the checkpoint's)")

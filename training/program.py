@@ -60,9 +60,10 @@ def leave_signals_to_the_run(worker: int) -> None:
 
 
 class Screen:
-    """A stream that outlives its reader: what is written after `| head` has ended is lost.
+    """A stream that ends no program: what cannot be written is lost, and the work goes on.
 
-    The work behind it goes on. A letter that the screen does not have is written as its number.
+    So it is after `| head` has read enough, and on a full disk. A letter that the screen does not
+    have is written as its number.
     """
 
     def __init__(self, stream: TextIO):
@@ -72,22 +73,24 @@ class Screen:
 
     def write(self, text: str) -> int:
         """As the stream's."""
-        with self.reader_may_leave():
+        with self.may_be_lost():
             self.stream.write(text)
         return len(text)
 
     def flush(self) -> None:
         """As the stream's."""
-        with self.reader_may_leave():
+        with self.may_be_lost():
             self.stream.flush()
 
     @contextlib.contextmanager
-    def reader_may_leave(self) -> Iterator[None]:
-        """Within it, when the reader is found to be gone all goes to /dev/null from then on."""
+    def may_be_lost(self) -> Iterator[None]:
+        """Within it, after a failure all that is written goes to /dev/null from then on."""
         try:
             yield
-        except BrokenPipeError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+        except OSError:
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self.stream.fileno())
+            os.close(nowhere)
 
     def __getattr__(self, name: str):
         return getattr(self.stream, name)
@@ -95,44 +98,30 @@ class Screen:
 
 @contextlib.contextmanager
 def screens_that_last() -> Iterator[None]:
-    """Within it, what is printed can neither end the program nor be a letter too many for it."""
+    """Within it, what is printed cannot end the program."""
     before = sys.stdout, sys.stderr
-    sys.stdout, sys.stderr = Screen(sys.stdout), Screen(sys.stderr)
+    if None not in before:  # it is None where a program has no screen
+        sys.stdout, sys.stderr = map(Screen, before)
     try:
         yield
     finally:
-        sys.stdout.flush()
+        if None not in before:
+            sys.stdout.flush()
         sys.stdout, sys.stderr = before
-
-
-@contextlib.contextmanager
-def ended_as_interrupted() -> Iterator[None]:
-    """Within it, SIGTERM is a KeyboardInterrupt.
-
-    Not under torchrun, which ends processes that wait for one another, and so hear nothing.
-    """
-    if "RANK" in os.environ:
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def exit_status(program: Callable[[], int | None], interrupted: str = "interrupted") -> int:
     """Run a program's main part -> its exit status.
 
     What the part returns, or 0; 2 after a user's mistake, of which one sentence is printed; 130
-    after an interrupt.
+    after an interrupt, with the sentence `interrupted` or that of the KeyboardInterrupt.
     """
-    with screens_that_last(), ended_as_interrupted():
+    with screens_that_last():
         return status_of(program, interrupted)
 
 
 def status_of(program: Callable[[], int | None], interrupted: str) -> int:
-    """As exit_status, where nothing keeps what is printed from ending the program."""
+    """What `exit_status` returns."""
     try:
         status = program() or 0
         distributed.barrier()  # a rank that leaves while another still talks may be aborted
@@ -146,8 +135,8 @@ def status_of(program: Callable[[], int | None], interrupted: str) -> int:
         print(f"error: {error.filename or 'a file'} cannot be used ({error.strerror}); make room, "
               "or give a folder that you may read and write", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print(interrupted, file=sys.stderr)
+    except KeyboardInterrupt as pressed:
+        print(str(pressed) or interrupted, file=sys.stderr)
         return 130
     finally:
         unlock_folders()

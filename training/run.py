@@ -18,7 +18,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from blip import BLIP
-from config import TrainConfig
+from config import TrainConfig, check_lengths
 from data.datasets import some_examples, worker_options
 from data.files import InputError
 from data.images import batch_to
@@ -110,14 +110,16 @@ def texts_of(train: Dataset, most: int) -> list[str]:
 
 
 def digest_of_data(config: TrainConfig, train: Dataset) -> str:
-    """Of the number of own examples and of some of their texts; "" of the picture world.
+    """Of the number of own examples, some of their texts and pictures' names; "" of the world.
 
     A run that goes on with other examples would not be the run that began.
     """
     if not config.data:
         return ""
-    texts = [text for example in some_examples(train, 1000) for text in example.texts]
-    return hashlib.sha256(repr([len(train), texts]).encode("utf-8", "replace")).hexdigest()[:16]
+    content = [len(train)]
+    for example in some_examples(train, 1000):
+        content += [example.texts, [Path(image).name for image in example.images]]
+    return hashlib.sha256(repr(content).encode("utf-8", "replace")).hexdigest()[:16]
 
 
 def make_tokenizer(config: TrainConfig, train: Dataset) -> Tokenizer:
@@ -198,6 +200,8 @@ class Run:
         image_size = getattr(model_config, "image_size", 0)  # 0: of a model of texts alone
         self.datasets = open_datasets(self.task, config, image_size)
         self.config, self.plan = config, []  # the plan: what was changed, in words
+        self.data_digest = digest_of_data(self.config, self.datasets.train)
+        self.require_same_data(state)
         self.require_a_batch()
         if not state:
             self.config, self.plan = plan.fit(config, given or {}, len(self.datasets.train))
@@ -206,10 +210,10 @@ class Run:
             lengths = caption_lengths(self.datasets.train, self.tokenizer, config.prompt)
             self.config, sentences = plan.fit_captions(self.config, lengths)
             self.plan += sentences
+        if not state:
+            check_lengths(self.config)
         self.datasets = self.task.prepare(self.datasets, self.tokenizer, self.config)
         self.require_a_batch()  # some may have been left out
-        self.data_digest = digest_of_data(self.config, self.datasets.train)
-        self.require_same_data(state)
         self.model = self.make_model(model_config, state, source)
         self.check_prompt()
         self.optimizer = make_optimizer(self.model, self.config)

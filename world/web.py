@@ -59,15 +59,18 @@ class WorldSets:
             file.write(made_of)
 
 
+WRITTEN = ("bootstrapped.json", "rejected.json")  # by capfilt.py, into --out
+
+
 def stand_in(options: Namespace, world: WorldSets, out: Path) -> WorldSets | None:
     """Without --web: the world's sets, written into out/data, become options, and its recipe.
 
-    Returns what stands in: the world, or None where there is --web. Raises InputError for files in
-    the folder that capfilt.py writes into, and for --human alone.
+    Returns what stands in: the world, or None where there is --web. Raises InputError for a file
+    that would be written over, and for --human alone.
     """
     o = options
     if o.web:
-        refuse_own_files([file for file in (o.web, o.human) if file], out)
+        refuse_own_files([file for file in (o.web, o.human) if Path(file).name in WRITTEN], out)
         return None
     if o.human or o.image_root:
         flag = "--human" if o.human else "--image-root"

@@ -72,9 +72,9 @@ def test_a_vocabulary_from_an_editor_of_windows(tmp_path):
         "[PAD]", "[UNK]", "[CLS]", "[SEP]", "dog"]
 
 
-def test_words_without_pieces_are_found():
+def test_words_and_signs_without_pieces_are_found():
     tokenizer = Tokenizer.train(["a red dog"] * 3, 100)
-    assert tokenizer.unknown_words("a ☃ dog [red] zoo") == ["☃", "[red]", "zoo"]
+    assert tokenizer.unknown("A ☃ dog [red] zoo?") == ["☃", "[", "]", "zoo", "?"]
 
 
 def test_a_word_of_a_megabyte_does_not_stop_the_training_of_a_vocabulary():

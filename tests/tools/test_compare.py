@@ -62,7 +62,7 @@ def test_files_of_something_else_are_one_sentence(tmp_path, capsys, name, conten
     (make_run(tmp_path / "a", 0, 0.5) / name).write_text(content)
     assert compare.main([str(tmp_path / "a"), "--out", str(tmp_path / "o")]) == 2
     error = capsys.readouterr().err
-    assert name in error and "give the folder of a run of train.py" in error.replace("the \n", "")
+    assert name in error and "give the folder of a run of train.py" in error
 
 
 def test_more_micro_batches_are_another_group(tmp_path):

@@ -1,7 +1,6 @@
 """What ends a program and what does not: a reader that leaves, a letter too many, a signal."""
 
 import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -16,11 +15,11 @@ from training.program import exit_status
 ROOT = Path(__file__).parents[2]
 
 
-def start(code: str, **options) -> subprocess.Popen:
+def start(code: str, stdout=subprocess.PIPE, **options) -> subprocess.Popen:
     """A program whose main part is `code`."""
     text = f"import sys\nfrom training.program import exit_status\ndef main():\n    {code}\n"
     return subprocess.Popen([sys.executable, "-c", text + "sys.exit(exit_status(main))"], cwd=ROOT,
-                            text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)
+                            text=True, stdout=stdout, stderr=subprocess.PIPE, **options)
 
 
 def test_a_training_goes_on_when_nobody_reads_what_it_prints(tmp_path):
@@ -39,18 +38,31 @@ def test_a_letter_that_the_screen_does_not_have_is_its_number():
     assert out == "Z\\xfcrich \\u2603\n" and not error and process.returncode == 0
 
 
-def test_a_program_that_is_told_to_end_says_so():
-    process = start("print('ready', flush=True)\n    import time\n    time.sleep(60)")
-    assert process.stdout.readline() == "ready\n"
-    process.send_signal(signal.SIGTERM)
-    _, error = process.communicate()
-    assert process.returncode == 130 and error == "interrupted\n"
-
-
-def test_the_handler_and_the_screens_are_put_back():
-    before = signal.getsignal(signal.SIGTERM), sys.stdout, sys.stderr
+def test_the_screens_are_put_back():
+    before = sys.stdout, sys.stderr
     assert exit_status(lambda: 3) == 3
-    assert (signal.getsignal(signal.SIGTERM), sys.stdout, sys.stderr) == before
+    with pytest.raises(MemoryError):
+        exit_status(raises(MemoryError))
+    assert (sys.stdout, sys.stderr) == before
+
+
+def raises(error: type):
+    def program():
+        raise error
+    return program
+
+
+def test_a_program_without_a_screen_runs(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", None)
+    assert exit_status(lambda: print("nothing")) == 0
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a disk that is always full")
+def test_what_is_printed_to_a_full_disk_is_lost_and_the_work_is_not():
+    code = "print('x', flush=True)\n    print('y')\n    return 7"
+    with open("/dev/full", "w") as full:
+        process = start(code, stdout=full)
+        assert process.wait() == 7 and not process.stderr.read()
 
 
 def test_an_interrupt_of_the_last_judgement_says_how_to_go_on(tmp_path, monkeypatch, capsys):
@@ -59,7 +71,7 @@ def test_an_interrupt_of_the_last_judgement_says_how_to_go_on(tmp_path, monkeypa
     with monkeypatch.context() as pressed:
         pressed.setattr(train, "evaluate", press)
         assert run(tmp_path / "a", "--scenes", 16) == 130
-    assert f"python train.py --resume --out {tmp_path}/a" in capsys.readouterr().out
+    assert f"python train.py --resume --out {tmp_path}/a\n" in capsys.readouterr().err
     assert train.main(["--resume", "--out", str(tmp_path / "a")]) == 0
     assert (tmp_path / "a/metrics.json").exists()
 
