@@ -58,7 +58,7 @@ import torch
 from tqdm import tqdm
 
 import train
-from capfilt import CapFiltConfig, bootstrap, open_captioner, open_filter
+from capfilt import CapFiltConfig, bootstrap, open_captioner
 from data.files import make_folder, read_json, whole_file, write_json
 from data.sources import PairIndex, with_shares
 from reports.tables import cell_table, parameter_table, set_table, verdict_table, verdicts
@@ -66,6 +66,7 @@ from tasks.registry import TASKS
 from tools.experiments import BLIP_EXPERIMENTS, Experiment
 from tools.experiments_blip2 import BLIP2_EXPERIMENTS
 from tools.experiments_claims import CLAIM_EXPERIMENTS
+from tools.filter_quality import open_filter
 from tools.judge import judge_in_world
 from training import devices
 from training.checkpoints import open_model
@@ -199,7 +200,7 @@ class ExperimentCache:
                           for path in self.raw())
             report = bootstrap(
                 web, human, [open_captioner(path, decoding, self.device) for path in captioners],
-                [open_filter(path, {}, self.device) for path in filters], config, folder, self.seed)
+                [open_filter(path, self.device) for path in filters], config, folder, self.seed)
             truth = truth_of_set(folder, self.regime.world.web(self.seed))
             report.pop("examples")
             write_json(folder / "report.json", report | truth)

@@ -6,8 +6,8 @@ differ only in where keys and values come from:
     SelfAttention   q, k, v from the same sequence; may append to a cache of past keys and values
     CrossAttention  q from the text, k and v from the image, projected ONCE per image by `project`
 
-Letters: B batch, L query tokens, N context tokens, D width, H heads, d = D / H. Masks:
-True = attend.
+Letters: B batch (of images, n texts of each), L query tokens, N context tokens, D width, H heads,
+d = D / H. Masks: True = attend.
 """
 
 import torch
@@ -49,7 +49,7 @@ def merge_heads(x: Tensor) -> Tensor:
 def select_rows(layers: list[KeysValues | None], rows: Tensor) -> list[KeysValues | None]:
     """Each layer's keys and values of rows[0], rows[1] ..., repeats allowed; None stays None."""
     # Not k[rows]: on a CPU its gradient is 8 times slower, and not the same in every run.
-    return [kv and (kv[0].index_select(0, rows), kv[1].index_select(0, rows)) for kv in layers]
+    return [None if kv is None else tuple(x.index_select(0, rows) for x in kv) for kv in layers]
 
 
 class SelfAttention(nn.Module):

@@ -157,8 +157,8 @@ class BLIP(nn.Module):
         image (B, 3, S, S), ids and mask (B, L) -> {"itc", "itm", "lm"}: scalars, and the twins'
         features. alpha in [0, 1] weighs the twins' soft targets. image_ids (B,) tell which texts
         share an image: no negatives of one another. finetuning (for retrieval, released code):
-        ITM's negatives are mined by online features, without the floor, with `all_negatives` from
-        all processes. The first prompt_length tokens give no LM loss. Nothing in the model changes.
+        negatives are mined with the online features and without the floor. all_negatives: from all
+        processes. The first prompt_length tokens give no LM loss. Nothing in the model changes.
         """
         losses, keys, sims = {}, {}, None
         image_tokens, image_feat = self.encode_image(image)
@@ -180,15 +180,15 @@ class BLIP(nn.Module):
     def _itc(self, image, image_feat, ids, mask, alpha, image_ids, finetuning, all_negatives):
         """-> the loss, this batch's keys for the queue, similarities (i2t, t2i) for mining.
 
-        These are (B, B), or (B, processes * B) with `all_negatives`.
+        image_feat (B, E), the rest as in `forward`; similarities (B, B), or (B, processes * B).
         """
         text_feat = self.encode_text(ids, mask)
         with torch.no_grad():
             image_feat_m = l2_normalize(self.vision_proj_m(self.vit_m(image)[:, 0]))
             text_state_m = self.med_m.encode_text(ids, mask, cls_only=True)[:, 0]
             text_feat_m = l2_normalize(self.text_proj_m(text_state_m))
-        # Columns: this rank's momentum features, then the queue, where the other ranks' follow a
-        # step later. So 2 processes x 4 pairs is not 1 process x 8 pairs, by BLIP's design.
+        # Columns: this process's momentum features, then the queue, where the other processes'
+        # follow a step later. So 2 processes x 4 pairs is not 1 x 8, by BLIP's design.
         image_keys = torch.cat([image_feat_m, self.image_queue])
         text_keys = torch.cat([text_feat_m, self.text_queue])
         positives = None
@@ -217,7 +217,7 @@ class BLIP(nn.Module):
             rows B .. 2B-1     image i, a hard text for it     matched 0
             rows 2B .. 3B-1    a hard image for it, text i     matched 0
 
-        Negatives come from this rank's batch, or with `all_negatives` from all ranks'.
+        Negatives come from this process's batch, or with `all_negatives` from all processes'.
         """
         B, floor = len(ids), 0.0 if finetuning else self.config.negative_floor
         own = torch.arange(B, device=ids.device)  # where this rank's texts stand in `ids`
@@ -229,7 +229,8 @@ class BLIP(nn.Module):
         column_ids = distributed.all_gather(row_ids) if from_all_ranks else row_ids
         positives = row_ids[:, None] == column_ids  # (B, B), or (B, processes * B)
         if sims is None or not self.config.hard_negatives:  # (None: ITC is off)
-            sims = (torch.zeros(positives.shape, device=ids.device),) * 2
+            alike = torch.zeros(positives.shape, device=ids.device)
+            sims = alike, alike
         masked, draw = self.config.mask_positives, self.draw_negative
         text_neg, text_valid = mine_hard_negatives(sims[0], positives, floor, masked, draw)
         image_neg, image_valid = mine_hard_negatives(sims[1], positives, floor, masked, draw)
@@ -251,8 +252,8 @@ class BLIP(nn.Module):
     def update_momentum(self, momentum: float | None = None) -> None:
         """twin = m * twin + (1 - m) * online, parameter by parameter (MoCo eq. 2; ALBEF sec. 3.5).
 
-        Called after the optimizer's step. The released code calls it before the next forward pass,
-        which is the same, but for a first step from other weights: there Run.make_model calls it.
+        Called after the optimizer's step. The released code calls it before the next forward pass.
+        That is the same but for the first step from other weights, where Run.make_model calls it.
         """
         m = self.config.momentum if momentum is None else momentum
         ours, theirs = zip(*self.twin_parameters)

@@ -35,7 +35,7 @@ from reports.sheets import draw_judged_texts
 from tasks.captioning import Decoding, write_captions
 from tasks.registry import TASKS
 from tasks.task import TrainedModel
-from tools.filter_quality import report_filters
+from tools.filter_quality import open_filter, report_filters
 from tools.judge import compare_in_world, print_report, print_truth
 from training import devices, distributed
 from training.checkpoints import open_model
@@ -49,7 +49,7 @@ from world.web import WORLD_PAIRS, WorldSets, stand_in, truth_of_set
 
 @dataclass
 class Captioner:
-    """A finetuned model that writes, and how. A filter needs no such settings: a TrainedModel."""
+    """A finetuned model that writes, and how. (A filter is a plain TrainedModel.)"""
 
     trained: TrainedModel
     decoding: Decoding
@@ -62,7 +62,8 @@ def bootstrap(web: PairIndex, human: PairIndex | None, captioners: list[Captione
               workers: int = 0) -> dict:
     """The bootstrapped set of web texts and human pairs, into `out` -> its report.
 
-    `seed`: of what is sampled. All ranks call it. What is done already is kept. Raises InputError.
+    seed: of the sampling. Every process calls it. Shards that are there are not made again. Raises
+    InputError.
     """
     made_of = asdict(config) | {
         "code": digest_of_code(), "web": web.folder.name, "filters": [f.digest() for f in filters],
@@ -221,7 +222,7 @@ def bootstrap_from(o: argparse.Namespace, folder: Path, device: torch.device) ->
     human = open_index(o.human, o.image_root, index) if o.human else None
     print0(f"== caption and filter {len(web)} web texts, writing to {folder}")
     captioners = [open_captioner(path, vars(o), device) for path in o.captioner]
-    filters = [open_filter(path, vars(o), device) for path in o.filter]
+    filters = [open_filter(path, device, o.vocab) for path in o.filter]
     precision = {"precision": choose_precision(o.precision, device)}
     config = CapFiltConfig(**given_for(CapFiltConfig, vars(o) | precision))
     qualities = report_filters(filters, human, itm_scores, config.threshold)
@@ -245,11 +246,6 @@ def open_captioner(path: str, given: dict, device: torch.device) -> Captioner:
     return Captioner(trained, decoding)
 
 
-def open_filter(path: str, given: dict, device: torch.device) -> TrainedModel:
-    """A checkpoint of `train.py retrieval`."""
-    return open_model(path, TASKS["retrieval"].needs, given.get("vocab", ""), device)
-
-
 # ---- command line --------------------------------------------------------------------------------
 
 def command_line() -> argparse.ArgumentParser:
@@ -268,8 +264,8 @@ def command_line() -> argparse.ArgumentParser:
                    "train.py for both, given as --finetune=\"--epochs 5\"")
     p.add_argument("--pretrain", nargs="?", const={}, type=training_flags, metavar="FLAGS",
                    help="pretrain a new model on the bootstrapped set; FLAGS of train.py likewise")
-    p.add_argument("--rounds", type=at_least(1), default=1, help="so many times: finetune, "
-                   "bootstrap, pretrain (default 1, as in the paper)")
+    p.add_argument("--rounds", type=at_least(1), default=1, help="repeat this often: "
+                   "finetune, bootstrap, pretrain (default 1, as in the paper)")
     p.add_argument("--pairs", type=at_least(0), default=0, help="pairs that --pretrain sees in an "
                    f"epoch, whatever the set's size (default 0: the set; world {WORLD_PAIRS})")
     p.add_argument("--vocab", default="", help="vocab.txt, for released weights")

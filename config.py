@@ -164,15 +164,15 @@ class TrainConfig:
                                   "source")
     vocab: str = setting("", "BERT's vocab.txt; none: train a WordPiece vocabulary, or take "
                              "--init's")
-    vocab_pieces: int = setting(30524, "at most so many pieces when the vocabulary is trained",
+    vocab_pieces: int = setting(30524, "at most this many pieces when the vocabulary is trained",
                                 least=100, most=1_000_000)
-    new_pieces: int = setting(0, "at most so many pieces are added to --init's vocabulary where it "
-                                 "spells the words of --data by letters", least=0, most=1_000_000)
+    new_pieces: int = setting(0, "at most this many pieces are added to --init's vocabulary where "
+                                 "it spells words of --data by letters", least=0, most=1_000_000)
     out: str = setting("runs/pretrain", "folder of the run")
     seed: int = setting(0, "of weights, data order, augmentation and dropout", least=0)
     epochs: int = setting(20, "passes over the data", least=1, most=1_000_000)
-    min_steps: int = setting(0, "on own data: at least so many steps; epochs are added until there "
-                                "are", least=0)
+    min_steps: int = setting(0, "on own data: at least this many steps; epochs are added until "
+                                "there are", least=0)
     batch_size: int = setting(2880, "pairs a step, over all processes and micro-batches", least=1)
     accumulate: int = setting(1, "micro-batches that a process adds up in a step: less memory",
                               least=1)
@@ -189,7 +189,7 @@ class TrainConfig:
     grad_clip: float = setting(0.0, "largest gradient norm; 0 does not clip", least=0)
     alpha: float = setting(0.4, "weight of the momentum twins' soft targets (ALBEF eq. 6)", least=0,
                            most=1)
-    alpha_epochs: float = setting(2.0, "alpha ramps up linearly over so many epochs", least=0)
+    alpha_epochs: float = setting(2.0, "alpha ramps up linearly over this many epochs", least=0)
     itc_weight: float = setting(1.0, "of the loss; 0 switches it off", least=0)
     itm_weight: float = setting(1.0, "of the loss; 0 switches it off", least=0)
     lm_weight: float = setting(1.0, "of the loss; 0 switches it off", least=0)
@@ -212,8 +212,8 @@ class TrainConfig:
     flip: str = setting("safe", "mirror half of the pictures: safe (not where a text says left or "
                                 "right), always, never", choices=("safe", "always", "never"))
     crop_min: float = setting(0.2, "smallest share of the area in a random crop", above=0, most=1)
-    max_words: int = setting(30, "a longer text is cut to so many words (released code)", least=1)
-    max_tokens: int = setting(30, "and to so many tokens, [CLS] and [SEP] included", least=3)
+    max_words: int = setting(30, "a longer text is cut to this many words (released code)", least=1)
+    max_tokens: int = setting(30, "and to this many tokens, [CLS] and [SEP] included", least=3)
     scenes: int = setting(60000, "train scenes in the picture world", least=1,
                           most=100_000_000)
     noise: float = setting(0.0, "share of bad texts in the picture world (web style)", least=0,
@@ -253,7 +253,7 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class CapFiltConfig:
-    """What CapFilt's set depends on, beside the models and how they generate (BLIP sec. 3.3)."""
+    """What CapFilt's set depends on, apart from the models and how they generate (sec. 3.3)."""
 
     captions: int = setting(1, "synthetic captions that each captioner writes for an image (paper: "
                                "1)", least=1, most=100)

@@ -8,10 +8,10 @@ Both drive one function, `step(tokens, rows) -> logits`:
                     first call)
     logits (R, V)   for the token that comes next
 
-`rows` is all that the two searches need to say: a beam that splits repeats a row, a finished
-sequence is in no row and costs nothing from then on. The step keeps its own cache of keys and
-values (`med.DecoderStep`). Lengths count every token from the first one of the prompt, [DEC]
-included, and exclude the closing [SEP].
+`rows` tells the step everything: the row of a beam that splits stands there twice, that of a
+finished sequence does not stand there, and costs nothing any more. The step keeps its own cache of
+keys and values (`med.DecoderStep`). Lengths count every token from the first one of the prompt,
+[DEC] included, and exclude the closing [SEP].
 """
 
 from collections.abc import Callable
@@ -38,8 +38,8 @@ def penalise_repetition(scores: Tensor, sequences: Tensor, penalty: float) -> Te
 def top_p_filter(logits: Tensor, top_p: float) -> Tensor:
     """Put -inf outside the nucleus (Holtzman et al. 2020). logits (R, V) -> (R, V).
 
-    The nucleus is the shortest list of most likely tokens whose probabilities reach p; the token
-    that crosses p belongs to it: rank r stays when r = 0 or the probability mass before r is <= p.
+    The nucleus is the shortest list of most likely tokens whose probabilities together exceed p:
+    the token at place r stays when r = 0 or the probability mass of those before it is <= p.
     """
     ordered, order = logits.sort(-1, descending=True)
     probability = ordered.softmax(-1)
@@ -122,7 +122,7 @@ class Beams:
         del self.hypotheses[self.size:]
 
     def done(self, best_running: float) -> bool:
-        """Whether the best score of the running beams is no better than the worst hypothesis."""
+        """Whether the score of the best continuation is no better than the worst hypothesis."""
         return len(self.hypotheses) == self.size and self.hypotheses[-1][1] >= best_running
 
 

@@ -303,7 +303,7 @@ def add_benchmark_flags(p: argparse.ArgumentParser, benchmark: Benchmark) -> Non
                    help="default: the folder of the json")
     p.add_argument("--split", default="test", help="of a Karpathy file (default test)")
     p.add_argument("--size", type=at_least(0), default=0,
-                   help="only the first so many items (default all)")
+                   help="only the first items, this many (default all)")
     for name in benchmark.flags:
         if name == "decoding":
             add_flags(p, Decoding, benchmark.defaults)

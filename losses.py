@@ -1,8 +1,11 @@
 """The three objectives of BLIP (sec. 3.2) as pure functions of tensors.
 
-No module, no configuration, no process group: a function sees its arguments and nothing else. To
-try another objective, edit one function here or write a new one beside it. Constants such as the
-label smoothing are not here either: they are fields of `config.BLIPConfig`, and flags.
+A function sees its arguments and nothing else: no module, no configuration, no process group.
+Constants such as the label smoothing are fields of `config.BLIPConfig`, and flags.
+
+Momentum twins are copies of the encoders that follow them slowly (twin = 0.995 twin + 0.005 model)
+and get no gradient. A queue keeps their features of the last batches as further negatives: because
+the twins change slowly, old features still fit (blip.BLIP.update_momentum, enqueue).
 
 Letters: B batch, Q queue length, E joint width, C columns (B + Q), L text tokens, V vocabulary.
 Rows are queries.
@@ -55,7 +58,8 @@ def mine_hard_negatives(sim: Tensor, positives: Tensor, floor: float, mask_posit
                         draw: Callable[[Tensor], Tensor] = draw_one) -> tuple[Tensor, Tensor]:
     """Draw for each row one column that is no positive, with probability by similarity.
 
-    sim (B, C), divided by the temperature, positives (B, C) -> index, valid (B,). ALBEF sec. 3.2.
+    sim (B, K), divided by the temperature, positives (B, K) -> index, valid (B,). ALBEF sec. 3.2.
+    The columns are of the batch, never of the queue: that holds features, and ITM reads tokens.
 
         weight = softmax(sim) + floor, 0 where positive
 
@@ -76,11 +80,11 @@ def mine_hard_negatives(sim: Tensor, positives: Tensor, floor: float, mask_posit
 
 
 def itm_loss(logits: Tensor, matched: Tensor, valid: Tensor) -> Tensor:
-    """Image-text matching: two-class cross-entropy over the valid pairs (BLIP sec. 3.2).
+    """Image-text matching: two-class cross-entropy over the valid of P pairs (BLIP sec. 3.2).
 
     logits (P, 2), matched (P,) 0 or 1, valid (P,) -> scalar, in nats: mean of - log p[matched],
     p = softmax(logits) (ALBEF eq. 4). With one matched pair to two hard negatives, chance is
-    H(1/3) = 0.6365: a run whose ITM stands there has learnt nothing yet.
+    the entropy of (1/3, 2/3), 0.6365: a run whose ITM stands there has learnt nothing yet.
     """
     loss = F.cross_entropy(logits, matched, reduction="none")
     return (loss * valid).sum() / valid.sum()

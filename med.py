@@ -6,7 +6,7 @@ sec. 3.1, Fig. 2).
     encode_grounded(ids, mask, kv)  [ENC]        attn_bi -> cross_attn -> ffn      [ENC] state  ITM
     decode(ids, mask, kv, past)     [DEC]        attn_causal -> cross_attn -> ffn  every state  LM
 
-Who may look at whom (rows are queries, 4 text tokens, 3 image tokens, x = attend):
+Who may look at whom (rows are queries, 4 text tokens, 3 image tokens, x = True = attend):
 
     attn_bi     t1 t2 t3 t4      attn_causal  t1 t2 t3 t4      cross_attn  i1 i2 i3
          t1     x  x  x  x            t1      x  .  .  .            t1     x  x  x
@@ -17,11 +17,12 @@ Who may look at whom (rows are queries, 4 text tokens, 3 image tokens, x = atten
 encode_text uses the first mask alone: it skips the image. Sharing parameters (sec. 3.2, Table 3) is
 structure: what encoder and decoder share IS the same object. "All but self-attention" means that
 attn_bi and attn_causal (with their output projection and LayerNorm) are two, and that embeddings,
-cross_attn and ffn are one. Because cross_attn is one object, an image's keys and values serve
-encoder and decoder alike, so `project` computes them once per image.
+cross_attn and ffn are one. The reason: the encoder sees the whole text and the decoder only what
+comes before, and that difference lies in self-attention. Because cross_attn is one object, an
+image's keys and values serve encoder and decoder, so `project` computes them once per image.
 
 Post-LN, as in BERT: LayerNorm(x + Dropout(Sublayer(x))). Read on: sublayers, MEDLayer, MED.
-Letters: B batch, L text tokens, N context tokens, D width, V vocabulary. Masks: True = attend.
+Letters: B images, n texts of each, L text tokens, N context tokens, D width, V vocabulary, H heads.
 """
 
 from collections.abc import Callable
@@ -53,7 +54,7 @@ class AddNorm(nn.Module):
 
 
 class SelfAttentionLayer(nn.Module):
-    """attn_bi or attn_causal, depending on the mask that it is given."""
+    """Self-attention, add, norm: attn_bi and attn_causal are two such layers."""
 
     def __init__(self, width: int, heads: int, dropout: float):
         super().__init__()
@@ -158,7 +159,7 @@ class ContextKV:
 
     def select(self, rows: Tensor) -> "ContextKV":
         """rows (R,) -> the keys and values of images rows[0], rows[1] ..., repeats allowed."""
-        enc = self.enc and select_rows(self.enc, rows)
+        enc = None if self.enc is None else select_rows(self.enc, rows)
         dec = enc if self.dec is self.enc else self.dec and select_rows(self.dec, rows)
         return ContextKV(enc, dec, None if self.mask is None else self.mask[rows])
 
@@ -192,7 +193,7 @@ class MEDLayer(nn.Module):
             own_ca = share in ("all_but_ca", "none")
             own_ffn = share == "none"
             self.attn_causal = self.attn_bi if encodes and not own_sa else self_attention()
-            self.cross_attn_dec = (self.cross_attn if self.cross_attn and not own_ca
+            self.cross_attn_dec = (self.cross_attn if "grounded" in modes and not own_ca
                                    else cross_attention())
             self.ffn_dec = self.ffn if encodes and not own_ffn else feed_forward()
 
@@ -328,14 +329,14 @@ def with_first(ids: Tensor, token: int) -> Tensor:
 class DecoderStep:
     """The decoder as `step(tokens, rows) -> logits` for decoding.py, with its cache.
 
-    Rows that look at the same image stay neighbours. As long as every image has the same number of
-    rows (always so in beam search) each image's keys and values are held once, else once a row.
+    Rows of an image are neighbours. cross_attn needs as many rows for every image: with them (as
+    always in beam search) its keys and values are held once, else each row gets a copy of its own.
     """
 
     def __init__(self, med: MED, kv: ContextKV, images: Tensor):
         """kv of B images; images (R,): which of them each row of the first call looks at."""
         self.med, self.all_kv, self.images, self.past = med, kv, images, None
-        self.kv, self.kv_images = kv, torch.arange(len(kv), device=images.device)
+        self.kv, self.images_of_kv = kv, torch.arange(len(kv), device=images.device)
 
     def __call__(self, tokens: Tensor, rows: Tensor) -> Tensor:
         """tokens (R, t), rows (R,) of the previous call -> logits (R, V) for the next token."""
@@ -343,8 +344,8 @@ class DecoderStep:
         distinct, counts = self.images.unique_consecutive(return_counts=True)
         equal = (counts == counts[0]).all()  # as many rows for each image
         needed = distinct if equal else self.images
-        if not torch.equal(needed, self.kv_images):
-            self.kv, self.kv_images = self.all_kv.select(needed), needed
+        if not torch.equal(needed, self.images_of_kv):
+            self.kv, self.images_of_kv = self.all_kv.select(needed), needed
         if self.past is not None:
             self.past = select_rows(self.past, rows)
         states, self.past = self.med.decode(tokens, None, self.kv, self.past)

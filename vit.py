@@ -6,7 +6,7 @@ DeiT's ViT-B/16).
 
 Pre-LN blocks. There is no pooling head: every token comes out, because the text transformer's
 cross-attention looks at all of them; the first one, [CLS], is projected for the contrastive loss.
-N = (S / patch)^2 + 1: 197 at 224 px, 577 at 384 px. Read from the top: Block, then ViT.
+N = (S / patch)^2 + 1: 197 at 224 px, 577 at 384 px. B batch, S pixels, N tokens, D width.
 """
 
 import torch

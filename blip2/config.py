@@ -35,7 +35,7 @@ class Blip2Config:
     depth: int = setting(12, "BERT-base", least=1, most=1000, in_weights=True)
     heads: int = setting(12, "BERT-base", least=1, most=16384, in_weights=True)
     ffn: int = setting(3072, "BERT-base", least=1, most=65536, in_weights=True)
-    look_every: int = setting(2, "cross-attention in every so many layers, from the first",
+    look_every: int = setting(2, "2: cross-attention in every second layer, from the first",
                               least=1, in_weights=True)
     max_positions: int = setting(512, "BERT-base", least=4, most=65536, in_weights=True)
     dropout: float = setting(0.1, "in the Q-Former", least=0, most=0.99)

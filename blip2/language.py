@@ -42,7 +42,7 @@ class LanguageConfig:
     head_width: int = setting(64, "of a head", least=1)
     ffn: int = setting(3072, "of the feed-forward layers", least=1)
     max_positions: int = setting(2048, "of a decoder", least=4)
-    near_heads: int = setting(0, "so many heads weigh a token down by its distance (ALiBi, Press "
+    near_heads: int = setting(0, "this many heads weigh a token down by its distance (ALiBi, Press "
                                  "et al. 2022), those of an encoder-decoder at the start of its "
                                  "training; OPT and T5 have none", least=0)
     buckets: int = setting(32, "of relative positions, of an encoder-decoder", least=4)

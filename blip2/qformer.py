@@ -1,7 +1,8 @@
 """The Q-Former: learned queries and a text in one transformer (BLIP-2 sec. 3.1, Fig. 2).
 
-Q queries are all that ever looks at the image. What they saw, Q vectors, is all that a text or a
-language model ever learns of it: the bottleneck of BLIP-2.
+Only the Q queries look at the image. A text of stage 1 sees it through the queries' keys and values
+in each layer, and the language model of stage 2 through their Q last states: the bottleneck of
+BLIP-2.
 
     pass                          a layer's path
     encode_queries(kv)            queries: attn -> cross_attn (every second layer) -> ffn_query
@@ -42,22 +43,24 @@ def attention_mask(kind: str, text_mask: Tensor, queries: int) -> Tensor:
         t2   .  .  | x  x  x      t2   x  x  | x  x  .      t2   x  x  | x  x  x
         t3   .  .  | x  x  x      t3   x  x  | x  x  x      t3   x  x  | x  x  x
 
-    In itc and itg no query sees a text. So the queries' states are the same in both and for every
-    text: they are run once, and a text of itg reads their keys and values (the lower half of itg).
+    The column of a padding token has no x in any row. In itc and itg no query sees a text. So the
+    queries' states are the same in both and for every text: they are run once, and a text of itg
+    reads their keys and values (the lower half of itg). The itc mask is here to compare with the
+    figure: the model runs queries and text in two passes, which is the same.
     """
-    length = text_mask.shape[1]
-    is_query = torch.arange(queries + length, device=text_mask.device) < queries
-    rows, columns = is_query[:, None], is_query[None, :]
-    if kind == "itc":
-        allowed = rows == columns
-    elif kind == "itg":
-        causal = torch.ones(len(is_query), len(is_query), device=is_query.device).tril().bool()
-        allowed = columns | (causal & ~rows)
-    elif kind == "itm":
-        allowed = torch.ones_like(rows | columns)
-    else:
+    if kind not in ("itc", "itg", "itm"):
         raise ValueError(f"kind is {kind!r}; choose itc, itg or itm")
-    real = torch.cat([text_mask.new_ones(len(text_mask), queries), text_mask], 1).bool()
+    Q, L = queries, text_mask.shape[1]
+    allowed = torch.zeros(Q + L, Q + L, dtype=torch.bool, device=text_mask.device)
+    allowed[:Q, :Q] = True  # a query looks at queries
+    allowed[Q:, Q:] = True  # a text token looks at the text,
+    if kind == "itg":
+        allowed[Q:, Q:] = allowed[Q:, Q:].tril()  # in itg at what stands before it and itself,
+    if kind in ("itg", "itm"):
+        allowed[Q:, :Q] = True  # and at queries
+    if kind == "itm":
+        allowed[:Q, Q:] = True  # a query looks at the text
+    real = torch.cat([text_mask.new_ones(len(text_mask), Q), text_mask], 1).bool()
     return allowed & real[:, None, None]
 
 
@@ -131,7 +134,7 @@ class QFormer(nn.Module):
         return self.dropout(self.norm(self.queries)).expand(count, -1, -1)
 
     def embed_text(self, ids: Tensor, start: int = 0) -> Tensor:
-        """ids (B, L) -> (B, L, D). Positions start at 0, behind queries too."""
+        """ids (B, L) -> (B, L, D), at positions start .. start + L - 1 (queries have none)."""
         end = start + ids.shape[1]
         if end > self.position.num_embeddings:
             raise SettingError(f"a text of {end} tokens does not fit the Q-Former's "
@@ -143,7 +146,10 @@ class QFormer(nn.Module):
             kv: list[KeysValues | None] | None = None, past: Cache | None = None,
             attn_maps: list[Tensor] | None = None, queries_only: bool = False,
             kv_mask: Tensor | None = None) -> tuple[Tensor, Cache]:
-        """All layers: states, and the cache of their keys and values."""
+        """All layers: states, and the cache of their keys and values.
+
+        x (n*B, queries + L, D), mask (B or 1, 1, rows, columns), kv of B images for each layer.
+        """
         cache = []
         for i, layer in enumerate(self.layers):
             x, present = layer(x, queries, mask, kv[i] if kv else None, past[i] if past else None,
@@ -158,8 +164,8 @@ class QFormer(nn.Module):
 
         image_mask (B, N): the image tokens that are no padding; None: all.
         """
-        first = next(layer_kv for layer_kv in kv if layer_kv is not None)
-        x = self.embed_queries(len(first[0]))
+        images = len(kv[0][0])  # (the first layer always looks)
+        x = self.embed_queries(images)
         kv_mask = None if image_mask is None else image_mask[:, None, None].bool()
         return self.run(x, x.shape[1], None, kv, attn_maps=attn_maps, kv_mask=kv_mask)
 

@@ -37,7 +37,7 @@ class FrozenVision(Trainable):
         self.vit.requires_grad_(config.train_vision)
 
     def train(self, mode: bool = True):
-        """Training mode, but for what is frozen."""
+        """Training mode, except for what is frozen."""
         super().train(mode)
         self.vit.train(mode and self.config.train_vision)
         return self
@@ -94,7 +94,7 @@ class Stage1(FrozenVision):
         self.vision_proj = nn.Linear(c.width, c.embed_dim)
         self.text_proj = nn.Linear(c.width, c.embed_dim)
         self.itm_head = nn.Linear(c.width, 2)  # class 1 = matched
-        self.temp = nn.Parameter(torch.tensor(c.temp))
+        self.temp = nn.Parameter(torch.tensor(c.temp))  # (not clamped, as in the released code)
         initialise(self, c)
         self.objectives = OBJECTIVES
         self.draw_negative = draw_one  # of ITM; a test may take the likeliest instead
@@ -104,7 +104,7 @@ class Stage1(FrozenVision):
         self.objectives = objectives
 
     def pretrained_name(self, name: str) -> str:
-        """Of a BLIP only the ViT is taken."""
+        """Of a BLIP only the ViT is taken; "": this parameter starts afresh."""
         return name if name.startswith("vit.") else ""
 
     # ---- the parts that a user calls -------------------------------------------------------------
@@ -174,7 +174,10 @@ class Stage1(FrozenVision):
         return losses, {}
 
     def _itc(self, query_states, ids, mask, positives):
-        """-> the loss, similarities (i2t, t2i) over temperature, each (B, C), for mining."""
+        """-> the loss, similarities (i2t, t2i) over temperature, each (B, C), for mining.
+
+        query_states (B, Q, D), ids, mask (B, L), positives (B, C), C = processes * B.
+        """
         image_feat = l2_normalize(self.vision_proj(query_states))
         text_feat = self.encode_text(ids, mask)
         # Columns: all processes' features, without gradient; so each row trains its own side alone.
@@ -195,10 +198,12 @@ class Stage1(FrozenVision):
             rows B .. 2B-1     a hard image for it, text i     matched 0
             rows 2B .. 3B-1    image i, a hard text for it     matched 0
 
-        Negatives come from all processes; the softmax is taken over negatives alone.
+        tokens (B, N, vit width) and their kv; sims and positives (B, C) as in `_itc`. Negatives
+        come from all processes; the softmax is taken over negatives alone.
         """
         if sims is None or not self.config.hard_negatives:  # (None: ITC is off)
-            sims = (torch.zeros(positives.shape, device=ids.device),) * 2
+            alike = torch.zeros(positives.shape, device=ids.device)
+            sims = alike, alike
         floor, masked, draw = 0.0, True, self.draw_negative
         text_neg, text_valid = mine_hard_negatives(sims[0], positives, floor, masked, draw)
         image_neg, image_valid = mine_hard_negatives(sims[1], positives, floor, masked, draw)

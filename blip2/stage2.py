@@ -4,9 +4,11 @@
     decoder:          [soft tokens ; text]  every text token is predicted from what is before it
     encoder-decoder:  [soft tokens ; prefix] -> encoder -> decoder -> suffix
 
-The soft tokens are the model's picture of the image: as wide as a word's embedding, and no word.
-Trained are the Q-Former's query side, ln_vision and the linear layer, by the language model's loss
-alone. What is frozen has no gradient, no optimizer state, and stays in evaluation mode.
+The soft tokens have the width of word embeddings and stand for no word. Trained are the Q-Former's
+query side, ln_vision and the linear layer, by the language model's loss alone. What is frozen gets
+no gradient and no optimizer state, and stays in evaluation mode. But the gradient flows through the
+language model to the soft tokens: so it does not run under no_grad. The image encoder does, because
+nothing that is trained stands before it.
 NOTE(differs from salesforce/LAVIS): there the frozen language model's dropout is on in training.
 """
 
@@ -33,11 +35,11 @@ class Stage2Config(Blip2Config):
                                                "finetuning, BLIP-2 sec. 4.3)")
     split_captions: bool = setting(True, "an encoder-decoder reads the first part of a caption and "
                                          "writes the rest (BLIP-2 sec. 3.2); false: it writes all")
-    soft_scale: float = setting(1.0, "in front of an encoder-decoder the soft tokens start so many "
-                                     "times as large (paper: 1)", above=0)
+    soft_scale: float = setting(1.0, "in front of an encoder-decoder the soft tokens start this "
+                                     "many times as large (paper: 1)", above=0)
     language_model: str = setting("", "a checkpoint of `train.py language-model` (.pt), or a name "
                                       "or folder of the transformers library")
-    new_layers: int = setting(0, "so many last layers of the Q-Former are not taken from stage 1 "
+    new_layers: int = setting(0, "this many last layers of the Q-Former are not taken from stage 1 "
                                  "(paper: 0)", least=0)
     text_from: str = setting("", "the blip2-stage1 checkpoint whose text stream reads the question "
                                  "(blip2-vqa)")
@@ -69,24 +71,26 @@ class Stage2(FrozenVision):
         nn.init.normal_(self.qformer.queries, std=config.init_std or 1.0)
         self.language = language.requires_grad_(False)
         if not self.is_decoder:
-            # T5's encoder adds to its tokens and never normalises the sum. Large soft tokens hardly
-            # change on their way through it: the Q-Former speaks to the decoder.
+            # T5's encoder adds to its tokens and never normalises the sum. Large soft tokens pass
+            # through it almost unchanged, and the decoder reads what the Q-Former made.
             self.proj.weight.data.mul_(config.soft_scale)
         if config.question_to_queries:  # no text is written, and no text's state is read at the end
             self.qformer.lm_head.requires_grad_(False)
             self.qformer.layers[-1].ffn_text.requires_grad_(False)
 
     def train(self, mode: bool = True) -> "Stage2":
-        """Training mode, but for what is frozen."""
+        """Training mode, except for what is frozen."""
         super().train(mode)
         self.language.eval()
         return self
 
     def pretrained_name(self, name: str) -> str:
-        """Of stage 1 all but its heads, its text stream and the `new_layers`; of a BLIP the ViT.
+        """Parameter -> its name in the model that it starts from; "": it starts afresh.
 
-        Stage 1 makes the queries of a picture alike: ITC needs only the best of them. A small model
-        unlearns that slowly (results/blip2_world.md).
+        Afresh start the linear layer, the language model (task_stage2.initialise copies it) and the
+        `new_layers`; stage 1's heads and text stream have no place here. Stage 1 makes the queries
+        of a picture alike: ITC needs only the best of them. A small model unlearns that slowly
+        (results/blip2_world.md).
         """
         config = self.config
         new = [f"qformer.layers.{layer}."
@@ -103,7 +107,7 @@ class Stage2(FrozenVision):
         """What the language model gets to see: (B, Q, language width).
 
         image (B, 3, S, S), or tokens (B, N, vit width) of the image encoder. With question_ids,
-        question_mask (B, L) the queries see the question beside the image.
+        question_mask (B, L) the queries see the question as well as the image.
         """
         kv = self.qformer.project(self.encode_tokens(image))
         if question_ids is None:

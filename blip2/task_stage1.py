@@ -62,7 +62,7 @@ def trained_vision(start: dict) -> dict:
 
 
 def inputs(config: TrainConfig, tokenizer: Tokenizer, alpha: float) -> dict:
-    """Arguments of Stage1.forward beside the batch's tensors: [DEC] gives no loss."""
+    """Arguments of Stage1.forward, without the batch's tensors: [DEC] gives no loss."""
     return {"prompt_length": 1}
 
 

@@ -202,7 +202,7 @@ def answer(trained: TrainedModel, images: Tensor, questions: list[str],
 
 def answer_questions(trained: TrainedModel, dataset: Dataset, settings: EvalSettings,
                      grey: bool = False, shift: int = 0) -> list[dict]:
-    """{question_id, answer, index} of each question. shift: seen is a picture so many later."""
+    """{question_id, answer, index} of each question. shift: another item's picture is seen."""
     trained.model.eval()
     if shift:
         dataset = Shifted(dataset, shift)

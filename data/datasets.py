@@ -224,7 +224,7 @@ def worker_options(dataset: Dataset, workers: int) -> dict:
 
 
 def some_examples(dataset: Dataset, most: int) -> Iterator:
-    """At most about so many of a data set's examples, evenly spread, without their pictures."""
+    """At most about `most` of a data set's examples, evenly spread, without their pictures."""
     for index in range(0, len(dataset), max(1, len(dataset) // most)):
         yield dataset.example(index)
 

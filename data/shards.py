@@ -28,7 +28,7 @@ from data.pairs import merge_captions
 from data.sources import PairIndex
 from training import distributed
 
-ENOUGH = 20  # images of a shard: if none of so many can be read, the folder is the wrong one
+ENOUGH = 20  # images of a shard: if none of this many can be read, the folder is the wrong one
 
 
 class ShardImages(Dataset):

@@ -51,6 +51,11 @@ def check_targets(student, grader: Grader) -> None:
     ids, mask = texts()
     grader.compare("random texts, as in losses.next_token_targets",
                    lambda: f(ids.clone(), mask, 2), losses.next_token_targets(ids, mask, 2))
+    def ids_after():
+        given = ids.clone()
+        f(given, mask, 2)
+        return given
+    grader.compare("the ids are not changed", ids_after, ids)
 
 
 def check_itc(student, grader: Grader) -> None:
@@ -70,11 +75,14 @@ def check_itc(student, grader: Grader) -> None:
                              torch.cat([feats[1], keys[1][4:]]), 0.1, 0.4)
     cold = F.cross_entropy(feats[0] @ keys[1].T / 0.1, soft(keys[0], keys[1], 1.0))
     cold += F.cross_entropy(feats[1] @ keys[0].T / 0.1, soft(keys[1], keys[0], 1.0))
+    by_model = F.cross_entropy(feats[0] @ keys[1].T / 0.1, soft(feats[0], keys[1], 0.1))
+    by_model += F.cross_entropy(feats[1] @ keys[0].T / 0.1, soft(feats[1], keys[0], 0.1))
     hard = losses.itc_loss(*feats, *keys, 0.1, 0.0)
     grader.compare("soft targets and a queue, as in losses.itc_loss",
                    lambda: student.itc_loss(*feats, *keys, 0.1, 0.4), right, [
         (cold / 2, "Divide by temp in the targets too"),
         (hard, "The twins' prediction has no effect: alpha weighs it"),
+        (by_model / 2, "The targets are the twins' prediction, from the first B keys"),
         (online, "The twins' features are the first B keys")])
     def gradient():
         temp = torch.tensor(0.1, requires_grad=True)
@@ -107,10 +115,13 @@ def check_mining(student, grader: Grader) -> None:
     exps = [math.exp(x) for x in (9, 5, 1, 1)]
     hand = torch.tensor([[0.0] + [x / sum(exps) + 1e-4 for x in exps[1:]]])
     late = (sim.masked_fill(positives, 0).softmax(1) + 1e-4)
+    others = sim.masked_fill(positives, -math.inf).softmax(1) + 1e-4 * (~positives)
     grader.compare("the shares of one row by hand",
                    lambda: weights(student.mine_hard_negatives, sim, positives, 1e-4),
                    hand / hand.sum(), [
         (late / late.sum(), "The true pair can be drawn: set its weight to 0 after the softmax"),
+        (others / others.sum(), "This is the project's --mask-positives; here the softmax is taken "
+         "over all columns, the true one too"),
         (torch.tensor([[0.0, 1, 1, 1]]) / 3, "All negatives are as likely: use the similarity")])
     sim, positives = 5 * torch.randn(6, 6), torch.eye(6).bool()
     def own(sim, positives, floor, draw):
@@ -171,6 +182,11 @@ def check_momentum(student, grader: Grader) -> None:
     online, before = [p for p, _ in model.twin_parameters], [
         p_m.clone() for _, p_m in model.twin_parameters]
     model.update_momentum(0.7)
+    def online_after():
+        given = torch.ones(2)
+        student.update_momentum([given], [torch.zeros(2)], 0.9)
+        return given
+    grader.compare("the model is not changed", online_after, torch.ones(2))
     grader.compare("a small model, as BLIP.update_momentum", lambda: run(online, before, 0.7),
                    torch.cat([p_m.flatten() for _, p_m in model.twin_parameters]))
 
@@ -190,7 +206,11 @@ def check_queue(student, grader: Grader) -> None:
         ((torch.tensor([6.0, 2, 3, 4, 5]), 6), "The slots wrap, the pointer must wrap too")])
     grader.compare("queue of 3, a batch of 5", lambda: run(3, [5]), (torch.tensor([3.0, 4, 5]), 0),
                    [((torch.tensor([4.0, 5, 3]), 2), "Cut first, then write from the pointer on"),
+                    ((torch.tensor([3.0, 4, 5]), 2), "Three were written, so the pointer comes "
+                     "back to where it was"),
                     ((torch.tensor([1.0, 2, 3]), 0), "Keep the newest, not the oldest")])
+    grader.compare("queue of 3, batches of 2 and 5", lambda: run(3, [2, 5]),
+                   (torch.tensor([6.0, 7, 5]), 2))
     model, size = BLIP(TOY), TOY.queue_size
     queue = model.image_queue.clone()
     def several():
@@ -217,10 +237,18 @@ def check_top_p(student, grader: Grader) -> None:
                    [([1], short), ([0, 1], "Bring the ranks back to the tokens' places")])
     grader.compare("the same, p = 0.9", lambda: kept(0.9), [0, 1, 3, 4], [([1, 3, 4], short)])
     grader.compare("the same, p = 0.3: one always stays", lambda: kept(0.3), [1], [([], short)])
+    half = torch.tensor([[0.5, 0.25, 0.125, 0.125]]).log()  # exact in floating point
+    grader.compare("0.5 0.25 0.125 0.125, p = 0.5: the sum must exceed p", lambda: (
+        student.top_p_filter(half.clone(), 0.5) > -math.inf).sum().item(), 2)
     logits = 3 * torch.randn(4, 12)
     grader.compare("random logits, as in decoding.top_p_filter",
                    lambda: student.top_p_filter(logits.clone(), 0.8),
                    decoding.top_p_filter(logits, 0.8))
+    def logits_after():
+        given = logits.clone()
+        student.top_p_filter(given, 0.8)
+        return given
+    grader.compare("the logits are not changed", logits_after, logits)
 
 
 def check_done(student, grader: Grader) -> None:
@@ -229,7 +257,7 @@ def check_done(student, grader: Grader) -> None:
         beams = decoding.Beams(2)
         for score in scores:
             beams.add([1], score)
-        return student.done(beams, best)
+        return bool(student.done(beams, best))
     few = "One hypothesis is not enough: two are wanted"
     grader.compare("no hypothesis yet", lambda: run([], -1.0), False)
     grader.compare("one of two, better than all that runs", lambda: run([-0.5], -1.0), False,
@@ -290,6 +318,8 @@ def check_predictions(student, grader: Grader) -> None:
     solution = importlib.import_module(f"exercises.solutions.{name}")
     for letter, measured in solution.PREDICTIONS.items():
         predicted, why = student.PREDICTIONS.get(letter, ...), solution.WHY[letter]
+        if isinstance(predicted, str):
+            predicted = predicted.strip().lower()
         if predicted is ...:
             grader.add(False, f"{letter}: not predicted yet; put your answer in the place of ...")
         elif predicted == measured or (
@@ -310,7 +340,10 @@ def check_hunt_in_losses(student, grader: Grader) -> None:
     own, weights = torch.eye(4).bool(), (sim.softmax(1) + 1e-4).masked_fill(torch.eye(4).bool(), 0)
     grader.compare("negative_weights", lambda: student.negative_weights(sim, own, 1e-4), weights,
                    [(sim.masked_fill(own, 0).softmax(1) + 1e-4,
-                     "A true pair can be drawn as a negative")])
+                     "A true pair can be drawn as a negative"),
+                    ((sim.masked_fill(own, -math.inf).softmax(1) + 1e-4).masked_fill(own, 0),
+                     "The softmax is taken over all columns (without the true one it is "
+                     "--mask-positives)")])
     (ids, mask), logits = texts(), torch.randn(5, 7, 40)
     right = losses.lm_loss(logits[:, :-1], losses.next_token_targets(ids, mask), 0.0)
     late = ids[:, 1:].masked_fill(mask[:, :-1] == 0, -100)
@@ -324,11 +357,17 @@ def check_hunt_in_the_model(student, grader: Grader) -> None:
     grader.compare("momentum_step", lambda: student.momentum_step(online, twin, 0.9),
                    0.9 * twin + 0.1 * online, [
         (0.1 * twin + 0.9 * online, "The twin jumps to the model instead of following it")])
-    grader.compare("image_of_text", lambda: student.image_of_text(6, 3),
-                   torch.tensor([0, 0, 1, 1, 2, 2]), [
-        (torch.arange(6) % 3, "Text 1 looks at image 1, but it belongs to image 0")])
-    grader.compare("positions_of_new_tokens", lambda: student.positions_of_new_tokens(2, 4),
-                   torch.tensor([4, 5]), [(torch.arange(2), "The cache holds positions 0 to 3")])
+    for count, images in ((6, 3), (6, 2), (8, 4)):
+        right = torch.arange(images).repeat_interleave(count // images)
+        grader.compare(f"image_of_text({count}, {images})",
+                       lambda count=count, images=images: student.image_of_text(count, images),
+                       right, [(torch.arange(count) % images,
+                                "Text 1 looks at image 1, but it belongs to image 0")])
+    for new, cached in ((2, 4), (1, 7), (3, 4)):
+        grader.compare(f"positions_of_new_tokens({new}, {cached})",
+                       lambda new=new, cached=cached: student.positions_of_new_tokens(new, cached),
+                       torch.arange(cached, cached + new), [
+            (torch.arange(new), "The cache holds the positions from 0 on")])
     grader.compare("probability_of_match", lambda: student.probability_of_match(logits),
                    logits.softmax(1)[:, 1], [
         (logits.sigmoid()[:, 1], "The two classes' probabilities must sum to 1")])

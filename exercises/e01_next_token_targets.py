@@ -20,6 +20,6 @@ def next_token_targets(ids: Tensor, mask: Tensor, prompt_length: int = 0) -> Ten
     raise NotImplementedError
 
 
-HINT = """Position i predicts token i + 1: ids[:, 1:]. Whether a target is padding says the mask of
-the target, not of the position that predicts it. The target at index j is token j + 1, so a
-prompt of 3 tokens sets the targets 0 and 1 to -100."""
+HINT = """Position i predicts token i + 1: ids[:, 1:]. The mask of the target tells whether the
+target is padding, not the mask of the position that predicts it. The target at index j is token
+j + 1, so a prompt of 3 tokens sets the targets 0 and 1 to -100."""

@@ -13,7 +13,7 @@ def enqueue(queue: Tensor, pointer: int, features: Tensor) -> int:
 
     queue (Q, E), features (B, E), any B, also B > Q: then only the last Q of them can stay.
     -> the new pointer, in 0 .. Q - 1. With B > Q keep the last Q features and put the first of
-    those at the pointer.
+    those at the pointer, which does not move then.
     """
     # TODO: the slots pointer, pointer + 1 ... wrapped at Q; write; return the new pointer.
     raise NotImplementedError

@@ -2,7 +2,7 @@
 
 CapFilt's captioner does not take the likeliest word: it draws one. But the long tail of unlikely
 words must not be drawn. The nucleus is the shortest list of likeliest tokens whose probabilities
-reach p (0.9 in BLIP). The token that crosses p belongs to it. The draw happens later, by
+together exceed p (0.9 in BLIP). The token that crosses p belongs to it. The draw happens later, by
 probability, among those that are left.
 """
 

@@ -9,14 +9,13 @@ With all three objectives the model has, in percent: text-to-image R@1 of 1,000 
 0.1); ITM prefers the true text to one with a word swapped 96 (chance 50); captions wholly true 96.
 A number counts as right within 10 points.
 
-a   without ITC: text-to-image R@1?
-b   without ITM: how often does ITM prefer the true text?
-c   without LM: captions wholly true?
-d   without ITC: does ITM get "worse" or "better", or does it stay the "same"? (Think of where its
-    negatives come from.)
+a   without ITM: how often does ITM prefer the true text?
+b   without LM: text-to-image R@1 by ITC?
+c   without ITC: do the captions get "worse" or "better", or do they stay the "same"?
+d   without ITC: does ITM get "worse" or "better", or does it stay the "same"?
 """
 
 PREDICTIONS = {"a": ..., "b": ..., "c": ..., "d": ...}
 
-HINT = """A head that no loss reaches stays as random as it was made. And exercise 3: which
-similarities choose ITM's negatives?"""
+HINT = """A head that no loss reaches stays as random as it was made. All objectives train the same
+ViT: which of them teach it what another one needs?"""

@@ -1,4 +1,4 @@
-"""13. Bug hunt: three losses (BLIP sec. 3.2).
+"""13. Bug hunt: three parts of the losses (BLIP sec. 3.2).
 
 Each function below has ONE bug. None raises an error, and each loss goes down as a loss should. But
 the model learns the wrong thing. Find the bugs by reading, mend them here, then run
@@ -21,7 +21,10 @@ def soft_targets(image_feat_m: Tensor, text_keys: Tensor, temp: float, alpha: fl
 
 
 def negative_weights(sim: Tensor, positives: Tensor, floor: float) -> Tensor:
-    """How likely each column is drawn as a hard negative; sim, positives (B, C) -> (B, C)."""
+    """How likely each column is drawn as a hard negative; sim, positives (B, C) -> (B, C).
+
+    weight = softmax(sim) + floor, 0 where the pair is a true one.
+    """
     sim = sim.masked_fill(positives, 0)
     return sim.softmax(1) + floor
 

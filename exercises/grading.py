@@ -80,6 +80,9 @@ def compare_values(value: object, expected: object) -> str:
     if isinstance(expected, Tensor):
         if not isinstance(value, Tensor):
             return f"expected a tensor {show(expected)}, got {show(value)}"
+        if expected.dtype == torch.bool != value.dtype:
+            return (f"got numbers of type {value.dtype}, expected True and False: attention adds a "
+                    "mask of numbers to the scores, and masks nothing")
         if value.shape != expected.shape:
             return f"got shape {tuple(value.shape)}, expected shape {tuple(expected.shape)}"
         if torch.allclose(value.detach().double(), expected.double(), TOLERANCE, TOLERANCE):

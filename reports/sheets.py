@@ -48,7 +48,7 @@ Sections = list[tuple[str, list[Row]]]  # headings and the rows below them
 
 
 def in_rows(cells: list[Cell], columns: int) -> list[Row]:
-    """The cells, so many in a row."""
+    """The cells, `columns` in a row."""
     return [cells[i:i + columns] for i in range(0, len(cells), columns)]
 
 

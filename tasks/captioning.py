@@ -343,7 +343,7 @@ def captions_by_image(path: str | Path, records: list[dict], key: str,
 # ---- the task ------------------------------------------------------------------------------------
 
 def inputs(config: TrainConfig, tokenizer: Tokenizer, alpha: float) -> dict:
-    """Arguments of BLIP.forward beside the batch's tensors: [DEC] and the prompt give no loss."""
+    """Arguments of BLIP.forward, without the batch's tensors: the prompt gives no loss."""
     return {"alpha": alpha, "prompt_length": 1 + len(tokenizer.piece_ids(config.prompt))}
 
 

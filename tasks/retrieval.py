@@ -302,7 +302,7 @@ def collate(tokenizer: Tokenizer, config: TrainConfig, model_config: BLIPConfig)
 
 
 def inputs(config: TrainConfig, tokenizer: Tokenizer, alpha: float) -> dict:
-    """Arguments of BLIP.forward beside the batch's tensors."""
+    """Arguments of BLIP.forward, without the batch's tensors."""
     return {"alpha": alpha, "finetuning": True, "all_negatives": config.all_negatives}
 
 

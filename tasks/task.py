@@ -96,7 +96,7 @@ class Source:
     data: str  # files with commas between them
     image_root: str  # "": the folder of the first file
     split: str  # train, val or held-out of the world; of a Karpathy file
-    size: int  # the first so many; 0: all
+    size: int  # the first examples, this many; 0: all
     image_size: int  # pixels
     seed: int = 0
     each_caption: bool = False  # an item for each caption, for training; else for each image
@@ -198,7 +198,7 @@ class Task:
     collate: Callable[[Tokenizer, TrainConfig, object], Collate]  # object: a `config`
     evaluate: Callable[[TrainedModel, Dataset, EvalSettings], Evaluation]
     score: Callable[[dict], float] | None = None  # numbers -> what selects the best epoch
-    # (config, tokenizer, alpha) -> arguments of the model's forward beside the batch's tensors
+    # (config, tokenizer, alpha) -> arguments of the model's forward, without the batch's tensors
     inputs: Callable[[TrainConfig, Tokenizer, float], dict] = lambda config, tokenizer, alpha: {}
     config: type = BLIPConfig  # of the model
     sizes: dict[str, dict] = field(default_factory=lambda: SIZES)  # preset -> fields of `config`
@@ -296,7 +296,7 @@ def evaluation_batches(dataset: Dataset, collate: Collate, trained: TrainedModel
                        broken: list[str] | None = None, grey: bool = False) -> Iterator[dict]:
     """This rank's batches on the model's device, images normalised (data.images.batch_to).
 
-    Of clips so many fewer as they have frames. Images that cannot be read are left out; their names
+    A batch of clips has about as many frames. Images that cannot be read are left out; their names
     go into `broken`. grey: a model that sees nothing, every image is grey.
     """
     batch_size = max(1, BATCH // getattr(dataset, "frames", 1))

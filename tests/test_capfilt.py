@@ -28,6 +28,7 @@ from data.shards import Shard
 from data.sources import PairIndex
 from data.text import Tokenizer, clean_caption
 from tasks.captioning import Decoding
+from tools.filter_quality import open_filter
 from training import checkpoints
 from training.settings import training_flags
 from world.datasets import World
@@ -117,7 +118,7 @@ def test_without_a_filter_all_is_kept():
 
 def test_scores_are_those_of_one_text_with_one_image(files, whole):
     """Batching, padding and stacking change nothing."""
-    trained = capfilt.open_filter(files / "retrieval3.pt", {}, torch.device("cpu"))
+    trained = open_filter(files / "retrieval3.pt", torch.device("cpu"))
     model = trained.model
     records = read_json(whole / "bootstrapped.json") + read_json(whole / "rejected.json")
     judged = [r for r in records if r["source"] != "human"]
@@ -143,7 +144,7 @@ def make_shard(folder: Path, pairs: list[Pair], seed: int = 0) -> Shard:
 def test_an_image_is_encoded_and_projected_once_for_each_model(files, tmp_path):
     device = torch.device("cpu")
     captioner = capfilt.open_captioner(files / "caption1.pt", {}, device)
-    filter = capfilt.open_filter(files / "retrieval3.pt", {}, device)
+    filter = open_filter(files / "retrieval3.pt", device)
     seen = []
     for number, trained in enumerate((captioner.trained, filter)):
         for module, name in ((trained.model.vit, "forward"), (trained.model.med, "project")):

@@ -39,7 +39,7 @@ def find_pictures(paths: list[str | Path]) -> list[Path]:
     Raises InputError for what is not there.
     """
     endings, pictures = set(Image.registered_extensions()), []
-    for path in dict.fromkeys(map(Path, paths)):
+    for path in map(Path, paths):
         if not path.exists():
             raise InputError(f"{path} does not exist; check the path")
         if path.is_dir():

@@ -17,14 +17,21 @@ from data.pairs import merge_captions
 from data.shards import Shard
 from data.sources import PairIndex
 from data.text import clean_caption
+from tasks.registry import TASKS
 from tasks.task import TrainedModel
 from training import distributed
+from training.checkpoints import open_model
 from training.distributed import print0
 
 PAIRS = 300  # that are judged
 USELESS = 0.75  # AUC below which the filter is said to tell too little
 
 Score = Callable[[TrainedModel, Tensor, list[list[str]]], list[list[float]]]  # capfilt.itm_scores
+
+
+def open_filter(path: str, device: torch.device, vocab: str = "") -> TrainedModel:
+    """A checkpoint of `train.py retrieval`. Raises InputError."""
+    return open_model(path, TASKS["retrieval"].needs, vocab, device)
 
 
 def report_filters(filters: list[TrainedModel], human: PairIndex | None, score: Score,

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from capfilt import itm_scores, open_captioner, open_filter
+from capfilt import itm_scores, open_captioner
 from data.files import InputError, make_folder, read_json, whole_file, write_json
 from data.images import prepare_images
 from reports.metrics import mean, ngrams, tokenise
@@ -26,6 +26,7 @@ from reports.statistics import mean_and_spread
 from reports.tables import markdown_row
 from tasks.captioning import Decoding, write_captions
 from tasks.task import TrainedModel
+from tools.filter_quality import open_filter
 from tools.plots import draw_sampling
 from training import devices
 from training.program import exit_status
@@ -105,7 +106,7 @@ def run(o: argparse.Namespace) -> None:
     experiments = read_json(path) if path.exists() else {}
     if not is_ours(experiments):
         raise InputError(f"{path} is not a file of this program; give another --out")
-    seeds = [judge_captioner(captioner, open_filter(filter, {}, device), o.size, device)
+    seeds = [judge_captioner(captioner, open_filter(filter, device), o.size, device)
              for captioner, filter in zip(o.captioner, o.filter)]
     experiments[o.name] = {way: [of_seed[way] for of_seed in seeds] for way in WAYS}
     write_json(path, experiments)

@@ -40,8 +40,7 @@ OLD_PARAMETERS = {".twins.0.": ".first.", ".twins.1.": ".second."}
 def save(path: str | Path, state: dict, keep: int = 1) -> None:
     """Write `state`; the old file is whole until the new one is. Raises InputError.
 
-    With keep > 1 the last so many stay, as checkpoint-STEP.pt beside checkpoint.pt, which is the
-    newest.
+    With keep > 1 the last `keep` of them stay, as checkpoint-STEP.pt; checkpoint.pt is the newest.
     """
     path = Path(path)
     if keep == 1:

@@ -12,7 +12,7 @@ WARMUP_SHARE, LM_ONLY_SHARE, ITM_SHARE, ALPHA_SHARE = 0.1, 0.5, 0.7, 0.25
 
 
 def fit(config: TrainConfig, given: dict, pairs: int) -> tuple[TrainConfig, list[str]]:
-    """The settings fitted to so many pairs, and sentences that say what was changed and why.
+    """The settings fitted to this many pairs, and sentences that say what was changed and why.
 
     What was given on the command line stays, and what the task does not read. On own data epochs
     are added until there are `min_steps`; warm-up, steps of LM alone and alpha's ramp are cut to a

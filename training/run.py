@@ -104,7 +104,7 @@ def require_a_picture(dataset: Dataset, files: str) -> None:
 
 
 def texts_of(train: Dataset, most: int) -> list[str]:
-    """The texts of about so many examples, as a model reads them."""
+    """The texts of about `most` examples, as a model reads them."""
     return [clean_caption(text) for example in some_examples(train, most)
             for text in example.texts]
 

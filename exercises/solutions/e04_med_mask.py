@@ -1,4 +1,4 @@
-"""4. Padding is seen by nobody; in the decoder the future is not either."""
+"""4. No token sees padding; in the decoder no token sees a later one."""
 
 import torch
 from torch import Tensor

@@ -1,4 +1,4 @@
-"""8. Enough hypotheses, and nothing that runs can beat the worst."""
+"""8. Enough hypotheses, and the best continuation is no better than the worst."""
 
 
 def done(beams, best_running: float) -> bool:

@@ -1,4 +1,4 @@
-"""13. The three losses, mended; a comment says what was wrong."""
+"""13. The three functions, mended; a comment says what was wrong."""
 
 import torch
 import torch.nn.functional as F

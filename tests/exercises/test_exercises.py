@@ -7,6 +7,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import decoding
+import losses
+from blip2 import qformer
 from exercises import check
 from exercises.check import COURSE, grade, load
 from exercises.grading import compare_values
@@ -121,7 +124,58 @@ def queries_see_the_text(kind, text_mask, queries):
     return torch.ones(len(text_mask), 1, size, size).bool()
 
 
+def ids_are_overwritten(ids, mask, prompt_length=0):
+    ids[:, 1:][mask[:, 1:] == 0] = -100
+    return losses.next_token_targets(ids, torch.ones_like(mask), prompt_length)
+
+
+def the_model_is_overwritten(online, twins, momentum):
+    for p, twin in zip(online, twins):
+        twin.mul_(momentum).add_(p.mul_(1 - momentum))
+
+
+def logits_are_overwritten(logits, top_p):
+    return logits.copy_(decoding.top_p_filter(logits, top_p))
+
+
+def the_list_reaches_p(logits, top_p):
+    ordered, order = logits.sort(-1, descending=True)
+    probability = ordered.softmax(-1)
+    dropped = probability.cumsum(-1) - probability >= top_p
+    dropped[..., 0] = False
+    return logits.masked_fill(dropped.scatter(-1, order, dropped), -math.inf)
+
+
+def targets_of_the_model(image_feat, text_feat, image_keys, text_keys, temp, alpha):
+    truth = torch.eye(len(image_feat), len(image_keys))
+    def one_way(feat, keys):
+        with torch.no_grad():
+            target = alpha * (feat @ keys.T / temp).softmax(1) + (1 - alpha) * truth
+        return F.cross_entropy(feat @ keys.T / temp, target)
+    return (one_way(image_feat, text_keys) + one_way(text_feat, image_keys)) / 2
+
+
+def softmax_over_negatives(sim, positives, floor, draw):
+    return draw(sim.masked_fill(positives, -math.inf).softmax(1) + floor * (~positives))
+
+
+def pointer_moves_by_the_batch(queue, pointer, features):
+    new = (pointer + len(features)) % len(queue)
+    features = features[-len(queue):]
+    queue[(pointer + torch.arange(len(features))) % len(queue)] = features
+    return new
+
+
+def mask_of_numbers(kind, text_mask, queries):
+    return qformer.attention_mask(kind, text_mask, queries).float()
+
+
 MISTAKES = [
+    (1, ids_are_overwritten, "the ids are not changed"), (5, the_model_is_overwritten, "the model"),
+    (7, logits_are_overwritten, "the logits are not changed"), (7, the_list_reaches_p, "exceed p"),
+    (2, targets_of_the_model, "from the first B keys"), (3, softmax_over_negatives, "--mask-pos"),
+    (6, pointer_moves_by_the_batch, "comes back to where it was"),
+    (10, mask_of_numbers, "attention adds a mask of numbers"),
     (1, targets_of_themselves, "predicts itself"), (1, padding_is_learnt, "Padding is learnt"),
     (2, targets_without_temperature, "Divide by temp in the targets"),
     (3, positives_at_zero_similarity, "weight to 0 after the softmax"),
@@ -160,10 +214,10 @@ def test_each_bug_of_a_hunt_is_named():
 
 def test_a_wrong_prediction_shows_what_was_measured():
     module = types.SimpleNamespace(__name__="exercises.e11_predict_losses",
-                                   PREDICTIONS={"a": 5, "b": 90, "c": ..., "d": "worse"})
+                                   PREDICTIONS={"a": 45, "b": 90, "c": ..., "d": " Worse"})
     lines = grade(COURSE[10], module).lines
     assert [line.passed for line in lines] == [True, False, False, True]
-    assert "you predicted 90, measured was 50.0" in lines[1].text
+    assert "you predicted 90, measured was 72.0" in lines[1].text
     assert "not predicted yet" in lines[2].text
 
 
