@@ -63,11 +63,11 @@ class Screen:
     """A stream that ends no program: what cannot be written is lost, and the work goes on.
 
     So it is after `| head` has read enough, and on a full disk. A letter that the screen does not
-    have is written as its number.
+    have is written as its number. `failure` says why something was lost, unless a reader left.
     """
 
     def __init__(self, stream: TextIO):
-        self.stream = stream
+        self.stream, self.failure = stream, ""
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
 
@@ -87,7 +87,9 @@ class Screen:
         """Within it, after a failure all that is written goes to /dev/null from then on."""
         try:
             yield
-        except OSError:
+        except OSError as error:
+            if error.errno not in (errno.EPIPE, errno.EINVAL):  # (Windows: EINVAL)
+                self.failure = error.strerror or str(error)
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, self.stream.fileno())
             os.close(nowhere)
@@ -97,27 +99,34 @@ class Screen:
 
 
 @contextlib.contextmanager
-def screens_that_last() -> Iterator[None]:
-    """Within it, what is printed cannot end the program."""
+def screens_that_last() -> Iterator[list[Screen]]:
+    """Within it, what is printed cannot end the program -> its screens; [] where it has none."""
     before = sys.stdout, sys.stderr
-    if None not in before:  # it is None where a program has no screen
-        sys.stdout, sys.stderr = map(Screen, before)
+    screens = [] if None in before else [Screen(stream) for stream in before]
+    if screens:
+        sys.stdout, sys.stderr = screens
     try:
-        yield
+        yield screens
     finally:
-        if None not in before:
-            sys.stdout.flush()
+        for screen in screens:
+            screen.flush()
         sys.stdout, sys.stderr = before
 
 
 def exit_status(program: Callable[[], int | None], interrupted: str = "interrupted") -> int:
     """Run a program's main part -> its exit status.
 
-    What the part returns, or 0; 2 after a user's mistake, of which one sentence is printed; 130
-    after an interrupt, with the sentence `interrupted` or that of the KeyboardInterrupt.
+    What the part returns, or 0; 2 after a user's mistake, of which one sentence is printed, and
+    where not all could be printed; 130 after an interrupt, with the sentence `interrupted` or that
+    of the KeyboardInterrupt.
     """
-    with screens_that_last():
-        return status_of(program, interrupted)
+    with screens_that_last() as screens:
+        status = status_of(program, interrupted)
+    failures = [screen.failure for screen in screens if screen.failure]
+    if failures:
+        print(f"error: the work is done, but not all that it prints could be written "
+              f"({failures[0]}); make room", file=sys.stderr)
+    return status or (2 if failures else 0)
 
 
 def status_of(program: Callable[[], int | None], interrupted: str) -> int:

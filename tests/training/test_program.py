@@ -59,10 +59,12 @@ def test_a_program_without_a_screen_runs(monkeypatch):
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="a disk that is always full")
 def test_what_is_printed_to_a_full_disk_is_lost_and_the_work_is_not():
-    code = "print('x', flush=True)\n    print('y')\n    return 7"
+    code = "print('x', flush=True)\n    print('y')\n    print('done', file=sys.stderr)"
     with open("/dev/full", "w") as full:
         process = start(code, stdout=full)
-        assert process.wait() == 7 and not process.stderr.read()
+        _, error = process.communicate()
+    assert process.returncode == 2 and error.startswith("done\nerror: the work is done, but not")
+    assert "No space left on device" in error and error.count("\n") == 2
 
 
 def test_an_interrupt_of_the_last_judgement_says_how_to_go_on(tmp_path, monkeypatch, capsys):
