@@ -5,6 +5,7 @@ A check is called with the student's module (or the solution's) and a Grader.
 
 import importlib
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -36,6 +37,13 @@ def texts(rows: int = 5, length: int = 7) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.randint(5, 38, (rows, length)) * mask, mask
 
 
+def after(call: Callable[[torch.Tensor], object], argument: torch.Tensor) -> torch.Tensor:
+    """What a function leaves in a copy of its argument."""
+    given = argument.clone()
+    call(given)
+    return given
+
+
 def check_targets(student, grader: Grader) -> None:
     """Exercise 1."""
     f, ids, mask = (student.next_token_targets, torch.tensor([[2, 7, 8, 9, 3, 0]]),
@@ -51,11 +59,8 @@ def check_targets(student, grader: Grader) -> None:
     ids, mask = texts()
     grader.compare("random texts, as in losses.next_token_targets",
                    lambda: f(ids.clone(), mask, 2), losses.next_token_targets(ids, mask, 2))
-    def ids_after():
-        given = ids.clone()
-        f(given, mask, 2)
-        return given
-    grader.compare("the ids are not changed", ids_after, ids)
+    grader.compare("the ids are not changed", lambda: after(lambda given: f(given, mask, 2), ids),
+                   ids)
 
 
 def check_itc(student, grader: Grader) -> None:
@@ -182,11 +187,9 @@ def check_momentum(student, grader: Grader) -> None:
     online, before = [p for p, _ in model.twin_parameters], [
         p_m.clone() for _, p_m in model.twin_parameters]
     model.update_momentum(0.7)
-    def online_after():
-        given = torch.ones(2)
+    def move(given):
         student.update_momentum([given], [torch.zeros(2)], 0.9)
-        return given
-    grader.compare("the model is not changed", online_after, torch.ones(2))
+    grader.compare("the model is not changed", lambda: after(move, torch.ones(2)), torch.ones(2))
     grader.compare("a small model, as BLIP.update_momentum", lambda: run(online, before, 0.7),
                    torch.cat([p_m.flatten() for _, p_m in model.twin_parameters]))
 
@@ -244,11 +247,8 @@ def check_top_p(student, grader: Grader) -> None:
     grader.compare("random logits, as in decoding.top_p_filter",
                    lambda: student.top_p_filter(logits.clone(), 0.8),
                    decoding.top_p_filter(logits, 0.8))
-    def logits_after():
-        given = logits.clone()
-        student.top_p_filter(given, 0.8)
-        return given
-    grader.compare("the logits are not changed", logits_after, logits)
+    grader.compare("the logits are not changed",
+                   lambda: after(lambda given: student.top_p_filter(given, 0.8), logits), logits)
 
 
 def check_done(student, grader: Grader) -> None:

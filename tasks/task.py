@@ -296,8 +296,8 @@ def evaluation_batches(dataset: Dataset, collate: Collate, trained: TrainedModel
                        broken: list[str] | None = None, grey: bool = False) -> Iterator[dict]:
     """This rank's batches on the model's device, images normalised (data.images.batch_to).
 
-    A batch of clips has about as many frames. Images that cannot be read are left out; their names
-    go into `broken`. grey: a model that sees nothing, every image is grey.
+    A batch has BATCH images: fewer clips, whose frames all count. Images that cannot be read are
+    left out; their names go into `broken`. grey: a model that sees nothing, every image is grey.
     """
     batch_size = max(1, BATCH // getattr(dataset, "frames", 1))
     loader = DataLoader(dataset, collate_fn=collate,
