@@ -342,7 +342,7 @@ def markdown(experiment: Experiment, cells: dict[str, list[dict]], command: str,
              f"In the picture world, {len(seeds)} seed{'s' * (len(seeds) > 1)} "
              f"({', '.join(map(str, seeds))}): mean ± standard deviation, percent, on "
              f"{regime.world.held_out} held-out scenes with clean texts, straight after "
-             f"{'' if experiment.evaluated else 'pre'}training. {machine(device)}.", "",
+             f"{'' if experiment.evaluated else 'pre'}training. {devices.machine(device)}.", "",
              *cell_table(cells, experiment.measures, experiment.paper)]
     if experiment.paper_parameters:
         lines += ["", *parameter_table(cells, experiment.paper_parameters)]
@@ -355,14 +355,6 @@ def markdown(experiment: Experiment, cells: dict[str, list[dict]], command: str,
               "of tests. tie: p is 0.05 or more; in brackets the smallest difference that this "
               "test could have detected. a look: one seed, no verdict.", ""]
     return "\n".join(lines)
-
-
-def machine(device: str) -> str:
-    """What it ran on."""
-    name = f"{os.cpu_count()} CPU cores"
-    if device.startswith("cuda"):
-        name = torch.cuda.get_device_name(device)
-    return f"{name}, torch {torch.__version__}"
 
 
 # ---- command line --------------------------------------------------------------------------------
@@ -418,7 +410,7 @@ def run(o: argparse.Namespace, command: str) -> None:
         with whole_file(Path(o.results) / f"{file_name}.md") as file:
             file.write(text)
         write_json(Path(o.results) / f"{file_name}.json", {
-            "command": command, "machine": machine(device), "seeds": seeds, "cells": cells,
+            "command": command, "machine": devices.machine(device), "seeds": seeds, "cells": cells,
             "verdicts": verdicts(experiment.claims, experiment.judged_by(), cells)})
         print(f"{text}\nwrote {o.results}/{file_name}.md, {file_name}.json", flush=True)
 

@@ -88,10 +88,11 @@ def verdict_table(claims: tuple[tuple[str, str], ...], measures: dict[str, str],
 
 
 def verdict_words(result: dict) -> str:
-    """"yes: +5.1 (p 0.01)", "tie: +0.3 (3.2 would be seen)": difference in points."""
+    """"yes: +5.1 (p 0.012)", "tie: +0.3 (3.2 would be seen)": difference in points."""
     difference = f"{result['verdict']}: {100 * result['difference']:+.1f}"
     if result["verdict"] == "tie":
         return f"{difference} ({100 * result['smallest_visible']:.1f} would be seen)"
     if result["verdict"] == "a look":
         return difference
-    return f"{difference} (p {result['p']:.2f})"
+    p = f"p {result['p']:.3f}" if result["p"] >= 0.001 else "p below 0.001"
+    return f"{difference} ({p})"

@@ -11,7 +11,7 @@ import blip
 import train
 from capfilt import CapFiltConfig, training_flags
 from data.files import read_json, write_json
-from reports.tables import verdicts
+from reports.tables import verdict_words, verdicts
 from tools.experiments import Experiment
 from tools.experiments_claims import LARGE, PARTS
 from tools.judge import MEASURES
@@ -57,8 +57,15 @@ def test_a_cell_without_a_measure_has_a_dash_and_no_verdict(tmp_path):
              "b": [{"caption_true": 0.2, "minutes": 1.0}] * 2}
     text = ablate.markdown(experiment, cells, "python ablate.py x", regime(tmp_path), [0, 1])
     assert "| b | – | 20.0 ± 0.0 | 1.0 |" in text
-    assert "| a > b | – | yes: +50.0 (p 0.00) |" in text
+    assert "| a > b | – | yes: +50.0 (p below 0.001) |" in text
     assert [v["measure"] for v in verdicts(experiment.claims, measures, cells)] == ["caption_true"]
+
+
+@pytest.mark.parametrize("p, words", [(0.0497, "p 0.050"), (0.001, "p 0.001"),
+                                      (0.00099, "p below 0.001")])
+def test_a_verdict_says_how_sure_it_is(p, words):
+    result = {"verdict": "yes", "difference": 0.05, "p": p, "smallest_visible": 0.01}
+    assert verdict_words(result) == f"yes: +5.0 ({words})"
 
 
 @pytest.mark.parametrize("name", ablate.EXPERIMENTS)

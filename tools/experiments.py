@@ -104,7 +104,7 @@ BLIP_EXPERIMENTS = {
         {"neither": NEITHER, "filter": (61.5, 79.1, 128.2), "captioner": (62.0, 79.7, 128.9),
          "both": BOTH},
         (("filter", "neither"), ("captioner", "neither"), ("captioner", "filter"),
-         ("both", "filter"), ("both", "captioner")),
+         ("both", "neither"), ("both", "filter"), ("both", "captioner")),
         sets={"both": capfilt_set}),
     "table2": Experiment(
         "Table 2: how the synthetic texts are generated",

@@ -2,7 +2,9 @@
 
 import contextlib
 import os
+import platform
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -40,6 +42,26 @@ def start(name: str = "auto") -> torch.device:
     device = torch.device(name)
     distributed.init(device)
     return device
+
+
+def machine(device: str) -> str:
+    """The hardware that `device` names, in words: "2 CPU cores (AMD EPYC), torch 2.13.0+cpu"."""
+    hardware = f"{os.cpu_count()} CPU cores ({processor()})"
+    if device.startswith("cuda"):
+        hardware = torch.cuda.get_device_name(device)
+    return f"{hardware}, torch {torch.__version__}"
+
+
+def processor(about: Path = Path("/proc/cpuinfo")) -> str:
+    """The processor's name: another one rounds differently, so numbers differ a little.
+
+    about: where Linux tells it.
+    """
+    for line in about.read_text().splitlines() if about.exists() else []:
+        name, _, value = line.partition(":")
+        if name.strip() == "model name":
+            return value.strip()
+    return platform.processor() or platform.machine()
 
 
 def number_of_gpu(asked: str) -> int:

@@ -33,6 +33,15 @@ def test_the_device_that_is_asked_for_becomes_the_current_one(gpus, monkeypatch)
     assert devices.start("cpu") == torch.device("cpu")
 
 
+def test_the_machine_of_a_table_has_its_processor(tmp_path):
+    about = tmp_path / "cpuinfo"
+    about.write_text("processor\t: 0\nmodel name\t: A Fast One @ 2 GHz\nflags\t\t: a b\n")
+    assert devices.processor(about) == "A Fast One @ 2 GHz"
+    assert devices.processor(tmp_path / "absent")  # macOS, Windows
+    assert devices.processor() in devices.machine("cpu")
+    assert f"torch {torch.__version__}" in devices.machine("cpu")
+
+
 @pytest.mark.parametrize("name, local_rank, sentence", [
     ("tpu", None, "choose auto, cuda, cuda:NUMBER, mps or cpu"),
     ("cpu:0", None, "choose auto, cuda, cuda:NUMBER, mps or cpu"),
