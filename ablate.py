@@ -61,7 +61,14 @@ import train
 from capfilt import CapFiltConfig, bootstrap, open_captioner
 from data.files import make_folder, read_json, whole_file, write_json
 from data.sources import PairIndex, with_shares
-from reports.tables import cell_table, parameter_table, set_table, verdict_table, verdicts
+from reports.tables import (
+    cell_table,
+    parameter_table,
+    set_table,
+    set_verdict_table,
+    verdict_table,
+    verdicts,
+)
 from tasks.registry import TASKS
 from tools.experiments import BLIP_EXPERIMENTS, Experiment
 from tools.experiments_blip2 import BLIP2_EXPERIMENTS
@@ -347,8 +354,9 @@ def markdown(experiment: Experiment, cells: dict[str, list[dict]], command: str,
     if experiment.paper_parameters:
         lines += ["", *parameter_table(cells, experiment.paper_parameters)]
     if experiment.sets:
-        lines += ["", *set_table({cell: cells[cell] for cell in experiment.sets},
-                                 experiment.paper_rejected)]
+        with_set = {cell: cells[cell] for cell in experiment.sets}
+        lines += ["", *set_table(with_set, experiment.paper_rejected),
+                  *set_verdict_table(experiment.claims, with_set)]
     lines += ["", *verdict_table(experiment.claims, experiment.judged_by(), cells, order), "",
               "Is the first better than the second? The difference of the means in points. yes, "
               "no: paired t-test over seeds, two-sided, p below 0.05, not corrected for the number "

@@ -75,6 +75,22 @@ def set_table(cells: Cells, paper_rejected: dict[str, float]) -> list[str]:
     return lines
 
 
+def set_verdict_table(claims: tuple[tuple[str, str], ...], cells: Cells) -> list[str]:
+    """How the bootstrapped sets of two cells differ, for the claims whose cells both have one.
+
+    It begins with an empty line, or is [] where there is no such claim.
+    """
+    measures = {"synthetic_reject_rate": "rejected", "synthetic_true": "true before filtering",
+                "synthetic_kept_true": "true among the kept",
+                "synthetic_distinct": "distinct texts"}
+    sets = {cell: [row["set"] for row in rows] for cell, rows in cells.items()}
+    of_sets = tuple(claim for claim in claims if {*claim} <= sets.keys())
+    if not of_sets:
+        return []
+    return ["", *verdict_table(of_sets, measures, sets,
+                               "synthetic texts: has the first's set a greater share?")]
+
+
 def verdict_table(claims: tuple[tuple[str, str], ...], measures: dict[str, str], cells: Cells,
                   heading: str) -> list[str]:
     """Which claims came out, by how much, and how surely."""

@@ -11,7 +11,7 @@ import blip
 import train
 from capfilt import CapFiltConfig, training_flags
 from data.files import read_json, write_json
-from reports.tables import verdict_words, verdicts
+from reports.tables import set_verdict_table, verdict_words, verdicts
 from tools.experiments import Experiment
 from tools.experiments_claims import LARGE, PARTS
 from tools.judge import MEASURES
@@ -86,6 +86,19 @@ def test_each_experiment_becomes_a_table(name, tmp_path):
         assert f"| {cell} | web |{' 50.0 ± 0.0 |' * 5}  |" in text
         paper = experiment.paper_rejected.get(cell, "")
         assert f"| {cell} | synthetic |{' 50.0 ± 0.0 |' * 5} {paper} |" in text
+
+
+def test_bootstrapped_sets_are_compared():
+    """Table 2's cause: whether the captions of one cell's set are rejected more often."""
+    def cell(*rejected: float) -> list[dict]:
+        rates = dict.fromkeys(("synthetic_true", "synthetic_kept_true", "synthetic_distinct"), 0.5)
+        return [{"set": rates | {"synthetic_reject_rate": share}} for share in rejected]
+    cells = {"a": cell(0.31, 0.30), "b": cell(0.11, 0.10)}
+    same = "tie: +0.0 (0.0 would be seen)"
+    claims = (("a", "b"), ("a", "without a set"))
+    assert set_verdict_table(claims, cells)[-1] == (
+        f"| a > b | yes: +20.0 (p below 0.001) | {same} | {same} | {same} |")
+    assert set_verdict_table(claims[1:], cells) == []
 
 
 def test_numbers_of_a_bootstrapped_set(tmp_path):
