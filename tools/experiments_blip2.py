@@ -86,9 +86,9 @@ BLIP2_EXPERIMENTS = {
         {f"{count} queries": without_stage1(queries=count) for count in (8, 16, 32)},
         claims=(("32 queries", "16 queries"), ("16 queries", "8 queries")), measures=STAGE2,
         evaluated=True),
-    # A BLIP-2's minutes begin with those of the BLIP whose ViT it takes: with stage 1 they are 2.4
-    # times a BLIP's, with stage 2 alone 1.6 times. The language model is not counted: it is there
-    # already, as in the paper.
+    # A BLIP-2's minutes begin with those of the BLIP whose ViT it takes: with stage 1 they are two
+    # to three times a BLIP's, with stage 2 alone up to twice. The language model is not counted: it
+    # is there already, as in the paper.
     "blip2-blip": Experiment(
         "BLIP against BLIP-2 in equal time (not in the paper)",
         {"BLIP": on_clean(), "BLIP, twice as long": on_clean(scenes=2 * BLIP_SCENES),

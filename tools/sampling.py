@@ -1,7 +1,7 @@
 """How a captioner writes: how true, how varied, and what a filter makes of it (BLIP sec. 4.3).
 
     python -m tools.sampling --captioner runs/capfilt/captioner/checkpoint.pt \\
-        --filter runs/capfilt/filter/checkpoint.pt --out results/sampling
+        --filter runs/capfilt/filter/checkpoint.pt --out runs/sampling
 
 For beam search and for nucleus sampling with several p, k and temperatures, on held-out scenes of
 the picture world: how many captions are wholly true, how varied the wording is (distinct-4 of Li
@@ -110,9 +110,10 @@ def run(o: argparse.Namespace) -> None:
              for captioner, filter in zip(o.captioner, o.filter)]
     experiments[o.name] = {way: [of_seed[way] for of_seed in seeds] for way in WAYS}
     write_json(path, experiments)
-    text = table(experiments, "`python -m tools.sampling --captioner C.pt --filter F.pt`, on "
-                              f"{o.size} held-out scenes of the picture world; one caption each. "
-                              "The filter rejects what it gives less than 0.5.")
+    text = table(experiments, "`python -m tools.sampling --captioner C.pt --filter F.pt "
+                              f"--size {o.size} --out {o.out}` for each experiment; one checkpoint "
+                              "of each for every seed. Held-out scenes of the picture world, one "
+                              "caption each. The filter rejects what it gives less than 0.5.")
     with whole_file(path.with_suffix(".md")) as file:
         file.write(text)
     draw_sampling(path.with_suffix(".png"), experiments)
@@ -128,7 +129,7 @@ def main(arguments: list[str] | None = None) -> int:
     p.add_argument("--name", default="the captioner of capfilt.py", help="of this experiment")
     p.add_argument("--size", type=at_least(2), default=1000, help="held-out scenes, default 1000")
     p.add_argument("--device", default="auto", help="default auto")
-    p.add_argument("--out", default="results/sampling", help="default results/sampling")
+    p.add_argument("--out", default="runs/sampling", help="default runs/sampling")
     return exit_status(lambda: run(p.parse_args(arguments)), "interrupted; nothing was written")
 
 
