@@ -75,8 +75,7 @@ FLAGS = {  # of benchmarks, beside those that all have
     "top_k": dict(type=at_least(0), help="candidates that ITM re-ranks (0: none; the paper: COCO "
                   "256, Flickr 128), or answers whose likelihood is computed (128); default: "
                   "the checkpoint's"),
-    "rerank_score": dict(default="", choices=["", "released", "posterior"],
-                         metavar="{released,posterior}", help="released: ITC "
+    "rerank_score": dict(default="", choices=["released", "posterior"], help="released: ITC "
                          "cosine + ITM's matched logit; posterior: ITC cosine / temperature + "
                          "ITM's log-odds (default: the checkpoint's)"),
     "generate": dict(action="store_true", help="answer freely; default: rank the answers of the "
