@@ -59,7 +59,7 @@ from tqdm import tqdm
 
 import train
 from capfilt import CapFiltConfig, bootstrap, open_captioner
-from data.files import make_folder, read_json, whole_file, write_json
+from data.files import InputError, make_folder, read_json, whole_file, write_json
 from data.sources import PairIndex, with_shares
 from reports.tables import (
     cell_table,
@@ -152,7 +152,7 @@ class ExperimentCache:
                 path = make(folder)
                 with whole_file(folder / "done") as file:
                     file.write(path)
-        return (folder / "done").read_text()
+        return (folder / "done").read_text(encoding="utf-8")
 
     def with_world(self, **web) -> "ExperimentCache":
         """The same in a world with other web texts; web: fields of WorldSets."""
@@ -401,6 +401,9 @@ def run(o: argparse.Namespace, command: str) -> None:
                     WORLD_RECIPE | o.losses)
     make_folder(o.out)
     make_folder(o.results, "--results")
+    if fcntl is None and o.jobs > 1:
+        raise InputError("--jobs: on Windows nothing keeps two cells from training the same "
+                         "model; leave it out")
     names = list(EXPERIMENTS) if "all" in o.experiments else o.experiments
     experiments = {name: EXPERIMENTS[name].only(o.cells) for name in names}
     if o.device:

@@ -270,9 +270,9 @@ class BLIP(nn.Module):
         step with the micro-batches' keys concatenated.
         """
         size = self.config.queue_size
-        if not keys or size == 0:
+        if "ids" not in keys or size == 0:  # ITC is off
             return
-        newest = {name: distributed.all_gather(value)[-size:] for name, value in keys.items()}
+        newest = {n: distributed.all_gather(keys[n])[-size:] for n in ("image", "text", "ids")}
         count = len(newest["ids"])
         slots = (self.queue_ptr + torch.arange(count, device=self.queue_ptr.device)) % size
         self.image_queue[slots] = newest["image"]

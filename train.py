@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from config import TrainConfig, alpha_at, learning_rate, objectives_at
 from data.datasets import some_pictures
-from data.files import InputError, read_json, refuse_own_files
+from data.files import InputError, named_files, read_json, refuse_own_files
 from data.text import Tokenizer
 from reports.curves import draw_curves, read_log
 from reports.numbers import print_highlights, print_numbers, write_numbers
@@ -142,13 +142,12 @@ def ends_an_epoch_to_judge(run: Run) -> bool:
 def decide_together(run: Run, signals: list, saved: float) -> tuple[bool, bool]:
     """Whether to stop after this step, and whether a checkpoint is due; the same on all ranks.
 
-    What the clock or a signal says, ranks must agree on: they talk about it at logged steps only,
-    because talking waits for the device.
+    What the clock or a signal says, ranks must agree on. They talk about it after every step:
+    torchrun kills a rank 30 seconds after a signal, and steps may be long.
     """
-    stopping = late = False
-    if distributed.world_size() == 1 or run.step % run.config.log_every == 0:
-        stopping = distributed.any_rank(bool(signals))
-        late = distributed.any_rank(time.perf_counter() - saved > 60 * run.config.save_minutes)
+    late = time.perf_counter() - saved > 60 * run.config.save_minutes
+    asked = distributed.gather([(bool(signals), late)])
+    stopping, late = (any(flags) for flags in zip(*asked))
     due = (run.step % run.config.save_every == 0 or run.step == run.steps or stopping or late
            or ends_an_epoch_to_judge(run))
     return stopping, due
@@ -266,7 +265,7 @@ def start(given: dict, resume: bool = False) -> Run:
 
 def files_of(config: TrainConfig) -> list[str]:
     """The files and the folder that a run reads, by its settings."""
-    files = [*config.data.split(","), *config.val.split(","), config.image_root, config.vocab]
+    files = [*named_files(config.data), *named_files(config.val), config.image_root, config.vocab]
     return [file for file in files if file]
 
 

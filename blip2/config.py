@@ -1,7 +1,8 @@
 """The settings of a BLIP-2 model. The defaults are the paper's: ViT-g/14, BERT-base, 32 queries.
 
-Every field is a flag of `train.py blip2-...`. Fields that have the same name in config.BLIPConfig
-have the same meaning: stage 1 takes the image encoder's from the BLIP that it starts from.
+Every field is a flag of `train.py blip2-...`, but for what the tokenizer decides. Fields that have
+the same name in config.BLIPConfig have the same meaning: stage 1 takes the image encoder's from the
+BLIP that it starts from.
 """
 
 from dataclasses import dataclass
@@ -48,7 +49,7 @@ class Blip2Config:
     label_smoothing: float = setting(0.1, "of ITC (released code)", least=0, most=0.99)
     itg_smoothing: float = setting(0.1, "of ITG (released code)", least=0, most=0.99)
     hard_negatives: bool = setting(True, "ITM's negatives by similarity; false: at random")
-    # The text stream's vocabulary, from the tokenizer. 0: there is no text stream.
+    # The text stream's vocabulary, from the tokenizer.
     vocab_size: int = setting(30523, "BERT uncased + [DEC]", flag=False, in_weights=True)
     pad_id: int = setting(0, "the tokenizer's", flag=False, in_weights=True)
     cls_id: int = setting(101, "the tokenizer's", flag=False, in_weights=True)

@@ -27,7 +27,7 @@ def effective_rank(states: Tensor) -> float:
     """In how many directions the queries of a picture differ: 1 to Q - 1.
 
     states (Q, D). The exponential of the entropy of the squared singular values, each divided by
-    their sum (Roy and Vetterli 2007), once the queries' mean is taken off.
+    their sum, once the queries' mean is taken off: as Roy and Vetterli 2007, but of the covariance.
     """
     power = torch.linalg.svdvals((states - states.mean(0)).float()).square()
     share = power / power.sum().clamp(min=1e-30)

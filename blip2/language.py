@@ -154,7 +154,8 @@ class DecoderLM(LanguageModel):
         longest = total if mask.ndim == 2 else int(seen.max())
         if longest > self.config.max_positions:
             raise SettingError(f"{longest} tokens do not fit the language model's "
-                               f"{self.config.max_positions} positions; shorten the prompt")
+                               f"{self.config.max_positions} positions; give a shorter text, or "
+                               "a language model with more --max-positions")
         x = self.dropout(embeds + self.position(seen - 1 + self.OFFSET))
         # A row that may look at nothing (padding in front) looks at itself: nobody reads it.
         diagonal = torch.eye(total, device=x.device, dtype=torch.bool)[-length:]
@@ -240,6 +241,7 @@ class T5Layer(nn.Module):
         if self.cross_attn is not None:
             x = x + self.dropout(self.cross_attn(self.norm_cross(x), kv, kv_bias))
         normed = self.norm2(x)
+        # erf GELU, as the released BLIP-2; FlanT5's own is the tanh form ("gelu_new").
         hidden = F.gelu(self.gate(normed)) * self.fc1(normed)
         return x + self.dropout(self.fc2(self.dropout(hidden))), (k, v)
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def query_similarity(image_feat: Tensor, text_feat: Tensor) -> Tensor:
-    """Cosine of a text with the query that fits it best.
+    """Cosine of a text with the query that fits it best. ITC, mining and the evaluation use it.
 
     image_feat (B, Q, E), text_feat (C, E), all of length 1 -> (B, C).
     """

@@ -45,8 +45,9 @@ def attention_mask(kind: str, text_mask: Tensor, queries: int) -> Tensor:
 
     The column of a padding token has no x in any row. In itc and itg no query sees a text. So the
     queries' states are the same in both and for every text: they are run once, and a text of itg
-    reads their keys and values (the lower half of itg). The itc mask is here to compare with the
-    figure: the model runs queries and text in two passes, which is the same.
+    reads their keys and values. The model uses the whole of itm and the text's rows of itg. The
+    other rows are here to compare with the figure: change `encode_queries` or `encode_text`, not
+    them.
     """
     if kind not in ("itc", "itg", "itm"):
         raise ValueError(f"kind is {kind!r}; choose itc, itg or itm")

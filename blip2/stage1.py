@@ -62,7 +62,10 @@ def make_qformer(config: Blip2Config, text: bool) -> QFormer:
 
 
 def initialise(model: nn.Module, config: Blip2Config) -> None:
-    """Initial weights: BERT's std, queries too; a query's FFN starts as a copy of the text's."""
+    """Initial weights: normal with init_std, as BERT's; 0: by width, and the queries with std 1.
+
+    A query's FFN starts as a copy of the text's.
+    """
     init_weights(model, config.init_std)
     nn.init.normal_(model.qformer.queries, std=config.init_std or 1.0)
     for layer in model.qformer.layers:

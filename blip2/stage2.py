@@ -32,7 +32,7 @@ class Stage2Config(Blip2Config):
     """A BLIP-2 with a language model."""
 
     question_to_queries: bool = setting(False, "the Q-Former reads the question too (VQA "
-                                               "finetuning, BLIP-2 sec. 4.3)")
+                                               "finetuning, BLIP-2 sec. 4.3)", flag=False)
     split_captions: bool = setting(True, "an encoder-decoder reads the first part of a caption and "
                                          "writes the rest (BLIP-2 sec. 3.2); false: it writes all")
     soft_scale: float = setting(1.0, "in front of an encoder-decoder the soft tokens start this "
@@ -128,9 +128,9 @@ class Stage2(FrozenVision):
     def logits(self, soft: Tensor, ids: Tensor, mask: Tensor, targets: Tensor) -> Tensor:
         """Next-token logits that belong to the targets.
 
-        soft (B, Q, D). Decoder: ids, mask, targets (B, L) of one text, -> (B, L, V): the first row
-        comes from the last soft token. Encoder-decoder: ids, mask (B, L) are read, targets (B, T)
-        written -> (B, T, V).
+        soft (B, Q, D). Decoder: ids, mask (B, L) of one text -> (B, L, V): the first row comes from
+        the last soft token; the targets are the ids, and are not read. Encoder-decoder: ids, mask
+        (B, L) are read, targets (B, T) written -> (B, T, V).
         """
         embeds, mask = self.with_soft(soft, ids, mask)
         if self.is_decoder:

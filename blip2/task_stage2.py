@@ -10,7 +10,7 @@ import random
 from dataclasses import replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from blip2.stage2 import Stage2, Stage2Config
@@ -59,7 +59,7 @@ ANSWERS = dict(beams=5, min_length=1, max_length=11, length_penalty=-1.0)
 
 # ---- the language model --------------------------------------------------------------------------
 
-def read_language(path: str, task: str = "language-model") -> dict:
+def read_checkpoint_of(path: str, task: str) -> dict:
     """A checkpoint of the task. Raises InputError for what is none."""
     if not os.path.exists(path):
         flag = "--text-from" if task == "blip2-stage1" else "--language-model"
@@ -85,32 +85,43 @@ def complete(config: Stage2Config, tokenizer: Tokenizer) -> Stage2Config:
         raise InputError(f"--language-model {path} is the folder of a run; give "
                          f"{os.path.join(path, 'checkpoint.pt')}")
     if path.endswith(".pt"):
-        return replace(config, language=dict(read_language(path)["model_config"]))
+        state = read_checkpoint_of(path, "language-model")
+        return replace(config, language=dict(state["model_config"]))
     from blip2.transformers_language import describe_library_model
     return replace(config, language=describe_library_model(path))
 
 
-def initialise(model: Stage2, config: Stage2Config) -> None:
+def initialise(model: Stage2, config: Stage2Config, source: nn.Module) -> None:
     """Copy the language model's weights; where questions are read also the text stream's.
 
-    Raises InputError.
+    source: the model of --init. What it has is there already. Raises InputError.
     """
-    if config.language_model.endswith(".pt"):
-        weights = read_language(config.language_model)["model"]
-        model.language.load_state_dict({name.removeprefix("language."): value
-                                        for name, value in weights.items()})
-    if config.question_to_queries:
-        if not config.text_from:
-            raise InputError("blip2-vqa reads the question with stage 1's text stream, which stage "
-                             "2 dropped: give --text-from with the checkpoint of blip2-stage1")
-        weights = read_language(config.text_from, "blip2-stage1")["model"]
-        for name, value in model.state_dict().items():  # aliases the parameters
-            if name.startswith("qformer.") and is_text(name):
-                if weights[name].shape != value.shape:
-                    raise InputError(f"the text stream of {config.text_from} has other sizes or "
-                                     f"another vocabulary than --init's ({name}); give the "
-                                     "blip2-stage1 checkpoint that --init started from")
-                value.copy_(weights[name])
+    before = source.config if isinstance(source, Stage2) else None
+    if before is None:
+        if config.language_model.endswith(".pt"):
+            weights = read_checkpoint_of(config.language_model, "language-model")["model"]
+            model.language.load_state_dict({name.removeprefix("language."): value
+                                            for name, value in weights.items()})
+    elif config.language_model != before.language_model:
+        raise InputError(f"--init holds its language model ({before.language_model}), and "
+                         f"--language-model is {config.language_model}; leave it out")
+    if config.question_to_queries and not (before and before.question_to_queries):
+        copy_text_stream(model, config.text_from)
+
+
+def copy_text_stream(model: Stage2, path: str) -> None:
+    """The text stream of a stage 1, which stage 2 dropped. Raises InputError."""
+    if not path:
+        raise InputError("blip2-vqa reads the question with stage 1's text stream, which stage "
+                         "2 dropped: give --text-from with the checkpoint of blip2-stage1")
+    weights = read_checkpoint_of(path, "blip2-stage1")["model"]
+    for name, value in model.state_dict().items():  # aliases the parameters
+        if name.startswith("qformer.") and is_text(name):
+            if name not in weights or weights[name].shape != value.shape:
+                raise InputError(f"the text stream of {path} has other sizes or another "
+                                 f"vocabulary than --init's ({name}); give the blip2-stage1 "
+                                 "checkpoint that --init started from")
+            value.copy_(weights[name])
 
 
 def is_text(name: str) -> bool:
@@ -285,8 +296,9 @@ STAGE2_SIZES = SIZES | {"tiny": TINY_SIZES}
 TASKS = (
     of_stage2("blip2-stage2", "BLIP-2: a frozen language model reads what the queries extracted",
               open_pairs, caption_batches, evaluate, sizes=STAGE2_SIZES,
-              starts_from=("blip2-stage1", "pretrain"), from_start=vision_of, reads=("prompt",),
-              holds_splits=True,
+              starts_from=("blip2-stage1", "pretrain"), from_start=vision_of,
+              reads=("prompt", "new_layers"),
+              holds_splits=True, lengths_count_prompt=False,
               settings=dict(RECIPE | LENGTHS, out="runs/blip2-stage2", epochs=10, min_lr=5e-5,
                             batch_size=1920),
               tiny=dict(TINY | LENGTHS, epochs=1, scenes=22400, batch_size=16, lr=1.5e-3,
@@ -302,7 +314,7 @@ TASKS = (
     of_stage2("blip2-caption", "BLIP-2: describe images, finetuned", open_pairs, caption_batches,
               evaluate_captions, lambda numbers: numbers["cider"], sizes=STAGE2_SIZES,
               starts_from=("blip2-stage2",), from_start=caption_writer, reads=("prompt",),
-              holds_splits=True,
+              holds_splits=True, lengths_count_prompt=False,
               settings=dict(FINETUNED | LENGTHS, out="runs/blip2-caption", max_tokens=32,
                             prompt=CAPTION_PROMPT),
               tiny=dict(TINY | LENGTHS, epochs=2, scenes=6400, lr=3e-4),
@@ -311,7 +323,7 @@ TASKS = (
     of_stage2("blip2-vqa", "BLIP-2: answer questions, the queries read them too",
               vqa.open_data, question_batches, evaluate_questions,
               lambda numbers: numbers["accuracy"], sizes=STAGE2_SIZES,
-              starts_from=("blip2-stage2",), from_start=question_reader, reads=(),
+              starts_from=("blip2-stage2",), from_start=question_reader, reads=("text_from",),
               settings=dict(FINETUNED, out="runs/blip2-vqa", batch_size=128, max_words=50,
                             max_tokens=35),
               tiny=dict(TINY, epochs=2, scenes=32000, lr=5e-4), tiny_own=dict(min_steps=1000),

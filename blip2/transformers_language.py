@@ -28,8 +28,9 @@ def library():
 
 def describe_library_model(name: str) -> dict:
     """Stage2Config.language for a name or folder of the library. Raises InputError."""
+    transformers = library()
     try:
-        config = library().AutoConfig.from_pretrained(name)
+        config = transformers.AutoConfig.from_pretrained(name)
     except (OSError, ValueError) as error:
         raise InputError(f"--language-model {name} is neither a checkpoint (.pt) of `python "
                          "train.py language-model` nor a model of the transformers library "
@@ -75,7 +76,8 @@ def open_library_tokenizer(name: str, kind: str = "decoder") -> LibraryTokenizer
 class LibraryModel(nn.Module):
     """A language model of the library, frozen, behind the methods of language.LanguageModel.
 
-    Where ours return states, it returns logits, and `logits` leaves them as they are.
+    Where ours return states, it returns logits, and `logits` leaves them as they are. NOTE(differs
+    from salesforce/LAVIS): a FlanT5 keeps its own activation, the tanh form of GELU.
     """
 
     beams_share = False  # its masks are (B, past + L): each beam has a cache of its own

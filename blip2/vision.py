@@ -40,7 +40,10 @@ class EncoderBlock(Block):
 
 
 class ImageEncoder(ViT):
-    """Image (B, 3, S, S) -> tokens (B, N, D) of the second last layer, [CLS] first."""
+    """Image (B, 3, S, S) -> tokens (B, N, D), [CLS] first: of the last block that it is made with.
+
+    The paper's is the second last of the original encoder (sec. 3.4).
+    """
 
     def __init__(self, config: Blip2Config):
         c, clip = config, config.vision == "clip"

@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import random
 import re
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -214,11 +215,11 @@ def worker_options(dataset: Dataset, workers: int) -> dict:
     """The part of a DataLoader's arguments that says how many processes load pictures.
 
     The picture world needs none. Workers are forked, also where Python would start them anew: a
-    Collate holds functions, which cannot be sent. Where nothing can be forked (Windows) there are
-    none.
+    Collate holds functions, which cannot be sent. Where nothing can be forked (Windows), or not
+    safely (macOS), there are none.
     """
-    if workers == 0 or not isinstance(dataset, ImageDataset) or (
-            "fork" not in multiprocessing.get_all_start_methods()):
+    can_fork = "fork" in multiprocessing.get_all_start_methods() and sys.platform != "darwin"
+    if workers == 0 or not isinstance(dataset, ImageDataset) or not can_fork:
         return {"num_workers": 0}
     return {"num_workers": workers, "multiprocessing_context": "fork"}
 

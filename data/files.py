@@ -86,6 +86,8 @@ def check_start(path: str | Path, text: str) -> None:
     text = text.lstrip()
     if not text:
         raise InputError(f"{path} is empty; give a file with records")
+    if text.startswith("\ufffd"):  # UTF-16, as the shell of Windows writes
+        raise InputError(f"{path} is no UTF-8 text; save it as UTF-8")
     if not text.startswith(("[", "{")):
         raise InputError(f"{path} is no json (it begins with {text[:20]!r}); give a json list, "
                          "json with one record a line, a data set's own json file, or for "
@@ -105,6 +107,11 @@ def read_json(path: str | Path):
                          f"column {error.colno} (near {near!r}); repair it there")
     except (RecursionError, ValueError) as error:
         raise InputError(f"{path} cannot be read: {unreadable(error)}; repair it")
+
+
+def named_files(text: str) -> list[str]:
+    """The files that a flag names, with commas between them; one that is there may have its own."""
+    return [text] if os.path.exists(text) else text.split(",")
 
 
 def require_object(where: str, record, needs: str) -> None:

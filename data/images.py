@@ -183,9 +183,9 @@ def check_size(width: int, height: int) -> None:
 def resize_rgb(image: Image.Image, size: tuple[int, int], box: tuple | None = None) -> Image.Image:
     """An image of any mode, or a box of it, resized to RGB. What is transparent shows white."""
     if image.mode.startswith(("I", "F")):  # 16 bits: PIL would clip instead of scale
-        levels = np.array(image, np.float32)
-        levels /= 257
-        image = Image.fromarray(np.nan_to_num(levels).clip(0, 255).astype(np.uint8))
+        levels = np.nan_to_num(np.array(image, np.float32))
+        levels *= 255 if image.mode == "F" and levels.max() <= 1 else 1 / 257
+        image = Image.fromarray(levels.clip(0, 255).astype(np.uint8))
     mode = "RGBA" if image.has_transparency_data else "RGB"
     if image.mode != mode:
         image = image.convert(mode)

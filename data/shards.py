@@ -139,8 +139,11 @@ def pending(web: PairIndex, out: Path, settings: dict, shard_size: int,
 
 
 def write(shard: Shard, images: list[dict]) -> None:
-    """Write a shard's outcome: for each image {image, texts: [{caption, source, kept, ...}]}."""
-    if not images and (len(shard.pairs) >= ENOUGH or not any(shard.path.parent.glob("*.json"))):
+    """Write a shard's outcome: for each image {image, texts: [{caption, source, kept, ...}]}.
+
+    Raises InputError where none of ENOUGH images can be read.
+    """
+    if not images and len(shard.pairs) >= ENOUGH:
         reason = next(iter(shard.broken))
         raise InputError(f"none of the {len(shard.pairs)} images of shard {shard.path.stem} can be "
                          f"read (the first: {shard.pairs[0].image} in {shard.root}, {reason}); is "
@@ -148,14 +151,23 @@ def write(shard: Shard, images: list[dict]) -> None:
     write_json(shard.path, {"images": images, "broken": shard.broken}, indent=None)
 
 
+def common_root(web: PairIndex, human: PairIndex | None) -> str:
+    """The folder that the images of a set are relative to. Raises InputError where there is none.
+    """
+    try:
+        return os.path.commonpath([web.root, human.root] if human else [web.root])
+    except ValueError:
+        raise InputError(f"{web.root} and {human.root} are on two drives; put the images on one")
+
+
 def merge(web: PairIndex, human: PairIndex | None, out: Path, shard_size: int) -> dict:
     """The shards -> bootstrapped.json, rejected.json and report.json; returns the report.
 
     "examples" in the returned report are some images with their texts, for a sheet. One shard at a
-    time is in memory.
+    time is in memory. Raises InputError where no image of any shard could be read.
     """
     paths = [shard_path(out, number) for number in range(len(shard_bounds(web, shard_size)))]
-    root = os.path.commonpath([web.root, human.root] if human else [web.root])
+    root = common_root(web, human)
     counts, broken, images, examples = Counter(), Counter(), 0, []
     for path in paths:
         shard = read_json(path)
@@ -165,6 +177,11 @@ def merge(web: PairIndex, human: PairIndex | None, out: Path, shard_size: int) -
                       for text in record["texts"])
         # The images that a hash puts first, the same ones every time.
         examples = sorted(examples + shard["images"], key=lambda r: name_hash(r["image"]))[:24]
+    if not images:
+        for path in paths:
+            path.unlink()
+        raise InputError(f"none of the images of the web texts can be read (in {web.root}, "
+                         f"{next(iter(broken))}); is --image-root right?")
     for name, kept in (("bootstrapped", True), ("rejected", False)):
         write_records(out / f"{name}.json", records(paths, kept, human if kept else None),
                       web.root, human.root if human else "", root)

@@ -23,7 +23,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from data.datasets import Pair
-from data.files import InputError, make_folder, parse_json, read_json, regular_file
+from data.files import InputError, make_folder, named_files, parse_json, read_json, regular_file
 from data.images import ENDINGS
 from data.pairs import iterate_records, make_pair
 from data.text import clean_caption
@@ -120,7 +120,7 @@ class PairIndex(Sequence):
         files = [os.path.realpath(path) for path in shards or [source] if os.path.exists(path)]
         # Tar shards hold their images: they are found where the shards are.
         root = (os.path.commonpath([os.path.dirname(path) for path in files]) if shards
-                else os.path.realpath(image_root or Path(source).parent))
+                else os.path.abspath(image_root or Path(source).parent))
         states = [(path, os.stat(path).st_size, os.stat(path).st_mtime_ns) for path in files]
         stamp = hashlib.sha256(repr([INDEX_FORMAT, root] + states).encode()).hexdigest()[:16]
         index = folder / f"{Path((shards or [source])[0]).stem}-{stamp}"
@@ -230,7 +230,7 @@ def shards_of(source: str) -> list[str]:
         source = os.path.join(glob.escape(source), "*.tar")
     if not source.endswith(".tar"):
         return []
-    shards = sorted(glob.glob(source))
+    shards = [source] if os.path.exists(source) else sorted(glob.glob(source))
     if not shards:
         raise InputError(f"{source} names no tar file; check the path")
     return shards
@@ -242,7 +242,7 @@ def open_mixture(data: str, image_root: str, folder: Path) -> "Mixture":
     A source is a json file or tar shards; its index is kept in `folder`. Raises InputError.
     """
     rows, shares = [], []
-    for text in data.split(","):
+    for text in named_files(data):
         if not text:
             raise InputError(f"--data {data} has nothing on one side of a comma; take it away")
         source, colon, share = text.rpartition(":")
@@ -258,8 +258,12 @@ def open_mixture(data: str, image_root: str, folder: Path) -> "Mixture":
 def with_shares(sources: list[str], image_root: str, folder: Path, pairs: int) -> str:
     """Sources as `open_mixture` takes them, with a share of each so that an epoch has `pairs`.
 
-    0: all of them.
+    0: all of them. Raises InputError for one with a comma in its name.
     """
+    for source in sources:
+        if "," in source:
+            raise InputError(f"{source} has a comma in its name, which stands between files; "
+                             "rename the folder")
     if not pairs:
         return ",".join(sources)
     total = sum(len(open_index(source, image_root, folder)) for source in sources)

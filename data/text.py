@@ -82,12 +82,16 @@ class Tokenizer:
         return Tokenizer(self.vocab + new[:most])
 
     def pieces_a_word(self, texts: Iterable[str]) -> float:
-        """How many pieces a word of the texts has on average: 1 whole words, 5 letters."""
+        """How many pieces a word of the texts has on average: 1 whole words, 5 letters.
+
+        A word that the vocabulary cannot spell counts as its letters.
+        """
         texts = list(texts)
         words = sum(len(text.split()) for text in texts)
         pieces = sum(len(encoding.ids) for encoding in
                      self.pieces.encode_batch(texts, add_special_tokens=False))
-        return pieces / max(1, words)
+        letters = [len(word) - 1 for text in texts for word in self.unknown(text)]
+        return (pieces + sum(letters)) / max(1, words)
 
     @classmethod
     def from_file(cls, path: str | Path) -> "Tokenizer":

@@ -24,7 +24,7 @@ def read_log(folder: str | Path) -> list[dict]:
     """The lines of the log.jsonl in a run's folder. Raises InputError."""
     path = Path(folder) / "log.jsonl"
     try:
-        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
         if not all(isinstance(line["step"], int) for line in lines):
             raise ValueError("a step that is no number")
     except (OSError, ValueError, KeyError, TypeError):

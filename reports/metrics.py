@@ -13,6 +13,7 @@ be compared with published ones. SPICE and METEOR are not here: they need Java a
 
 import math
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Sequence
 
@@ -57,14 +58,21 @@ def recall_chance(columns: int, positives_per_row: int, prefix: str,
 
 # ---- captions ------------------------------------------------------------------------------------
 
-def tokenise(text: str) -> Tokens:
-    """The words of a text in lower case, other signs dropped.
+IDEOGRAPH = "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0002ffff"
+LETTERS = rf"[^\W_{IDEOGRAPH}]+"
+TOKEN = re.compile(rf"[{IDEOGRAPH}]|{LETTERS}(?:['’-]{LETTERS})*")
 
-    A token is a run of letters and digits, also joined by an inner hyphen or apostrophe. The Penn
-    Treebank tokeniser of the COCO evaluation differs in little: it splits a clitic off ("dog's" is
-    "dog 's" there, "don't" is "do n't").
+
+def tokenise(text: str) -> Tokens:
+    """The words of a text in lower case and without accents, other signs dropped.
+
+    A token is a run of letters and digits, also joined by an inner hyphen or apostrophe, or one
+    Chinese character: so does an uncased WordPiece write, and a caption is compared with references
+    that people wrote. The Penn Treebank tokeniser of the COCO evaluation differs in little: it
+    splits a clitic off ("dog's" is "dog 's" there, "don't" is "do n't"), and keeps accents.
     """
-    return re.findall(r"[^\W_]+(?:['’-][^\W_]+)*", text.lower())
+    letters = unicodedata.normalize("NFD", text.lower())
+    return TOKEN.findall("".join(c for c in letters if unicodedata.category(c) != "Mn"))
 
 
 def ngrams(tokens: Tokens, n: int) -> Counter:
@@ -209,7 +217,8 @@ def vqa_accuracy(answer: str, people: Sequence[str]) -> float:
     """VQA's official measure: min(1, the same answers among the other people / 3), averaged.
 
     Each of the people is left out in turn. So four of ten who say so make it right, one makes 30 %.
-    Answers are normalised where people disagree.
+    Answers are normalised where people disagree. Fewer than four people: all of the others must say
+    the same (the official measure knows ten).
     """
     people = [text.replace("\n", " ").replace("\t", " ").strip() for text in people]
     if len(set(people)) > 1:
@@ -217,7 +226,8 @@ def vqa_accuracy(answer: str, people: Sequence[str]) -> float:
     same = sum(text == answer for text in people)
     if len(people) == 1:  # nobody else was asked: Visual Genome
         return float(same)
-    return sum(min(1.0, (same - (text == answer)) / 3) for text in people) / len(people)
+    enough = min(3, len(people) - 1)
+    return sum(min(1.0, (same - (text == answer)) / enough) for text in people) / len(people)
 
 
 def consistency(right: Sequence[bool], groups: Sequence[str]) -> float:

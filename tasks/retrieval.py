@@ -10,7 +10,6 @@ and 384 px need 6 GB of host memory (similarities, matched logits and two result
 the weights) and less than 4 GB on the device (keys and values of 16 images, 512 texts).
 """
 
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -19,6 +18,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from blip import BLIP
+from blip2.losses import query_similarity
 from config import BLIPConfig, TrainConfig
 from data.datasets import Collate, caption_collate
 from data.images import prepare_images
@@ -55,6 +55,7 @@ from world.datasets import World
 from world.language import is_true
 
 IMAGES = 16  # images whose keys and values are held at a time while re-ranking
+REPEATED = 0.1  # share of texts from which on the evaluation says so
 TEXTS = 512  # texts that look at them at a time
 
 
@@ -86,8 +87,8 @@ class Gallery:
         """(T, I): ITC similarity; where an image has several features (BLIP-2), of the best."""
         if self.image_feat.ndim == 2:
             return self.text_feat @ self.image_feat.T
-        of_each = (self.text_feat @ feat.T for feat in self.image_feat.unbind(1))
-        return functools.reduce(torch.maximum, of_each)
+        return torch.cat([query_similarity(feat, self.text_feat).T
+                          for feat in self.image_feat.split(IMAGES)], 1)
 
 
 @torch.no_grad()
@@ -206,6 +207,10 @@ def evaluate(trained: TrainedModel, dataset: Dataset, settings: EvalSettings) ->
     top_k = trained.settings["eval_top_k"] if settings.top_k is None else settings.top_k
     gallery = encode(trained, dataset)
     scores = {"": (gallery.sim(), gallery.sim().T)}
+    repeated = 1 - len(set(gallery.texts)) / len(gallery.texts)
+    if repeated > REPEATED and not isinstance(dataset, World):
+        distributed.print0(f"{repeated:.0%} of the texts repeat another one; R@k counts a text as "
+                           "right for its own image alone")
     if top_k > len(gallery.index):
         distributed.print0(f"there are {len(gallery.index)} images: ITM re-ranks them all")
     if top_k:

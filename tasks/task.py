@@ -23,7 +23,7 @@ from data.datasets import (
     name_hash,
     worker_options,
 )
-from data.files import InputError
+from data.files import InputError, named_files
 from data.images import batch_to
 from data.pairs import merge_captions, read_pairs
 from data.sources import open_mixture
@@ -112,11 +112,14 @@ class Source:
 
     def folder(self) -> str | Path:
         """That the images are relative to."""
-        return self.image_root or Path(self.data.split(",")[0]).parent
+        return self.image_root or Path(named_files(self.data)[0]).parent
 
     def first(self, examples: list) -> list:
         """The first `size` examples; InputError where a picture's name leads out of folder()."""
         root = os.path.abspath(self.folder())
+        if 0 < self.size < len(examples):
+            distributed.print0(f"of {len(examples)} examples of {self.data} the first {self.size} "
+                               "are judged")
         for number, example in enumerate(examples):
             for name in example.images:
                 check_inside(f"{self.data}, example {number}", name, root)
@@ -184,7 +187,8 @@ LOSSES = ("itc_weight", "itm_weight", "lm_weight", "lm_only_steps", "itm_from")
 CONTRAST = ("temp_min", "temp_max", "hard_negatives", "negative_floor", "mask_positives")
 TWINS = ("alpha", "alpha_epochs", "momentum", "queue_size")
 OF_BLIP = (*LOSSES, *CONTRAST, *TWINS, "label_smoothing")
-SOME_READ = (*OF_BLIP, "equal_texts", "all_negatives", "merge_from", "answers", "prompt")
+SOME_READ = (*OF_BLIP, "equal_texts", "all_negatives", "merge_from", "answers", "prompt",
+             "itg_smoothing", "new_layers", "text_from")
 
 
 @dataclass(frozen=True)
@@ -213,6 +217,7 @@ class Task:
     needs: tuple[str, ...] = ()  # objectives that its start must have been trained with
     reads: tuple[str, ...] = SOME_READ  # which of these it reads
     holds_splits: bool = False  # a file may hold training and validation (Karpathy's)
+    lengths_count_prompt: bool = True  # --min-length and --max-length: of prompt and caption
     reranks: bool = False  # it is judged by re-ranking --eval-top-k candidates
     # before training: what the data sets must still be told, or be rid of
     prepare: Callable[[Datasets, Tokenizer, TrainConfig], Datasets] = (
@@ -230,8 +235,10 @@ class Task:
     chance: dict[str, float | None] = field(default_factory=dict)
     # what the end of a run shows: reports.numbers.print_highlights
     highlights: tuple[tuple[tuple[str, str, str], ...], ...] = ()
-    # (model, its configuration) of a new run, after --init: what else its weights start from
-    initialise: Callable[[nn.Module, object], None] = lambda model, config: None
+    # (model, its configuration, the model of --init or None) of a new run: what else its weights
+    # start from
+    initialise: Callable[[nn.Module, object, nn.Module | None], None] = (
+        lambda model, config, source: None)
 
     def benchmark(self, name: str, about: str, **changes) -> Benchmark:
         """A command of eval.py that evaluates as this task does."""

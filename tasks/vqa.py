@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 from blip import init_weights, make_med
 from config import BLIPConfig, TrainConfig
 from data.datasets import Collate, VQAExample, some_examples
-from data.files import InputError, is_list, read_json, require_object, stream_list
+from data.files import InputError, is_list, named_files, read_json, require_object, stream_list
 from data.text import Tokenizer, clean_question
 from decoding import Hypothesis, beam_search
 from losses import next_token_targets
@@ -155,7 +155,7 @@ def read_questions(data: str, need_answers: bool = True) -> list[VQAExample]:
     need_answers: a question without answers is an error. Raises InputError.
     """
     examples, annotations, official = [], {}, []
-    for path in data.split(","):
+    for path in named_files(data):
         if is_list(path):
             examples += [make_example(f"{path}, record {number}", record, need_answers)
                          for number, record in enumerate(stream_list(path))]

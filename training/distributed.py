@@ -130,11 +130,6 @@ def from_rank_0(work: Callable[[], object]) -> object:
     return result
 
 
-def any_rank(flag: bool) -> bool:
-    """Whether the flag is up on any rank; the same answer on all of them."""
-    return any(gather([flag]))
-
-
 def barrier() -> None:
     """Wait for all ranks."""
     if world_size() > 1:

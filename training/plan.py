@@ -50,16 +50,21 @@ def fit_captions(config: TrainConfig, lengths: list[int]) -> tuple[TrainConfig, 
     """--min-length such that captions as short as the training ones can be written.
 
     lengths: how many pieces these have. The shortest 2 % are left out; a caption's length counts
-    its first token too.
+    its first token too. A sentence says how many captions are cut.
     """
     if not lengths:
         return config, []
+    sentences = []
+    cut = sum(length > config.max_tokens - 2 for length in lengths) / len(lengths)  # [CLS], [SEP]
+    if cut > 0.02:
+        sentences.append(f"  {cut:.0%} of the captions of --data are longer than --max-tokens "
+                         f"{config.max_tokens} and are cut")
     shortest = sorted(lengths)[len(lengths) // 50] + 1
-    if shortest >= config.min_length:
-        return config, []
-    sentence = (f"  --min-length {shortest} instead of {config.min_length}: captions of --data are "
-                "as short as that")
-    return replace(config, min_length=shortest), [sentence]
+    if shortest < config.min_length:
+        sentences.append(f"  --min-length {shortest} instead of {config.min_length}: captions of "
+                         "--data are as short as that")
+        config = replace(config, min_length=shortest)
+    return config, sentences
 
 
 def describe(config: TrainConfig, pairs: int) -> str:

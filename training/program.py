@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -15,6 +16,9 @@ from training import distributed
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 # Full and read-only disks, a full quota, folders of somebody else.
 NO_ROOM = (errno.ENOSPC, errno.EFBIG, errno.EROFS, errno.EDQUOT, errno.EACCES, errno.EPERM)
+
+# What gloo says in the ranks that are left.
+LOST_RANK = re.compile("Connection (closed|reset) by peer|Broken pipe")
 
 
 @contextlib.contextmanager
@@ -136,7 +140,14 @@ def status_of(program: Callable[[], int | None], interrupted: str) -> int:
         distributed.barrier()  # a rank that leaves while another still talks may be aborted
         return status
     except (InputError, SettingError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        new_line = "\n" if distributed.rank() else ""  # the cursor stands behind rank 0's bar
+        print(f"{new_line}error: {error}", file=sys.stderr)
+        return 2
+    except RuntimeError as error:
+        if distributed.world_size() == 1 or not LOST_RANK.search(str(error)):
+            raise
+        print(f"rank {distributed.rank()}: another process has ended; its message says why",
+              file=sys.stderr)
         return 2
     except OSError as error:
         if error.errno not in NO_ROOM:

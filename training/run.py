@@ -36,6 +36,7 @@ from weights.starting import start_from
 from world.datasets import all_texts
 
 SPELT = 1.5  # pieces a word from which on a text counts as spelt by letters
+FEW_UNKNOWN = 0.02  # of the words: as many are no reason for a warning
 
 
 class EpochBatches(Sampler):
@@ -110,16 +111,18 @@ def texts_of(train: Dataset, most: int) -> list[str]:
 
 
 def digest_of_data(config: TrainConfig, train: Dataset) -> str:
-    """Of the number of own examples, some of their texts and pictures' names; "" of the world.
+    """Of the number of own examples, their texts and pictures' names; "" of the world.
 
-    A run that goes on with other examples would not be the run that began.
+    Of more than 200,000 examples so many, evenly spread. A run that goes on with other examples
+    would not be the run that began.
     """
     if not config.data:
         return ""
-    content = [len(train)]
-    for example in some_examples(train, 1000):
-        content += [example.texts, [Path(image).name for image in example.images]]
-    return hashlib.sha256(repr(content).encode("utf-8", "replace")).hexdigest()[:16]
+    digest = hashlib.sha256(str(len(train)).encode())
+    for example in some_examples(train, 200_000):
+        content = [example.texts, [Path(image).name for image in example.images]]
+        digest.update(repr(content).encode("utf-8", "replace"))
+    return digest.hexdigest()[:16]
 
 
 def make_tokenizer(config: TrainConfig, train: Dataset) -> Tokenizer:
@@ -128,6 +131,18 @@ def make_tokenizer(config: TrainConfig, train: Dataset) -> Tokenizer:
         return Tokenizer.from_file(config.vocab)
     texts = texts_of(train, 200_000) if config.data else all_texts()
     return Tokenizer.train(texts, config.vocab_pieces)
+
+
+def warn_of_unknown_words(tokenizer: Tokenizer, config: TrainConfig, train: Dataset) -> None:
+    """Say how many words of own data are read as [UNK], where they are more than a few."""
+    texts = texts_of(train, 20_000)
+    unknown = [word for text in texts for word in tokenizer.unknown(text)]
+    share = len(unknown) / max(1, sum(len(text.split()) for text in texts))
+    if share > FEW_UNKNOWN:
+        common = ", ".join(repr(word) for word, _ in Counter(unknown).most_common(3))
+        distributed.print0(f"WARNING the vocabulary cannot spell {share:.0%} of the words of "
+                           f"{config.data} ({common}, ...): the model reads and writes [UNK] in "
+                           "their place. A run without --init and --vocab trains a vocabulary")
 
 
 def fit_tokenizer(tokenizer: Tokenizer, config: TrainConfig, train: Dataset) -> Tokenizer:
@@ -207,7 +222,8 @@ class Run:
             self.config, self.plan = plan.fit(config, given or {}, len(self.datasets.train))
         self.tokenizer = self.open_tokenizer(state, source)
         if config.data and not state and "min_length" not in (given or {}):
-            lengths = caption_lengths(self.datasets.train, self.tokenizer, config.prompt)
+            lengths = caption_lengths(self.datasets.train, self.tokenizer,
+                                      config.prompt if self.task.lengths_count_prompt else "")
             self.config, sentences = plan.fit_captions(self.config, lengths)
             self.plan += sentences
         if not state:
@@ -239,7 +255,7 @@ class Run:
 
     def require_same_data(self, state: dict | None) -> None:
         """InputError where a run would go on with other data than it began with."""
-        if state and state.get("data_digest", self.data_digest) != self.data_digest:
+        if state and state.get("digest_of_data", self.data_digest) != self.data_digest:
             raise InputError(f"{self.config.data} is not what it was when the run in {self.out} "
                              f"began (now it has {len(self.datasets.train)} examples); put the "
                              "old file back, or start a new run in another --out")
@@ -250,8 +266,12 @@ class Run:
             with checkpoints.understood(self.out / "checkpoint.pt"):
                 return Tokenizer(state["tokenizer"])
         if source:
-            return fit_tokenizer(source.tokenizer, self.config, self.datasets.train)
-        return make_tokenizer(self.config, self.datasets.train)
+            tokenizer = fit_tokenizer(source.tokenizer, self.config, self.datasets.train)
+        else:
+            tokenizer = make_tokenizer(self.config, self.datasets.train)
+        if self.config.data:
+            warn_of_unknown_words(tokenizer, self.config, self.datasets.train)
+        return tokenizer
 
     def check_prompt(self) -> None:
         """InputError where the prompt of a model that writes captions leaves no room for them."""
@@ -289,7 +309,7 @@ class Run:
             else:
                 model.update_momentum()
         if not state:
-            self.task.initialise(model, model.config)
+            self.task.initialise(model, model.config, source and source.model)
         if not state and (c.init_vit or c.init_text):
             if not isinstance(model, BLIP):
                 raise InputError(f"--init-vit and --init-text are for a BLIP; {c.task} starts from "
@@ -349,12 +369,15 @@ class Run:
         self.seen += len(batch["broken"]) + (0 if batch["image"] is None else len(batch["image"]))
         for name in batch["broken"]:  # "name (reason)"
             self.broken[name.rpartition(" (")[2].rstrip(")")] += 1
-        enough = self.seen >= min(100, len(self.datasets.train))
-        broken = self.broken.total()
-        if batch["image"] is None or (enough and broken > self.config.max_broken * self.seen):
+        if not batch["broken"]:
+            return
+        expected = self.config.max_broken * self.seen
+        most = expected + 3 * math.sqrt(expected)  # by chance the first ones may be the broken ones
+        broken, enough = self.broken.total(), self.seen >= min(100, len(self.datasets.train))
+        if batch["image"] is None or (enough and broken > most):
             raise InputError(f"{broken} of {self.seen} images could not be read, more than "
                              f"--max-broken {self.config.max_broken:g} allows; the last: "
-                             f"{batch['broken'][-1:]}; is --image-root right?")
+                             f"{batch['broken'][-1]}; is --image-root right?")
 
     # ---- into a checkpoint and out of it ----
 
@@ -383,7 +406,7 @@ class Run:
             broken = sum((rank["broken"] for rank in ranks), Counter())
             checkpoints.save(self.out / "checkpoint.pt", self.weights() | {
                 "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(),
-                "step": self.step, "data_digest": self.data_digest,
+                "step": self.step, "digest_of_data": self.data_digest,
                 "seconds": self.seconds, "best": self.best, "broken": dict(broken),
                 "seen": sum(rank["seen"] for rank in ranks),
                 "rng": [rank["rng"] for rank in ranks],

@@ -11,9 +11,10 @@ from config import MOST, SettingError, TrainConfig
 from tasks.registry import TASKS, preset_settings
 from tasks.task import SOME_READ
 
-# What may differ from the checkpoint when a run is resumed: what another machine may need.
+# What may differ from the checkpoint when a run is resumed: what another machine may need. (The
+# data may have moved; they must be the same, Run.require_same_data.)
 FREE_ON_RESUME = {"out", "device", "workers", "log_every", "save_every", "save_minutes", "keep",
-                  "accumulate", "compile"}
+                  "accumulate", "compile", "data", "image_root"}
 
 
 # What names files or folders.

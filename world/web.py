@@ -46,9 +46,10 @@ class WorldSets:
         """
         path, made_of = folder / "world.json", json.dumps(asdict(self) | {"seed": seed})
         if path.exists():  # written last
-            if path.read_text() != made_of:
-                raise InputError(f"{folder} holds the sets of another seed or world "
-                                 f"({path.read_text()}); give another --out")
+            there = path.read_text(encoding="utf-8")
+            if there != made_of:
+                raise InputError(f"{folder} holds the sets of another seed or world ({there}); "
+                                 "give another --out")
             return
         self.web(seed).save(folder, "web")
         World("train", self.world_human, seed=seed + 1_000_000).save(folder, "human")

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,7 +16,12 @@ from blip2.stage1 import Stage1
 from blip2.stage2 import Stage2
 from blip2.task_language import TextModel
 from blip2.task_stage1 import SIZES
-from blip2.task_stage2 import caption_batches, caption_writer
+from blip2.task_stage2 import (
+    answer_questions,
+    caption_batches,
+    caption_writer,
+    question_batches,
+)
 from blip2.texts import (
     encode_prompts,
     encode_texts,
@@ -27,7 +33,10 @@ from blip2.transformers_language import describe_library_model
 from config import TrainConfig
 from data.datasets import Pair
 from data.files import InputError
-from training.checkpoints import initialise, load, open_model
+from data.text import clean_question
+from tasks.task import EvalSettings
+from training.checkpoints import initialise, load, open_model, save
+from world.datasets import Questions
 
 SMALL = ["--epochs", "1", "--batch-size", "8", "--eval-size", "8", "--warmup-steps", "0",
          "--device", "cpu", "--log-every", "1"]
@@ -108,15 +117,75 @@ def test_a_frozen_part_has_no_gradient_and_no_dropout(models):
 def test_finetuning_for_questions_lets_the_queries_read_them(models, tmp_path):
     start = models / "stage2-decoder/checkpoint.pt"
     assert run("blip2-vqa", tmp_path / "vqa", "--scenes", 16, "--init", start, "--text-from",
-               models / "stage1/checkpoint.pt") == 0
+               models / "stage1/checkpoint.pt", "--lr", 0.01) == 0
     config = load(tmp_path / "vqa/best.pt")["model_config"]
     assert config["question_to_queries"] and config["train_vision"]
     after, stage1 = weights(tmp_path / "vqa/best.pt"), weights(models / "stage1/checkpoint.pt")
     assert after["qformer.word.weight"].shape == stage1["qformer.word.weight"].shape
     assert not torch.equal(after["vit.cls_token"], stage1["vit.cls_token"])
-    assert run("blip2-caption", tmp_path / "caption", "--scenes", 16, "--init", start) == 0
+    assert run("blip2-vqa", tmp_path / "more", "--scenes", 16, "--init", tmp_path / "vqa/best.pt",
+               "--lr", 1e-12) == 0  # from its own text stream, not from stage 1's once more
+    again = weights(tmp_path / "more/best.pt")["qformer.word.weight"]
+    torch.testing.assert_close(again, after["qformer.word.weight"])
+    assert not torch.allclose(again, stage1["qformer.word.weight"])
     assert run("blip2-retrieval", tmp_path / "retrieval", *SEE, "--scenes", 16, "--init",
                models / "stage1/checkpoint.pt") == 0
+
+
+def test_finetuning_keeps_the_language_model_of_its_start(models, tmp_path):
+    """Also where another one has taken its file's place, or none is there."""
+    start, file = models / "stage2-decoder/checkpoint.pt", models / "decoder/checkpoint.pt"
+    file.rename(tmp_path / "away.pt")
+    try:
+        assert run("blip2-caption", tmp_path / "caption", "--scenes", 16, "--init", start) == 0
+    finally:
+        (tmp_path / "away.pt").rename(file)
+    before, after = weights(start), weights(tmp_path / "caption/best.pt")
+    language = [name for name in before if name.startswith("language.")]
+    assert language and all(torch.equal(after[name], before[name]) for name in language)
+
+
+def test_a_text_stream_of_other_sizes_is_one_sentence(models, tmp_path, capsys):
+    state = torch.load(models / "stage1/checkpoint.pt", weights_only=True)
+    state["model"] = {name: value for name, value in state["model"].items()
+                      if "layers.1.ffn_text" not in name}  # as with one layer less
+    save(tmp_path / "one_layer.pt", state)
+    assert run("blip2-vqa", tmp_path / "vqa", "--scenes", 16, "--init",
+               models / "stage2-decoder/checkpoint.pt", "--text-from",
+               tmp_path / "one_layer.pt") == 2
+    assert "the text stream of" in capsys.readouterr().err
+
+
+def test_a_question_is_answered_from_the_picture_that_belongs_to_it(models, monkeypatch):
+    """Grey: from a picture of one colour. shift: from another item's. And the queries read it."""
+    trained = open_model(models / "stage2-decoder/checkpoint.pt", kinds=(Stage2,))
+    trained.model.config = replace(trained.model.config, question_to_queries=True)
+    seen = []
+    def generate(images, ids, mask, **options):
+        seen.append((images, options))
+        return [[]] * len(images)
+    monkeypatch.setattr(trained.model, "generate", generate)
+    questions = Questions("held-out", 4, 64, 0)
+    own, grey, other = (
+        (answer_questions(trained, questions, EvalSettings(), **how), seen.pop())[1]
+        for how in ({}, {"grey": True}, {"shift": 1}))
+    assert torch.equal(other[0], own[0].roll(-1, 0)) and not torch.equal(other[0], own[0])
+    assert (grey[0] == grey[0][0, :, :1, :1]).all()
+    ids, mask = trained.tokenizer.encode(
+        [clean_question(questions.example(i).question) for i in range(4)], trained.max_tokens)
+    for _, options in (own, grey, other):
+        assert torch.equal(options["question_ids"], ids)
+        assert torch.equal(options["question_mask"], mask)
+        assert options["length_penalty"] == -1 and options["beams"] == 5  # BLIP-2 sec. 4.1
+
+
+def test_the_answer_that_most_people_give_is_learnt(models):
+    config = open_model(models / "stage2-decoder/checkpoint.pt", kinds=(Stage2,)).model.config
+    tokenizer = open_model(models / "stage1/checkpoint.pt", kinds=(Stage1,)).tokenizer
+    example = SimpleNamespace(question="what colour?", answers=("blue", "red", "red"))
+    batch = question_batches(tokenizer, TrainConfig(), config).encode([{"example": example}])
+    written = [i for i in batch["targets"][0].tolist() if i >= 0]
+    assert open_tokenizer(config.language).decode(written).split()[0] == "red"
 
 
 def test_chat_and_queries(models, tmp_path, capsys):
@@ -163,6 +232,10 @@ def test_in_how_many_directions_queries_differ():
      "runs/language/checkpoint.pt does not exist; train it with `python train.py language-model`"),
     ("blip2-stage2", ["--init", "stage1/checkpoint.pt", "--language-model", "decoder"],
      "decoder is the folder of a run; give decoder/checkpoint.pt"),
+    ("blip2-caption", ["--init", "stage2-decoder/checkpoint.pt", "--language-model",
+                       "encoder-decoder/checkpoint.pt"], "--init holds its language model"),
+    ("blip2-stage2", ["--init", "stage1/checkpoint.pt", "--itg-smoothing", 0.3],
+     "--itg-smoothing does nothing in blip2-stage2"),
     ("blip2-stage2", ["--init", "stage1/checkpoint.pt", "--new-layers", 9],
      "--new-layers 9 is more than the Q-Former's 2 layers")])
 def test_mistakes_are_one_sentence(models, tmp_path, capsys, monkeypatch, task, flags, message):
@@ -174,8 +247,12 @@ def test_mistakes_are_one_sentence(models, tmp_path, capsys, monkeypatch, task, 
 
 def test_without_the_library_one_sentence_says_what_to_do(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "transformers", None)
-    with pytest.raises(InputError, match="not installed: `pip install transformers`, or train"):
+    with pytest.raises(InputError) as error:
         describe_library_model("facebook/opt-125m")
+    assert str(error.value) == (
+        "--language-model names a model of the transformers library, which is not installed: `pip "
+        "install transformers`, or train a small language model with `python train.py "
+        "language-model`")
 
 
 # ---- texts ----
