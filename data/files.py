@@ -86,7 +86,7 @@ def check_start(path: str | Path, text: str) -> None:
     text = text.lstrip()
     if not text:
         raise InputError(f"{path} is empty; give a file with records")
-    if text.startswith("\ufffd"):  # UTF-16, as the shell of Windows writes
+    if text.startswith("\ufffd\ufffd") and "\0" in text[:4]:  # UTF-16, as Windows' shell writes
         raise InputError(f"{path} is no UTF-8 text; save it as UTF-8")
     if not text.startswith(("[", "{")):
         raise InputError(f"{path} is no json (it begins with {text[:20]!r}); give a json list, "

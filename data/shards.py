@@ -180,8 +180,9 @@ def merge(web: PairIndex, human: PairIndex | None, out: Path, shard_size: int) -
     if not images:
         for path in paths:
             path.unlink()
-        raise InputError(f"none of the images of the web texts can be read (in {web.root}, "
-                         f"{next(iter(broken))}); is --image-root right?")
+        raise InputError(f"none of the images of the web texts can be read (the first: "
+                         f"{web[0].image} in {web.root}, {next(iter(broken))}); is --image-root "
+                         "right?")
     for name, kept in (("bootstrapped", True), ("rejected", False)):
         write_records(out / f"{name}.json", records(paths, kept, human if kept else None),
                       web.root, human.root if human else "", root)

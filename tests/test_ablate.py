@@ -61,6 +61,14 @@ def test_a_cell_without_a_measure_has_a_dash_and_no_verdict(tmp_path):
     assert [v["measure"] for v in verdicts(experiment.claims, measures, cells)] == ["caption_true"]
 
 
+def test_without_locks_there_is_one_job(tmp_path, monkeypatch, capsys):
+    """On Windows two cells could train the same model into the same folder."""
+    monkeypatch.setattr(ablate, "fcntl", None)
+    assert ablate.main(["table1", "--jobs", "2", "--out", str(tmp_path), "--results",
+                        str(tmp_path)]) == 2
+    assert "--jobs: on Windows" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("p, words", [(0.0497, "p 0.050"), (0.001, "p 0.001"),
                                       (0.00099, "p below 0.001")])
 def test_a_verdict_says_how_sure_it_is(p, words):

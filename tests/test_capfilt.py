@@ -367,7 +367,7 @@ def test_mistakes_are_one_sentence(files, whole, tmp_path, capsys, monkeypatch):
     assert "holds no image with a caption" in error(("--web", urls))
     nowhere = tmp_path / "nowhere.json"
     nowhere.write_text('[{"image": "a.jpg", "caption": "a dog"}]')
-    assert re.search("none of the 1 images of shard 000000 can be read .the first: a.jpg in .*"
+    assert re.search("none of the images of the web texts can be read .the first: a.jpg in .*"
                      "missing.; is --image-root right", error(("--web", nowhere)))
     assert not list((tmp_path / "out").glob("shards/*"))
     assert "--captions 5 by beam search need --beams 5" in error(
@@ -384,6 +384,7 @@ def test_mistakes_are_one_sentence(files, whole, tmp_path, capsys, monkeypatch):
         edited.setattr(capfilt, "digest_of_code", lambda: "edited")
         assert "holds shards made with another code" in error(
             ("--out", whole), ("--threshold", THRESHOLD))
+    assert "a, b has a comma" in error(("--pretrain", ""), ("--out", tmp_path / "a, b"))
     assert "--rounds needs --finetune and --pretrain" in error(("--rounds", 2))
     assert "or else --init and --finetune to make them" in error(("--finetune", ""))
     (tmp_path / "empty").mkdir()  # a first try that failed does not stand in the way of the next

@@ -287,6 +287,16 @@ def test_queue_takes_any_batch_size_and_wraps(size):
         assert model.queue_ptr.item() == number % 10
 
 
+def test_keys_of_a_subclass_do_not_disturb_the_queue():
+    """In steps without ITC there are no others; with it they are left alone."""
+    model, own = toy_model(), {"patches": torch.zeros(4, 3)}
+    model.enqueue(own)
+    assert model.queue_ptr.item() == 0
+    feat = torch.ones(4, 16)
+    model.enqueue(own | {"image": feat, "text": feat, "ids": torch.arange(4)})
+    assert model.queue_ptr.item() == 4 and model.queue_ids[:4].tolist() == [0, 1, 2, 3]
+
+
 def test_temperature_is_clamped_between_the_steps():
     model = toy_model()
     for value, clamped in ((2.0, 0.5), (-1.0, 0.001), (0.1, 0.1)):

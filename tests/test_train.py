@@ -10,6 +10,8 @@ import os
 import re
 import subprocess
 import sys
+import time
+from collections import Counter
 from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
@@ -31,12 +33,13 @@ from config import (
     objectives_at,
     setting,
 )
+from data.datasets import ImageDataset, Pair
 from data.files import InputError
 from tasks.registry import TASKS
 from tasks.task import SOME_READ, EvalSettings
-from training import checkpoints, program
+from training import checkpoints, distributed, program
 from training.code import code_of
-from training.run import EpochBatches, Run, open_datasets
+from training.run import EpochBatches, Run, digest_of_data, open_datasets
 from training.settings import add_flags, parse, resolve, training_flags
 from world.datasets import World
 
@@ -336,6 +339,74 @@ def test_a_run_does_not_go_on_with_other_data(tmp_path, capsys):
         assert f"now it has {len(rows)} examples" in error
     data.write_text(whole)
     assert train.main(flags) == 0
+    (tmp_path / "p").rename(tmp_path / "q")  # the same data elsewhere
+    assert train.main([*flags, "--data", str(tmp_path / "q/train.json")]) == 0
+
+
+def test_one_changed_example_of_many_is_noticed():
+    pairs = [Pair(f"{i}.png", (f"text {i}",), i) for i in range(5000)]
+    def digest(pairs):
+        return digest_of_data(TrainConfig(data="a.json"), ImageDataset(pairs, ".", 8))
+    before = digest(pairs)
+    assert digest(list(pairs)) == before
+    for i in (1, 2501, 4999):
+        assert digest(pairs[:i] + [Pair("x.png", (f"text {i}",), i)] + pairs[i + 1:]) != before
+        assert digest(pairs[:i] + [Pair(f"{i}.png", ("other",), i)] + pairs[i + 1:]) != before
+
+
+def test_ranks_agree_on_a_signal_after_every_step(monkeypatch):
+    """torchrun kills them 30 seconds after it, and 20 steps may take longer."""
+    run = SimpleNamespace(step=7, steps=100, steps_per_epoch=50, config=TrainConfig(log_every=20),
+                          task=TASKS["pretrain"], datasets=None)
+    now = time.perf_counter()
+    def decided(signals: list, of_another_rank: tuple[bool, bool]) -> tuple[bool, bool]:
+        monkeypatch.setattr(distributed, "gather", lambda own: own + [of_another_rank])
+        return train.decide_together(run, signals, now)
+    assert decided([], (False, False)) == (False, False)
+    assert decided([], (True, False)) == decided(["a signal"], (False, False)) == (True, True)
+    assert decided([], (False, True)) == (False, True)  # a checkpoint is due
+
+
+def test_broken_pictures_that_come_first_by_chance_do_not_stop_a_run():
+    """Of 240 pictures 20 are broken, fewer than a tenth; 11 of them are among the first 107."""
+    run = Run.__new__(Run)
+    run.config, run.seen, run.broken = TrainConfig(max_broken=0.1), 0, Counter()
+    run.datasets = SimpleNamespace(train=range(240))
+    def batch(whole: int, broken: int) -> dict:
+        return {"image": torch.zeros(whole, 1), "broken": ["a.jpg (missing)"] * broken}
+    run.count(batch(96, 11))
+    run.count(batch(0, 0))
+    assert run.seen == 107 and run.broken == {"missing": 11}
+    with pytest.raises(InputError, match=r"32 of 128 .*the last: a.jpg \(missing\)"):
+        run.count(batch(0, 21))
+
+
+def test_more_examples_than_are_judged_are_told(tmp_path, capsys):
+    folder = photographs(tmp_path)
+    assert run(tmp_path / "run", "--data", folder / "train.json", "--val", folder / "val.json",
+               "--eval-size", 7) == 0
+    assert "of 10 examples of" in (said := capsys.readouterr().out)
+    assert "the first 7 are judged" in said
+
+
+def test_words_that_the_vocabulary_cannot_spell_are_told(tmp_path, pretrained, capsys):
+    """Of a language with other letters; --init's vocabulary gets pieces for them."""
+    folder = photographs(tmp_path / "p")
+    rows = json.loads((folder / "train.json").read_text())
+    for row in rows:
+        row["caption"] = "собака бежит по траве ☃"
+    (folder / "russian.json").write_text(json.dumps(rows))
+    vocab = tmp_path / "vocab.txt"
+    vocab.write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", *"abcdefgh", "☃"]))
+    flags = ["--data", folder / "russian.json", "--batch-size", 8]
+    assert run(tmp_path / "a", *flags, "--vocab", vocab) == 0
+    assert "cannot spell 80% of the words of" in (said := capsys.readouterr().out)
+    assert "'собака'" in said
+    assert run(tmp_path / "b", *flags, "--init", pretrained, "--new-pieces", 0) == 0
+    assert "cannot spell 100% of the words of" in capsys.readouterr().out
+    assert run(tmp_path / "c", *flags, "--init", pretrained, "--new-pieces", 4000) == 0
+    assert "cannot spell" not in (said := capsys.readouterr().out)
+    assert "pieces added to --init's vocabulary" in said
 
 
 @pytest.mark.parametrize("flags, message", [

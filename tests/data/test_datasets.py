@@ -78,5 +78,8 @@ def test_pictures_are_loaded_by_forked_workers_or_by_none(monkeypatch):
     files = ImageDataset([], ".", 32)
     assert worker_options(files, 2) == {"num_workers": 2, "multiprocessing_context": "fork"}
     assert worker_options(files, 0) == worker_options([], 2) == {"num_workers": 0}
+    with monkeypatch.context() as mac:
+        mac.setattr("sys.platform", "darwin")  # it can fork, but not safely
+        assert worker_options(files, 2) == {"num_workers": 0}
     monkeypatch.setattr("multiprocessing.get_all_start_methods", lambda: ["spawn"])
     assert worker_options(files, 2) == {"num_workers": 0}

@@ -35,7 +35,8 @@ def test_a_list_is_streamed(tmp_path):
     ("", "is empty; give a file with records"),
     (b"\x1f\x8b\x08\x00" + bytes(range(256)), "is no json"),
     ('{"a": 1}\n{"a": 2\n{"a": 3}\n', "record 1: no valid json"),
-    (b'[{"a": "\xff"}]', "is no UTF-8 text"), ('[{"a": 1}', "not valid json")])
+    (b'[{"a": "\xff"}]', "is no UTF-8 text"), ('[{"a": 1}', "not valid json"),
+    ('[{"a": 1}]'.encode("utf-16"), "is no UTF-8 text; save it as UTF-8")])
 def test_what_is_no_sound_json_is_one_sentence(tmp_path, content, message):
     path = tmp_path / "p.json"
     path.write_bytes(content if isinstance(content, bytes) else content.encode())

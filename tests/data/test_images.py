@@ -115,6 +115,7 @@ def test_unusual_pictures_are_read(tmp_path):
     """CMYK, palette, grey with alpha, animated, 1 x 1."""
     red = Image.new("RGB", (40, 30), (250, 10, 10))
     grey16 = Image.fromarray(np.full((30, 40), 257 * 100, np.uint16))
+    light = Image.fromarray(np.full((30, 40), 100 / 255, np.float32))  # from 0 to 1
     frames = [red, Image.new("RGB", (40, 30), "blue")]
     for name, content, colour in (
             ("a.jpg", save_bytes(red.convert("CMYK"), "JPEG"), (250, 10, 10)),
@@ -122,6 +123,7 @@ def test_unusual_pictures_are_read(tmp_path):
             ("c.png", save_bytes(Image.new("LA", (9, 9), (100, 255)), "PNG"), (100, 100, 100)),
             ("d.gif", save_bytes(red, "GIF", save_all=True, append_images=frames), (250, 10, 10)),
             ("e.png", save_bytes(grey16, "PNG"), (100, 100, 100)),
+            ("g.tif", save_bytes(light, "TIFF"), (100, 100, 100)),
             ("f.png", save_bytes(Image.new("RGB", (1, 1), (250, 10, 10)), "PNG"), (250, 10, 10))):
         (tmp_path / name).write_bytes(content)
         for rng in (None, random.Random(1)):

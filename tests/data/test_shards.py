@@ -1,8 +1,10 @@
 """Shards: their bounds, their seeds, and how much memory a web set of any size takes."""
 
 import json
+import ntpath
 import tracemalloc
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ from PIL import Image
 
 from data import shards
 from data.datasets import Pair
+from data.files import InputError
 from data.sources import PairIndex
 
 
@@ -62,6 +65,33 @@ def test_memory_does_not_grow_with_the_web(tmp_path, monkeypatch):
         3, size, size, dtype=torch.uint8))
     few, many = peak(2000), peak(20000)
     assert many < 1.1 * few
+
+
+def test_a_shard_of_few_broken_images_is_no_reason_to_stop(tmp_path):
+    """Whichever shard is done first. But a set of which no image could be read is none."""
+    web = web_set(tmp_path / "web", 6)
+    def work(folder: Path) -> dict:
+        for shard in shards.pending(web, folder, {}, 2, 0):
+            read = [pair for pairs, _, _ in shard.batches({8}, 4, 0) for pair in pairs]
+            shards.write(shard, [{"image": pair.image, "texts": []} for pair in read])
+        return shards.merge(web, None, folder, 2)
+    for name in ("0.png", "1.png"):  # the first shard
+        (tmp_path / "web" / name).unlink()
+    assert work(tmp_path / "a")["images"] == 4
+    for picture in (tmp_path / "web").glob("*.png"):
+        picture.unlink()
+    with pytest.raises(InputError, match="none of the images of the web texts can be read"):
+        work(tmp_path / "b")
+    assert not list((tmp_path / "b/shards").glob("*.json"))  # the next try begins anew
+
+
+def test_images_on_two_drives_are_one_sentence(monkeypatch):
+    """On Windows."""
+    monkeypatch.setattr(shards.os.path, "commonpath", ntpath.commonpath)
+    web, human = SimpleNamespace(root=r"D:\web"), SimpleNamespace(root=r"C:\human")
+    with pytest.raises(InputError, match="are on two drives; put the images on one"):
+        shards.common_root(web, human)
+    assert shards.common_root(web, None) == r"D:\web"
 
 
 def web_set(folder: Path, count: int) -> PairIndex:

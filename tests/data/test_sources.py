@@ -17,8 +17,9 @@ from test_files import write_json
 
 from data.datasets import ImageDataset, Pair, caption_collate, name_hash
 from data.files import InputError
-from data.sources import Mixture, PairIndex, open_mixture, tar_records
+from data.sources import Mixture, PairIndex, open_mixture, tar_records, with_shares
 from data.text import Tokenizer
+from tasks.task import Source
 
 
 def shard(path: Path, members: dict[str, bytes], links: dict[str, str] | None = None) -> Path:
@@ -188,6 +189,33 @@ def test_a_shard_that_is_a_link_is_read_where_it_is(tmp_path):
     (tmp_path / "web" / "00001.tar").symlink_to("../two/blob")
     data = ImageDataset(open_mixture(str(tmp_path / "web"), "", tmp_path / "index"), "", 8)
     assert [data[i]["image"][:, 4, 4].tolist() for i in (0, 1)] == [[255, 0, 0], [0, 0, 255]]
+
+
+def test_pictures_are_named_by_the_way_through_a_link(tmp_path):
+    """As home folders are on clusters, and /tmp on macOS."""
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    (tmp_path / "real" / "a.png").write_bytes(png("red"))
+    path = write_json(tmp_path / "link" / "p.json",
+                      [{"image": str(tmp_path / "link/a.png"), "caption": "x"}])
+    for root in ("", str(tmp_path / "link")):
+        data = ImageDataset(open_mixture(str(path), root, tmp_path / "index"), "", 8)
+        assert data[0]["image"][:, 4, 4].tolist() == [255, 0, 0]
+
+
+def test_signs_in_a_name(tmp_path):
+    """A comma stands between files, [ ] in a pattern: a file that is there may have both."""
+    folder = tmp_path / "my, set[1]"
+    folder.mkdir()
+    (folder / "a.png").write_bytes(png("red"))
+    path = str(write_json(folder / "p.json", [{"image": "a.png", "caption": "x"}]))
+    shard(folder / "web.tar", {"0.png": png("red"), "0.txt": b"red"})
+    for source in (path, str(folder / "web.tar")):
+        data = ImageDataset(open_mixture(source, "", tmp_path / "index"), "", 8)
+        assert len(data) == 1 and data[0]["image"][:, 4, 4].tolist() == [255, 0, 0]
+    assert Source(path, "", "train", 0, 8).folder() == folder
+    with pytest.raises(InputError, match="has a comma in its name"):
+        with_shares([path], "", tmp_path / "index", 10)
 
 
 def test_a_link_out_of_the_root_is_not_followed_in_training(tmp_path):

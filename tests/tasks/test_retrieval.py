@@ -8,6 +8,7 @@ import torch
 from conftest import toy_model
 
 from config import TrainConfig
+from data.datasets import ImageDataset
 from data.images import prepare_images
 from data.text import Tokenizer
 from reports.metrics import rank_statistics, ranks, recall, recall_chance
@@ -152,6 +153,21 @@ def test_several_captions_of_an_image(monkeypatch):
     numbers = numbers_of(gallery, trained, world, monkeypatch)
     assert numbers["t2i_r1"] == pytest.approx(3 / 6) and numbers["i2t_r1"] == pytest.approx(2 / 3)
     assert numbers["chance"]["i2t_r1"] == pytest.approx(2 / 6)
+
+
+def test_texts_that_repeat_are_told(monkeypatch, capsys):
+    """A label as a caption: R@k counts it as right for its own image alone."""
+    trained, _, gallery = small_gallery()
+    data = ImageDataset([], ".", 32)
+    gallery.texts = ["dog", "dog", "cat", "cat", "dog", "cow"]
+    monkeypatch.setattr(retrieval, "encode", lambda trained, dataset: gallery)
+    monkeypatch.setattr(retrieval, "truth_in", lambda gallery: lambda t, i: True)
+    monkeypatch.setattr(retrieval, "sections", lambda *arguments: [])
+    evaluate(trained, data, EvalSettings(top_k=0))
+    assert "50% of the texts repeat another one" in capsys.readouterr().out
+    gallery.texts = ["a", "b", "c", "d", "e", "f"]
+    evaluate(trained, data, EvalSettings(top_k=0))
+    assert "repeat" not in capsys.readouterr().out
 
 
 def test_median_and_mean_rank():

@@ -147,6 +147,9 @@ def test_vqa_accuracy_leaves_one_person_out():
     assert vqa_accuracy("the red", ["red"] * 10) == 0.0  # all agree: nothing is normalised
     assert vqa_accuracy("2", ["two"] * 5 + ["2"] * 5) == 1.0
     assert vqa_accuracy("red", ["red"]) == 1.0
+    for count in (2, 3, 4):  # fewer people than the official measure knows
+        assert vqa_accuracy("red", ["red"] * count) == 1.0
+    assert vqa_accuracy("red", ["red", "red", "blue"]) == pytest.approx((0.5 + 0.5 + 1) / 3)
 
 
 def test_the_likeliest_answer_is_told():

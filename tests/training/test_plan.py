@@ -62,6 +62,15 @@ def test_short_captions_can_be_written():
     assert plan.fit_captions(config, []) == (config, [])
 
 
+def test_long_captions_are_cut_and_the_plan_says_so():
+    """Of 12 tokens two are [CLS] and [SEP]."""
+    config = TrainConfig(data="a.json", min_length=5, max_tokens=12)
+    assert plan.fit_captions(config, [10] * 100) == (config, [])
+    same, (sentence,) = plan.fit_captions(config, [10] * 95 + [11] * 5)
+    assert same == config
+    assert "5% of the captions of --data are longer than --max-tokens 12 and are cut" in sentence
+
+
 def test_the_length_of_captions_comes_from_the_training_texts(tmp_path, capsys):
     folder = photographs(tmp_path, 40)
     rows = json.loads((folder / "train.json").read_text())

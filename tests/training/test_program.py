@@ -10,6 +10,7 @@ from conftest import SMALL, run
 
 import train
 from data.files import HELD, InputError, lock_folder
+from training import distributed
 from training.program import exit_status
 
 ROOT = Path(__file__).parents[2]
@@ -44,6 +45,18 @@ def test_the_screens_are_put_back():
     with pytest.raises(MemoryError):
         exit_status(raises(MemoryError))
     assert (sys.stdout, sys.stderr) == before
+
+
+def test_a_rank_that_is_left_alone_says_so(monkeypatch, capsys):
+    """The rank that failed says why; the others only lose their connection."""
+    def alone():
+        raise RuntimeError("[enforce fail] Read error [127.0.0.1]:1: Connection reset by peer")
+    with pytest.raises(RuntimeError):
+        exit_status(alone)
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    monkeypatch.setattr(distributed, "barrier", lambda: None)
+    assert exit_status(alone) == 2
+    assert "another process has ended; its message says why" in capsys.readouterr().err
 
 
 def raises(error: type):
