@@ -28,7 +28,7 @@ import train
 from config import CapFiltConfig
 from data.files import InputError, lock_folder, write_json
 from data.images import prepare_images
-from data.shards import Shard, common_root, merge, pending, write
+from data.shards import Shard, merge, pending, write
 from data.sources import PairIndex, open_index, with_shares
 from data.text import clean_caption
 from reports.sheets import draw_judged_texts
@@ -209,9 +209,6 @@ def check(o: argparse.Namespace) -> None:
     if (o.finetune is None) != bool(o.captioner + o.filter):
         raise InputError("give --captioner and --filter (checkpoints of `train.py caption` and "
                          "`train.py retrieval`), or else --init and --finetune to make them")
-    if "," in o.out and o.pretrain is not None:
-        raise InputError(f"--out {o.out} has a comma, which stands between the files that "
-                         "--pretrain reads; give another folder")
     if o.rounds > 1 and None in (o.finetune, o.pretrain):
         raise InputError("--rounds needs --finetune and --pretrain: each starts from the last")
     if o.finetune is not None and not o.init and o.pretrain is None:
@@ -223,7 +220,6 @@ def bootstrap_from(o: argparse.Namespace, folder: Path, device: torch.device) ->
     index = Path(o.out) / "index"
     web = open_index(o.web, o.image_root, index)
     human = open_index(o.human, o.image_root, index) if o.human else None
-    common_root(web, human)
     print0(f"== caption and filter {len(web)} web texts, writing to {folder}")
     captioners = [open_captioner(path, vars(o), device) for path in o.captioner]
     filters = [open_filter(path, device, o.vocab) for path in o.filter]

@@ -9,7 +9,9 @@ from torch import Tensor
 
 
 def query_similarity(image_feat: Tensor, text_feat: Tensor) -> Tensor:
-    """Cosine of a text with the query that fits it best. ITC, mining and the evaluation use it.
+    """Cosine of a text with the query that fits it best: for ITC and for mining.
+
+    The evaluation has the same in tasks.retrieval.Gallery.sim: change both.
 
     image_feat (B, Q, E), text_feat (C, E), all of length 1 -> (B, C).
     """

@@ -62,9 +62,9 @@ def make_qformer(config: Blip2Config, text: bool) -> QFormer:
 
 
 def initialise(model: nn.Module, config: Blip2Config) -> None:
-    """Initial weights: normal with init_std, as BERT's; 0: by width, and the queries with std 1.
+    """Initial weights: normal with init_std, as BERT's; a query's FFN as a copy of the text's.
 
-    A query's FFN starts as a copy of the text's.
+    init_std 0: by width, and the queries with std 1.
     """
     init_weights(model, config.init_std)
     nn.init.normal_(model.qformer.queries, std=config.init_std or 1.0)

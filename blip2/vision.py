@@ -40,9 +40,9 @@ class EncoderBlock(Block):
 
 
 class ImageEncoder(ViT):
-    """Image (B, 3, S, S) -> tokens (B, N, D), [CLS] first: of the last block that it is made with.
+    """Image (B, 3, S, S) -> tokens (B, N, D), [CLS] first, of the last block that it has.
 
-    The paper's is the second last of the original encoder (sec. 3.4).
+    In the paper that is the second last of the original encoder (sec. 3.4).
     """
 
     def __init__(self, config: Blip2Config):

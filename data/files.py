@@ -110,7 +110,7 @@ def read_json(path: str | Path):
 
 
 def named_files(text: str) -> list[str]:
-    """The files that a flag names, with commas between them; one that is there may have its own."""
+    """The files that a flag names, with commas between them; one that is there may have one."""
     return [text] if os.path.exists(text) else text.split(",")
 
 

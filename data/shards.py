@@ -152,8 +152,7 @@ def write(shard: Shard, images: list[dict]) -> None:
 
 
 def common_root(web: PairIndex, human: PairIndex | None) -> str:
-    """The folder that the images of a set are relative to. Raises InputError where there is none.
-    """
+    """The folder that the images of a set are relative to. Raises InputError if there is none."""
     try:
         return os.path.commonpath([web.root, human.root] if human else [web.root])
     except ValueError:

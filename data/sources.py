@@ -258,10 +258,11 @@ def open_mixture(data: str, image_root: str, folder: Path) -> "Mixture":
 def with_shares(sources: list[str], image_root: str, folder: Path, pairs: int) -> str:
     """Sources as `open_mixture` takes them, with a share of each so that an epoch has `pairs`.
 
-    0: all of them. Raises InputError for one with a comma in its name.
+    0: all of them. Raises InputError for a name with a comma among several, or with a share.
     """
+    alone = len(sources) == 1 and not pairs
     for source in sources:
-        if "," in source:
+        if "," in source and not alone:
             raise InputError(f"{source} has a comma in its name, which stands between files; "
                              "rename the folder")
     if not pairs:

@@ -10,6 +10,7 @@ and 384 px need 6 GB of host memory (similarities, matched logits and two result
 the weights) and less than 4 GB on the device (keys and values of 16 images, 512 texts).
 """
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -18,7 +19,6 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from blip import BLIP
-from blip2.losses import query_similarity
 from config import BLIPConfig, TrainConfig
 from data.datasets import Collate, caption_collate
 from data.images import prepare_images
@@ -84,11 +84,14 @@ class Gallery:
         return self.image_of[:, None] == torch.arange(len(self.index))
 
     def sim(self) -> Tensor:
-        """(T, I): ITC similarity; where an image has several features (BLIP-2), of the best."""
+        """(T, I): ITC similarity; where an image has several features (BLIP-2), of the best.
+
+        As blip2.losses.query_similarity has it in training.
+        """
         if self.image_feat.ndim == 2:
             return self.text_feat @ self.image_feat.T
-        return torch.cat([query_similarity(feat, self.text_feat).T
-                          for feat in self.image_feat.split(IMAGES)], 1)
+        of_each = (self.text_feat @ feat.T for feat in self.image_feat.unbind(1))
+        return functools.reduce(torch.maximum, of_each)
 
 
 @torch.no_grad()

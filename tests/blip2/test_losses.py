@@ -42,6 +42,7 @@ def test_the_best_query_decides_how_alike_image_and_text_are():
 
 
 def test_the_evaluation_ranks_by_the_similarity_that_is_trained():
+    """Else candidates for re-ranking are chosen by another score: change Gallery.sim too."""
     torch.manual_seed(0)
     images = torch.nn.functional.normalize(torch.randn(40, 3, 8), dim=-1)
     texts = torch.nn.functional.normalize(torch.randn(7, 8), dim=-1)

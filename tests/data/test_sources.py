@@ -216,6 +216,7 @@ def test_signs_in_a_name(tmp_path):
     assert Source(path, "", "train", 0, 8).folder() == folder
     with pytest.raises(InputError, match="has a comma in its name"):
         with_shares([path], "", tmp_path / "index", 10)
+    assert with_shares([path], "", tmp_path / "index", 0) == path
 
 
 def test_a_link_out_of_the_root_is_not_followed_in_training(tmp_path):
