@@ -402,10 +402,11 @@ def test_words_that_the_vocabulary_cannot_spell_are_told(tmp_path, pretrained, c
     assert run(tmp_path / "a", *flags, "--vocab", vocab) == 0
     assert "cannot spell 80% of the words of" in (said := capsys.readouterr().out)
     assert "'собака'" in said
-    assert run(tmp_path / "b", *flags, "--init", pretrained, "--new-pieces", 0) == 0
-    assert "cannot spell 100% of the words of" in capsys.readouterr().out
-    assert run(tmp_path / "c", *flags, "--init", pretrained, "--new-pieces", 4000) == 0
-    assert "cannot spell" not in (said := capsys.readouterr().out)
+    for new_pieces, told in ((0, True), (4000, False)):
+        assert finetune("caption", pretrained, tmp_path / str(new_pieces), *flags, "--epochs", 1,
+                        "--new-pieces", new_pieces) == 0
+        said = capsys.readouterr().out
+        assert ("cannot spell 100% of the words of" in said) == told
     assert "pieces added to --init's vocabulary" in said
 
 
