@@ -61,7 +61,7 @@ def make_qformer(config: Blip2Config, text: bool) -> QFormer:
                    c.look_every, c.vocab_size if text else 0, c.max_positions, c.dec_id)
 
 
-def initialise(model: nn.Module, config: Blip2Config) -> None:
+def init_qformer_weights(model: nn.Module, config: Blip2Config) -> None:
     """Initial weights: normal with init_std, as BERT's; a query's FFN as a copy of the text's.
 
     init_std 0: by width, and the queries with std 1.
@@ -98,7 +98,7 @@ class Stage1(FrozenVision):
         self.text_proj = nn.Linear(c.width, c.embed_dim)
         self.itm_head = nn.Linear(c.width, 2)  # class 1 = matched
         self.temp = nn.Parameter(torch.tensor(c.temp))  # (not clamped, as in the released code)
-        initialise(self, c)
+        init_qformer_weights(self, c)
         self.objectives = OBJECTIVES
         self.draw_negative = draw_one  # of ITM; a test may take the likeliest instead
 

@@ -17,10 +17,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from blip import init_weights
 from blip2.config import Blip2Config
 from blip2.language import LanguageConfig, make_language
-from blip2.stage1 import FrozenVision, make_qformer
+from blip2.stage1 import FrozenVision, init_qformer_weights, make_qformer
 from blip2.writing import logits_of_targets, write_behind
 from config import SettingError, setting
 from decoding import Hypothesis
@@ -67,8 +66,7 @@ class Stage2(FrozenVision):
         elif language is None:
             language = make_language(LanguageConfig(**config.language))
         self.proj = nn.Linear(config.width, language.width)
-        init_weights(self, config.init_std)
-        nn.init.normal_(self.qformer.queries, std=config.init_std or 1.0)
+        init_qformer_weights(self, config)
         self.language = language.requires_grad_(False)
         if not self.is_decoder:
             # T5's encoder adds to its tokens and never normalises the sum. Large soft tokens pass
