@@ -5,12 +5,12 @@ the picture world (about 20 minutes on two cores):
 
     python ablate.py losses --seeds 1 --jobs 2
 
-With all three objectives the model has, in percent: text-to-image R@1 of 1,000 by ITC 94 (chance
+With all three objectives the model has, in percent: R@1 of 1,000 by ITC 94 text-to-image and 91 image-to-text (chance
 0.1); ITM prefers the true text to one with a word swapped 96 (chance 50); captions wholly true 96.
 A number counts as right within 10 points.
 
 a   without ITM: how often does ITM prefer the true text?
-b   without LM: text-to-image R@1 by ITC?
+b   without LM: does image-to-text R@1 by ITC get "worse" or "better", or does it stay the "same"?
 c   without ITC: do the captions get "worse" or "better", or do they stay the "same"?
 d   without ITC: does ITM get "worse" or "better", or does it stay the "same"?
 """

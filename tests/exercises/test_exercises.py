@@ -214,10 +214,10 @@ def test_each_bug_of_a_hunt_is_named():
 
 def test_a_wrong_prediction_shows_what_was_measured():
     module = types.SimpleNamespace(__name__="exercises.e11_predict_losses",
-                                   PREDICTIONS={"a": 45, "b": 90, "c": ..., "d": " Worse"})
+                                   PREDICTIONS={"a": 45, "b": "same", "c": ..., "d": " Worse"})
     lines = grade(COURSE[10], module).lines
     assert [line.passed for line in lines] == [True, False, False, True]
-    assert "you predicted 90, measured was 72.0" in lines[1].text
+    assert "you predicted 'same', measured was 'worse'" in lines[1].text
     assert "not predicted yet" in lines[2].text
 
 
