@@ -1,4 +1,4 @@
-"""11. The measured values; results/losses.md and results/losses-all-without_LM.md have all of them."""
+"""11. The measured values: results/losses.md and results/losses-all-without_LM.md."""
 
 PREDICTIONS = {"a": 50.0, "b": "worse", "c": "better", "d": "worse"}
 
