@@ -86,12 +86,11 @@ class Tokenizer:
 
         A word that the vocabulary cannot spell counts as its letters.
         """
-        texts = list(texts)
-        words = sum(len(text.split()) for text in texts)
-        pieces = sum(len(encoding.ids) for encoding in
-                     self.pieces.encode_batch(texts, add_special_tokens=False))
-        letters = [len(word) - 1 for text in texts for word in self.unknown(text)]
-        return (pieces + sum(letters)) / max(1, words)
+        texts, pieces = list(texts), 0
+        for encoding in self.pieces.encode_batch(texts, add_special_tokens=False):
+            for piece, (start, end) in zip(encoding.tokens, encoding.offsets):
+                pieces += end - start if piece == UNK else 1
+        return pieces / max(1, sum(len(text.split()) for text in texts))
 
     @classmethod
     def from_file(cls, path: str | Path) -> "Tokenizer":

@@ -262,7 +262,7 @@ def open_pairs(source: Source) -> Dataset:
     if not source.data:
         return World(source.split, source.size, source.image_size, source.seed, source.noise)
     if not source.each_caption:
-        if "," in source.data and not os.path.exists(source.data):
+        if len(named_files(source.data)) > 1:
             raise InputError(f"{source.data} names several files, and what judges is one file; put "
                              "all its pairs into one")
         pairs = read_pairs(source.data, source.image_root or None, source.split,

@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 from blip import init_weights, make_med
 from config import BLIPConfig, TrainConfig
 from data.datasets import Collate, DialogExample, DialogRound
-from data.files import InputError, read_json, require_object
+from data.files import InputError, named_files, read_json, require_object
 from data.images import prepare_images
 from data.text import Tokenizer, clean_caption, clean_question
 from med import ContextKV
@@ -96,7 +96,8 @@ def read_dialogs(data: str) -> list[DialogExample]:
 
     Images are VisualDialog_SPLIT_ID.jpg, or COCO's for the training split. Raises InputError.
     """
-    path, _, dense = data.partition(",")
+    path, *others = named_files(data)
+    dense = ",".join(others)
     content, relevance = read_json(path), read_relevance(dense) if dense else {}
     try:
         questions, answers = content["data"]["questions"], content["data"]["answers"]

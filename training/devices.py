@@ -46,9 +46,10 @@ def start(name: str = "auto") -> torch.device:
 
 def machine(device: str) -> str:
     """The hardware that `device` names, in words: "2 CPU cores (AMD EPYC), torch 2.13.0+cpu"."""
-    hardware = f"{os.cpu_count()} CPU cores ({processor()})"
     if device.startswith("cuda"):
         hardware = torch.cuda.get_device_name(device)
+    else:
+        hardware = f"{os.cpu_count()} CPU cores ({processor()})"
     return f"{hardware}, torch {torch.__version__}"
 
 

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from blip import BLIP
 from config import TrainConfig, check_lengths
 from data.datasets import some_examples, worker_options
-from data.files import InputError
+from data.files import InputError, named_files
 from data.images import batch_to
 from data.pairs import is_karpathy
 from data.text import Tokenizer, clean_caption
@@ -85,7 +85,7 @@ def open_datasets(task: Task, config: TrainConfig, image_size: int) -> Datasets:
         return Datasets(train, val, task.open_data(
             replace(base, split="held-out", size=c.eval_size, seed=0)))
     files = c.val
-    if not files and task.holds_splits and "," not in c.data and is_karpathy(c.data):
+    if not files and task.holds_splits and named_files(c.data) == [c.data] and is_karpathy(c.data):
         files = c.data
     if not files:
         return Datasets(train, None, None)
