@@ -14,6 +14,7 @@ from torch.utils.data import Dataset
 from blip2.language import EncoderDecoderLM, LanguageConfig, make_language, near_slopes
 from blip2.texts import (
     CAPTION_PROMPT,
+    NO_LOSS,
     WordPieces,
     encode_prompts,
     encode_texts,
@@ -43,7 +44,7 @@ from tasks.vqa import by_kind
 from training import distributed
 from training.trainable import Trainable
 from world.datasets import Questions
-from world.documents import Documents
+from world.documents import Dialog, Documents
 
 CAPTION_WEIGHT = 0.3  # of the loss on captions; that on what follows has 1
 
@@ -124,8 +125,8 @@ class TextModel(Trainable):
 
         Encoder-decoder: ids, mask (B, L) are read (a caption and a prompt), targets written.
         Decoder: caption_ids (B, P) and the same in other words, other_ids (B, M); ids, mask,
-        targets (n*B, L): n questions with answers about each caption, which see the caption and not
-        one another. The captions are run once.
+        targets (n*B, L): n dialogs about each caption, which see the caption and not one another.
+        The captions are run once.
         """
         language = self.language
         if caption_ids is None:
@@ -168,9 +169,6 @@ def collate(tokenizer: Tokenizer, config: TrainConfig, model_config: LanguageCon
         documents = [item["example"] for item in items]
         captions = [clean_caption(document.caption) for document in documents]
         others = [clean_caption(document.other_words) for document in documents]
-        prompts = [question_prompt(kind, question) for document in documents
-                   for question, _ in document.questions]
-        texts = [answer for document in documents for _, answer in document.questions]
         batch = {"examples": documents, "index": [item["index"] for item in items], "broken": []}
         if kind == "decoder":
             rows = [encode_caption(pieces, caption) for caption in captions]
@@ -178,15 +176,41 @@ def collate(tokenizer: Tokenizer, config: TrainConfig, model_config: LanguageCon
             batch |= {"caption_ids": pad_rows(rows, pieces.pad), "caption_mask": mask_of(rows),
                       "other_ids": pad_rows(other_rows, pieces.pad),
                       "other_mask": mask_of(other_rows)}
-        else:
-            asked = len(prompts) // len(captions)
-            prompts = [f"{captions[i // asked]} {prompt}" for i, prompt in enumerate(prompts)]
-            for caption, other, item in zip(captions, others, items):
-                prefix, suffix = split_text(CAPTION_PROMPT, other, item["share"])
-                prompts.append(f"{caption} {prefix}")
-                texts.append(suffix)
+            return batch | encode_dialogs(pieces, [dialog for document in documents
+                                                   for dialog in document.dialogs])
+        prompts, texts = [], []
+        for document, caption, other, item in zip(documents, captions, others, items):
+            for dialog in document.dialogs:
+                for number, (question, answer) in enumerate(dialog):
+                    asked = question_prompt(kind, question, dialog[:number])
+                    prompts.append(f"{caption} {asked}")
+                    texts.append(answer)
+            prefix, suffix = split_text(CAPTION_PROMPT, other, item["share"])
+            prompts.append(f"{caption} {prefix}")
+            texts.append(suffix)
         return batch | encode_texts(pieces, kind, prompts, texts, config.max_tokens)
     return encode
+
+
+def encode_dialogs(pieces: WordPieces, dialogs: list[Dialog]) -> dict[str, Tensor]:
+    """Dialogs for a decoder -> ids, mask, targets (B, L).
+
+    [bos] Question: ... Answer: red Question: ... Answer: two [eos]. The answers give a loss. Behind
+    each of them [eos] is the target, though the next question is what is read on: an answer has to
+    end.
+    """
+    rows, targets = [], []
+    for dialog in dialogs:
+        row, row_targets = [pieces.bos], [NO_LOSS]
+        for number, (question, answer) in enumerate(dialog):
+            asked, said = pieces.ids(question_prompt("decoder", question)), pieces.ids(answer)
+            row += asked + said
+            ends = pieces.eos if number > 0 else NO_LOSS  # of the answer before
+            row_targets += [ends] + [NO_LOSS] * (len(asked) - 1) + said
+        rows.append(row + [pieces.eos])
+        targets.append(row_targets + [pieces.eos])
+    return {"ids": pad_rows(rows, pieces.pad), "mask": mask_of(rows),
+            "targets": pad_rows(targets, NO_LOSS)}
 
 
 def encode_caption(pieces: WordPieces, caption: str) -> list[int]:
@@ -203,11 +227,16 @@ def complete(config: LanguageConfig, tokenizer: Tokenizer) -> LanguageConfig:
 
 
 @torch.no_grad()
-def answer(trained: TrainedModel, captions: list[str], questions: list[str]) -> list[str]:
-    """An answer to each question, by what its caption says ("": there is none)."""
+def answer(trained: TrainedModel, captions: list[str], questions: list[str],
+           dialogs: list[Dialog]) -> list[str]:
+    """An answer to each question, by what its caption says ("": there is none).
+
+    It is asked behind the questions and answers of its dialog.
+    """
     language, kind = trained.model.language, trained.model.config.kind
     pieces = open_tokenizer(vars(trained.model.config))
-    prompts = [question_prompt(kind, question) for question in questions]
+    prompts = [question_prompt(kind, question, dialog)
+               for question, dialog in zip(questions, dialogs)]
     if kind == "decoder":
         ids, mask = encode_prompts(pieces, kind, prompts)
         rows = [encode_caption(pieces, caption) for caption in captions]
@@ -222,15 +251,20 @@ def answer(trained: TrainedModel, captions: list[str], questions: list[str]) -> 
     return [pieces.decode(hypotheses[0][0]) for hypotheses in written]
 
 
-def answer_all(trained: TrainedModel, dataset: Questions, given: str) -> list[float]:
-    """VQA accuracy of each answer, given the "true" caption, "no" one or "another" scene's."""
+def answer_all(trained: TrainedModel, dataset: Questions, given: str,
+               second: bool = False) -> list[float]:
+    """VQA accuracy of each answer, given the "true" caption, "no" one or "another" scene's.
+
+    second: each question is the second one of a dialog, whose first answer is true.
+    """
     world, scores = dataset.world, []
     for rows in distributed.progress(shared_batches(len(dataset)), f"answers, {given} caption"):
         shift = 1 if given == "another" else 0
         captions = ["" if given == "no" else
                     clean_caption(world.references((i + shift) % len(world), 1)[0]) for i in rows]
         examples = [dataset.example(i) for i in rows]
-        answers = answer(trained, captions, [example.question for example in examples])
+        dialogs = [(dataset.question_before(i),) if second else () for i in rows]
+        answers = answer(trained, captions, [example.question for example in examples], dialogs)
         scores += [(i, vqa_accuracy(text, example.answers))
                    for i, text, example in zip(rows, answers, examples)]
     return [score for _, score in sorted(distributed.gather(scores))]
@@ -239,12 +273,14 @@ def answer_all(trained: TrainedModel, dataset: Questions, given: str) -> list[fl
 def evaluate(trained: TrainedModel, dataset: Questions, settings: EvalSettings) -> Evaluation:
     """accuracy of answers when the true caption is given, accuracy_by kind of question.
 
-    With baselines blind_accuracy without any caption, other_accuracy with another scene's.
+    With baselines second_accuracy behind another question and its answer, blind_accuracy without
+    any caption, other_accuracy with another scene's.
     """
     trained.model.eval()
     examples = [dataset.example(i) for i in range(len(dataset))]
     numbers = by_kind("accuracy", answer_all(trained, dataset, "true"), examples)
     if settings.baselines:
+        numbers["second_accuracy"] = mean(answer_all(trained, dataset, "true", second=True))
         numbers |= by_kind("blind_accuracy", answer_all(trained, dataset, "no"), examples)
         numbers["other_accuracy"] = mean(answer_all(trained, dataset, "another"))
     return Evaluation(numbers | {"questions": len(dataset)}, [])
@@ -260,5 +296,6 @@ TASK = Task(
     tiny=dict(TINY, batch_size=12, epochs=9, scenes=4000, lr=2e-3, vocab_pieces=4000),
     highlights=(
         (("accuracy", "% of questions are answered when the true caption is given", ""),),
+        (("second_accuracy", "% of them behind another question and its answer", ""),),
         (("blind_accuracy", "% without a caption", ""),),
         (("other_accuracy", "% with the caption of another scene", ""),)))

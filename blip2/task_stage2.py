@@ -212,8 +212,12 @@ def answer(trained: TrainedModel, images: Tensor, questions: list[str],
 
 
 def answer_questions(trained: TrainedModel, dataset: Dataset, settings: EvalSettings,
-                     grey: bool = False, shift: int = 0) -> list[dict]:
-    """{question_id, answer, index} of each question. shift: another item's picture is seen."""
+                     grey: bool = False, shift: int = 0,
+                     dialogs: list[list[tuple[str, str]]] | None = None) -> list[dict]:
+    """{question_id, answer, index} of each question. shift: another item's picture is seen.
+
+    dialogs: for each item, the questions and answers before its question.
+    """
     trained.model.eval()
     if shift:
         dataset = Shifted(dataset, shift)
@@ -221,7 +225,8 @@ def answer_questions(trained: TrainedModel, dataset: Dataset, settings: EvalSett
     for batch in evaluation_batches(dataset, collate, trained, "answers", grey=grey):
         questions = [clean_question(example.question, trained.max_words)
                      for example in batch["examples"]]
-        answers = answer(trained, batch["image"], questions)
+        said = [dialogs[index] for index in batch["index"]] if dialogs else None
+        answers = answer(trained, batch["image"], questions, said)
         for example, text, index in zip(batch["examples"], answers, batch["index"]):
             records.append({"question_id": example.question_id, "answer": text, "index": index})
     return sorted(distributed.gather(records), key=lambda record: record["index"])
@@ -251,13 +256,20 @@ def evaluate_captions(trained: TrainedModel, dataset: Dataset,
 
 def evaluate_questions(trained: TrainedModel, dataset: Dataset,
                        settings: EvalSettings) -> Evaluation:
-    """As vqa.evaluate; in the world also other_accuracy: another scene's picture was seen."""
+    """As vqa.evaluate; in the world also two numbers more.
+
+    second_accuracy: behind another question with its true answer, as in a dialog. other_accuracy:
+    another scene's picture was seen.
+    """
     evaluation = vqa.evaluate(trained, dataset, settings, answer_questions)
     if settings.baselines and isinstance(dataset, Questions):
-        records = answer_questions(trained, dataset, settings, shift=1)
-        examples = [dataset.example(record["index"]) for record in records]
-        scores = vqa.score_answers([record["answer"] for record in records], examples)
-        evaluation.numbers["other_accuracy"] = mean(scores)
+        dialogs = [[dataset.question_before(index)] for index in range(len(dataset))]
+        for name, how in (("second_accuracy", dict(dialogs=dialogs)),
+                          ("other_accuracy", dict(shift=1))):
+            records = answer_questions(trained, dataset, settings, **how)
+            examples = [dataset.example(record["index"]) for record in records]
+            scores = vqa.score_answers([record["answer"] for record in records], examples)
+            evaluation.numbers[name] = mean(scores)
     return evaluation
 
 
@@ -309,6 +321,7 @@ TASKS = (
                    ("cider", "CIDEr of captions", "paper, finetuned on COCO: 145.8")),
                   (("accuracy", "% of questions are answered, without any training on questions "
                     "about pictures", "paper, VQAv2 zero-shot: 65.0"),),
+                  (("second_accuracy", "% of them behind another question and its answer", ""),),
                   (("blank_accuracy", "% of them when the picture is grey", ""),),
                   (("other_accuracy", "% of them when it is another scene's", ""),))),
     of_stage2("blip2-caption", "BLIP-2: describe images, finetuned", open_pairs, caption_batches,

@@ -146,6 +146,11 @@ class Questions(SceneDataset):
         asked = ask(self.world.scene(index), rng, KINDS[index % len(KINDS)])
         return VQAExample("", asked.text, index, asked.answers, kind=asked.kind)
 
+    def question_before(self, index: int) -> tuple[str, str]:
+        """Another question about the same scene, with its answer: a dialog's first round."""
+        asked = ask(self.world.scene(index), self.world.rng(index, "question before"))
+        return asked.text, asked.answers[0]
+
 
 class Statements(Dataset):
     """`size` statements of one split, each with two images (2, 3, S, S).

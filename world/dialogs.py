@@ -3,7 +3,7 @@
 import random
 
 from data.datasets import DialogRound
-from world.questions import KINDS, NUMBERS, ask, describe_thing, with_article
+from world.questions import KINDS, NUMBERS, Question, ask, describe_thing, with_article
 from world.scenes import BACKGROUNDS, COLOURS, COLUMNS, ROWS, SHAPES, SIZES, Scene, Thing
 
 ROUNDS, CANDIDATES, PLAUSIBLE = 3, 100, 80
@@ -55,23 +55,31 @@ def draw_candidates(answer: str, kind: str,
 def converse(scene: Scene, rng: random.Random) -> tuple[str, list[DialogRound]]:
     """A caption that tells a part of the scene, and ROUNDS of a dialog.
 
-    A question may ask about "it": the thing that the question before was about, so that the history
-    is needed.
+    A question may ask about "it", so that the history is needed (ask_next).
     """
     mentioned = rng.choice(scene.things)
     noun = with_article(describe_thing({"colour": mentioned.colour}, rng))
     caption = f"{noun} on a {scene.background} background"
-    rounds, thing, kind = [], None, ""  # what the question before was about, and its kind
+    rounds, asked = [], None
     for _ in range(ROUNDS):
-        if thing is not None and rng.random() < 0.5:
-            kind = rng.choice([name for name in FOLLOW_UPS if name != kind])
-            question, answer = FOLLOW_UPS[kind], answer_about(thing, kind, rng)
-        else:
-            asked = ask(scene, rng, rng.choice(KINDS))
-            question, answer = asked.text, asked.answers[0]
-            thing, kind = asked.thing, asked.kind
-        rounds.append(DialogRound(question, *draw_candidates(answer, kind, rng)))
+        asked = ask_next(scene, rng, asked)
+        candidates = draw_candidates(asked.answers[0], asked.kind, rng)
+        rounds.append(DialogRound(asked.text, *candidates))
     return caption, rounds
+
+
+def ask_next(scene: Scene, rng: random.Random, before: Question | None = None,
+             weights: list[float] | None = None) -> Question:
+    """A question in a dialog: half of the time it goes on about the thing of the one before.
+
+    before: the question before, None at the start. weights: how often each of KINDS is asked.
+    """
+    if before is not None and before.thing is not None and rng.random() < 0.5:
+        kind = rng.choice([name for name in FOLLOW_UPS if name != before.kind])
+        answer = answer_about(before.thing, kind, rng)
+        return Question(FOLLOW_UPS[kind], (answer,), kind, before.thing)
+    kind = rng.choices(KINDS, weights)[0] if weights else rng.choice(KINDS)
+    return ask(scene, rng, kind)
 
 
 def answer_about(thing: Thing, kind: str, rng: random.Random) -> str:

@@ -1,7 +1,7 @@
 """Documents: texts alone, without pictures, that a language model of the world is trained on.
 
-A document is a caption, and what can be said after it: the same scene in other words, and questions
-with their answers.
+A document is a caption, and what can be said after it: the same scene in other words, and dialogs:
+questions with their answers.
 """
 
 import random
@@ -9,29 +9,32 @@ from dataclasses import dataclass
 
 from torch.utils.data import Dataset
 
+from world.dialogs import ask_next
 from world.language import describe
-from world.questions import KINDS, ask
+from world.questions import KINDS
 from world.scenes import SPLITS, Scene, random_scene
 
-QUESTIONS = 8  # in a document
+DIALOGS, ROUNDS = 4, 2  # in a document, in a dialog
 # How often each of KINDS is asked: what is easy to learn less often.
 KIND_WEIGHTS = {"background": 0.3, "yes/no": 2.0, "where": 1.5}
-WITHOUT_CAPTION = 0.03  # share of documents that are questions alone
+WITHOUT_CAPTION = 0.03  # share of documents that are dialogs alone
+
+Dialog = tuple[tuple[str, str], ...]  # rounds: question, answer
 
 
 @dataclass(frozen=True)
 class Document:
-    """A caption ("" in some), the same scene in other words, pairs (question, answer)."""
+    """A caption ("" in some), the same scene in other words, dialogs about it."""
 
     caption: str
     other_words: str
-    questions: tuple[tuple[str, str], ...]
+    dialogs: tuple[Dialog, ...]
 
     @property
     def texts(self) -> tuple[str, ...]:
         """All that is said in it."""
-        asked = [text for pair in self.questions for text in pair]
-        return (self.caption, self.other_words, *asked)
+        said = [text for dialog in self.dialogs for asked in dialog for text in asked]
+        return (self.caption, self.other_words, *said)
 
 
 class Documents(Dataset):
@@ -69,11 +72,19 @@ class Documents(Dataset):
         rng = random.Random(f"words {self.seed} {self.split} {index}")
         caption = "" if rng.random() < WITHOUT_CAPTION else describe(scene, rng)
         other_words = describe(scene, rng)
-        weights = [KIND_WEIGHTS.get(kind, 1.0) for kind in KINDS]
-        asked = [ask(scene, rng, kind) for kind in rng.choices(KINDS, weights, k=QUESTIONS)]
-        questions = tuple((question.text, question.answers[0]) for question in asked)
-        return Document(caption, other_words, questions)
+        dialogs = tuple(converse_freely(scene, rng) for _ in range(DIALOGS))
+        return Document(caption, other_words, dialogs)
 
     def __getitem__(self, index: int) -> dict:
         share = random.Random(f"share {self.epoch} {index}").random()  # where a text is split
         return {"example": self.example(index), "index": index, "share": share, "broken": []}
+
+
+def converse_freely(scene: Scene, rng: random.Random) -> Dialog:
+    """ROUNDS of a dialog."""
+    weights = [KIND_WEIGHTS.get(kind, 1.0) for kind in KINDS]
+    dialog, asked = [], None
+    for _ in range(ROUNDS):
+        asked = ask_next(scene, rng, asked, weights)
+        dialog.append((asked.text, asked.answers[0]))
+    return tuple(dialog)
