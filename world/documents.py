@@ -1,7 +1,7 @@
 """Documents: texts alone, without pictures, that a language model of the world is trained on.
 
-A document is a caption, and what can be said after it: the same scene in other words, and dialogs:
-questions with their answers.
+A document is a caption or a list of facts, and what can be said after it: the same scene in other
+words, and dialogs: questions with their answers.
 """
 
 import random
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from torch.utils.data import Dataset
 
-from world.dialogs import ask_next
+from world.dialogs import answer_about, ask_next
 from world.language import describe
 from world.questions import KINDS
 from world.scenes import SPLITS, Scene, random_scene
@@ -18,13 +18,14 @@ DIALOGS, ROUNDS = 4, 2  # in a document, in a dialog
 # How often each of KINDS is asked: what is easy to learn less often.
 KIND_WEIGHTS = {"background": 0.3, "yes/no": 2.0, "where": 1.5}
 WITHOUT_CAPTION = 0.03  # share of documents that are dialogs alone
+LISTS = 0.5  # share of the others that begin with a list of facts
 
 Dialog = tuple[tuple[str, str], ...]  # rounds: question, answer
 
 
 @dataclass(frozen=True)
 class Document:
-    """A caption ("" in some), the same scene in other words, dialogs about it."""
+    """A caption or a list ("" in some), the same scene in other words, dialogs about it."""
 
     caption: str
     other_words: str
@@ -70,7 +71,9 @@ class Documents(Dataset):
         """Document `index`."""
         scene = self.scene(index)
         rng = random.Random(f"words {self.seed} {self.split} {index}")
-        caption = "" if rng.random() < WITHOUT_CAPTION else describe(scene, rng)
+        caption = ""
+        if rng.random() >= WITHOUT_CAPTION:
+            caption = (list_facts if rng.random() < LISTS else describe)(scene, rng)
         other_words = describe(scene, rng)
         dialogs = tuple(converse_freely(scene, rng) for _ in range(DIALOGS))
         return Document(caption, other_words, dialogs)
@@ -78,6 +81,22 @@ class Documents(Dataset):
     def __getitem__(self, index: int) -> dict:
         share = random.Random(f"share {self.epoch} {index}").random()  # where a text is split
         return {"example": self.example(index), "index": index, "share": share, "broken": []}
+
+
+def list_facts(scene: Scene, rng: random.Random) -> str:
+    """All facts of a scene in any order: "white background, top left red large star".
+
+    A reader of captions and lists cannot rely on where a word stands. That helps it to read soft
+    tokens, which are no captions (results/blip2_world.md).
+    """
+    things = []
+    for thing in rng.sample(scene.things, len(scene.things)):
+        facts = [answer_about(thing, kind, rng) for kind in ("size", "colour", "shape", "where")]
+        rng.shuffle(facts)
+        things.append(" ".join(facts))
+    background = f"{scene.background} background"
+    said = rng.choice(([background, *things], [*things, background]))
+    return rng.choice((", ", " and ", " with ")).join(said)
 
 
 def converse_freely(scene: Scene, rng: random.Random) -> Dialog:

@@ -11,9 +11,9 @@ from config import TrainConfig
 from data.text import Tokenizer
 from world.datasets import Questions, all_texts
 from world.dialogs import FOLLOW_UPS, ask_next
-from world.documents import DIALOGS, ROUNDS, Documents
+from world.documents import DIALOGS, ROUNDS, Documents, list_facts
 from world.questions import KINDS, ask
-from world.scenes import random_scene
+from world.scenes import Scene, Thing, random_scene
 
 
 @pytest.fixture(scope="module")
@@ -101,3 +101,24 @@ def test_the_question_before_is_about_the_same_scene():
             counted += 1
             assert answer == ("none", "one", "two")[len(questions.world.scene(i).things)]
     assert counted
+
+
+def test_a_list_states_every_fact_in_any_order():
+    scene = Scene("mint", (Thing("top left", "red", "star", "small"),
+                           Thing("bottom right", "blue", "ring", "large")))
+    lists = {list_facts(scene, random.Random(number)) for number in range(300)}
+    assert len(lists) > 250
+    for text in lists:
+        words = text.replace(",", "").split()
+        assert {"mint", "background", "red", "star", "blue", "left", "right"} <= set(words)
+        for synonyms in (("small", "little"), ("ring", "hoop"), ("large", "big"),
+                         ("top", "upper"), ("bottom", "lower")):
+            assert sum(words.count(word) for word in synonyms) == 1
+        red, blue = words.index("red"), words.index("blue")
+        assert abs(red - words.index("left")) < 5 and abs(blue - words.index("right")) < 5
+    assert {text.split()[0] == "mint" for text in lists} == {True, False}
+    documents = Documents("train", 400)
+    begin = [documents.example(i).caption for i in range(400)]
+    listed = sum(" a " not in f" {text}" for text in begin if text) / len(begin)
+    assert 0.4 < listed < 0.6
+    assert 0 < sum(not text for text in begin) < 30
