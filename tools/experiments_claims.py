@@ -155,7 +155,7 @@ CLAIM_EXPERIMENTS = {
         "How other papers do it, in the same trainer on the same clean texts (not in the paper)",
         RECIPES, claims=AGAINST_BLIP, measures=RECIPE_MEASURES, evaluated=True),
     "recipes-vqa": Experiment(
-        "The same models, finetuned for questions (not in the paper)",
+        "How other papers do it, finetuned for questions (not in the paper)",
         {name: asked_about_pictures(pretrained) for name, pretrained in RECIPES.items()},
         claims=AGAINST_BLIP, measures={"accuracy": "questions answered"}, evaluated=True),
     # ---- the future work of section 7: nothing is published on it ----
