@@ -228,7 +228,7 @@ def complete(config: LanguageConfig, tokenizer: Tokenizer) -> LanguageConfig:
 
 @torch.no_grad()
 def answer(trained: TrainedModel, captions: list[str], questions: list[str],
-           dialogs: list[Dialog]) -> list[str]:
+           dialogs: list[list[tuple[str, str]]]) -> list[str]:
     """An answer to each question, by what its caption says ("": there is none).
 
     It is asked behind the questions and answers of its dialog.
@@ -252,10 +252,10 @@ def answer(trained: TrainedModel, captions: list[str], questions: list[str],
 
 
 def answer_all(trained: TrainedModel, dataset: Questions, given: str,
-               second: bool = False) -> list[float]:
+               in_dialog: bool = False) -> list[float]:
     """VQA accuracy of each answer, given the "true" caption, "no" one or "another" scene's.
 
-    second: each question is the second one of a dialog, whose first answer is true.
+    in_dialog: each question stands behind three others and their true answers.
     """
     world, scores = dataset.world, []
     for rows in distributed.progress(shared_batches(len(dataset)), f"answers, {given} caption"):
@@ -263,7 +263,7 @@ def answer_all(trained: TrainedModel, dataset: Questions, given: str,
         captions = ["" if given == "no" else
                     clean_caption(world.references((i + shift) % len(world), 1)[0]) for i in rows]
         examples = [dataset.example(i) for i in rows]
-        dialogs = [(dataset.question_before(i),) if second else () for i in rows]
+        dialogs = [dataset.dialog_before(i) if in_dialog else [] for i in rows]
         answers = answer(trained, captions, [example.question for example in examples], dialogs)
         scores += [(i, vqa_accuracy(text, example.answers))
                    for i, text, example in zip(rows, answers, examples)]
@@ -273,14 +273,14 @@ def answer_all(trained: TrainedModel, dataset: Questions, given: str,
 def evaluate(trained: TrainedModel, dataset: Questions, settings: EvalSettings) -> Evaluation:
     """accuracy of answers when the true caption is given, accuracy_by kind of question.
 
-    With baselines second_accuracy behind another question and its answer, blind_accuracy without
-    any caption, other_accuracy with another scene's.
+    With baselines dialog_accuracy behind three other questions and their answers, blind_accuracy
+    without any caption, other_accuracy with another scene's.
     """
     trained.model.eval()
     examples = [dataset.example(i) for i in range(len(dataset))]
     numbers = by_kind("accuracy", answer_all(trained, dataset, "true"), examples)
     if settings.baselines:
-        numbers["second_accuracy"] = mean(answer_all(trained, dataset, "true", second=True))
+        numbers["dialog_accuracy"] = mean(answer_all(trained, dataset, "true", in_dialog=True))
         numbers |= by_kind("blind_accuracy", answer_all(trained, dataset, "no"), examples)
         numbers["other_accuracy"] = mean(answer_all(trained, dataset, "another"))
     return Evaluation(numbers | {"questions": len(dataset)}, [])
@@ -296,6 +296,6 @@ TASK = Task(
     tiny=dict(TINY, batch_size=12, epochs=9, scenes=4000, lr=2e-3, vocab_pieces=4000),
     highlights=(
         (("accuracy", "% of questions are answered when the true caption is given", ""),),
-        (("second_accuracy", "% of them behind another question and its answer", ""),),
+        (("dialog_accuracy", "% of them behind three other questions and their answers", ""),),
         (("blind_accuracy", "% without a caption", ""),),
         (("other_accuracy", "% with the caption of another scene", ""),)))

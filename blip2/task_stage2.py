@@ -258,13 +258,13 @@ def evaluate_questions(trained: TrainedModel, dataset: Dataset,
                        settings: EvalSettings) -> Evaluation:
     """As vqa.evaluate; in the world also two numbers more.
 
-    second_accuracy: behind another question with its true answer, as in a dialog. other_accuracy:
-    another scene's picture was seen.
+    dialog_accuracy: behind three other questions and their true answers. other_accuracy: another
+    scene's picture was seen.
     """
     evaluation = vqa.evaluate(trained, dataset, settings, answer_questions)
     if settings.baselines and isinstance(dataset, Questions):
-        dialogs = [[dataset.question_before(index)] for index in range(len(dataset))]
-        for name, how in (("second_accuracy", dict(dialogs=dialogs)),
+        dialogs = [dataset.dialog_before(index) for index in range(len(dataset))]
+        for name, how in (("dialog_accuracy", dict(dialogs=dialogs)),
                           ("other_accuracy", dict(shift=1))):
             records = answer_questions(trained, dataset, settings, **how)
             examples = [dataset.example(record["index"]) for record in records]
@@ -321,7 +321,8 @@ TASKS = (
                    ("cider", "CIDEr of captions", "paper, finetuned on COCO: 145.8")),
                   (("accuracy", "% of questions are answered, without any training on questions "
                     "about pictures", "paper, VQAv2 zero-shot: 65.0"),),
-                  (("second_accuracy", "% of them behind another question and its answer", ""),),
+                  (("dialog_accuracy", "% of them behind three other questions and their answers",
+                    ""),),
                   (("blank_accuracy", "% of them when the picture is grey", ""),),
                   (("other_accuracy", "% of them when it is another scene's", ""),))),
     of_stage2("blip2-caption", "BLIP-2: describe images, finetuned", open_pairs, caption_batches,

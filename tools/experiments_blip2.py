@@ -13,7 +13,7 @@ RETRIEVAL = {name: MEASURES[name] for name in ("t2i_r1", "i2t_r1", "t2i_r1_reran
                                                "i2t_r1_rerank")}
 STAGE1 = RETRIEVAL | {"caption_true": "captions wholly true (ITG)"}
 STAGE2 = {"caption_true": "captions wholly true", "accuracy": "questions answered, zero-shot",
-          "second_accuracy": "the same, behind another question"}
+          "dialog_accuracy": "the same, behind three others"}
 STEPS = (300, 1400)  # of stage 2, for Figure 5; 1,400 are the tiny preset's
 BATCH = 16  # of the tiny preset of stage 2
 BLIP_SCENES = 41600  # of `python train.py`

@@ -146,10 +146,11 @@ class Questions(SceneDataset):
         asked = ask(self.world.scene(index), rng, KINDS[index % len(KINDS)])
         return VQAExample("", asked.text, index, asked.answers, kind=asked.kind)
 
-    def question_before(self, index: int) -> tuple[str, str]:
-        """Another question about the same scene, with its answer: a dialog's first round."""
-        asked = ask(self.world.scene(index), self.world.rng(index, "question before"))
-        return asked.text, asked.answers[0]
+    def dialog_before(self, index: int) -> list[tuple[str, str]]:
+        """Three other questions about the same scene, with their answers."""
+        scene, rng = self.world.scene(index), self.world.rng(index, "dialog before")
+        asked = [ask(scene, rng) for _ in range(3)]
+        return [(question.text, question.answers[0]) for question in asked]
 
 
 class Statements(Dataset):

@@ -14,7 +14,7 @@ from world.language import describe
 from world.questions import KINDS
 from world.scenes import SPLITS, Scene, random_scene
 
-DIALOGS, ROUNDS = 4, 2  # in a document, in a dialog
+DIALOGS, ROUNDS = 2, 4  # in a document, in a dialog
 # How often each of KINDS is asked: what is easy to learn less often.
 KIND_WEIGHTS = {"background": 0.3, "yes/no": 2.0, "where": 1.5}
 WITHOUT_CAPTION = 0.03  # share of documents that are dialogs alone

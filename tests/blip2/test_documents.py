@@ -51,10 +51,10 @@ def test_an_encoder_decoder_reads_the_rounds_before(tokenizer):
     read = [pieces.decode(row) for row in batch["ids"].tolist()]
     written = [pieces.decode([i for i in row if i >= 0]) for row in batch["targets"].tolist()]
     assert len(read) == DIALOGS * ROUNDS + 1  # and the caption in other words
-    (_, answer), (question, second) = document.dialogs[0]
-    assert written[:2] == [answer, second]
-    assert read[0].count("question :") == 1 and read[1].count("question :") == 2
-    assert f"answer : {answer} question :" in read[1].replace(" short", "")
+    answers = [answer for _, answer in document.dialogs[0]]
+    assert written[:ROUNDS] == answers
+    assert [text.count("question :") for text in read[:ROUNDS]] == [1, 2, 3, 4]
+    assert f"answer : {answers[2]} question :" in read[3].replace(" short", "")
 
 
 def test_a_second_question_goes_on_about_the_thing_of_the_first():
@@ -86,20 +86,21 @@ def test_documents_repeat_and_hold_dialogs_of_the_kinds_that_are_hard():
     yes_no = sum(answer in ("yes", "no") for _, answer in first) / len(first)
     background = sum("background" in question for question, _ in first) / len(first)
     assert yes_no > 2 / 10 and background < 1 / len(KINDS)
-    followed = sum(dialog[1][0] in FOLLOW_UPS.values() for text in texts
-                   for dialog in text.dialogs)
+    followed = sum(dialog[1][0] in FOLLOW_UPS.values() for text in texts for dialog in text.dialogs)
     assert 0.2 < followed / len(first) < 0.5
 
 
-def test_the_question_before_is_about_the_same_scene():
+def test_the_dialog_before_a_question_is_about_the_same_scene():
     questions = Questions("held-out", 50, 64)
-    before = [questions.question_before(i) for i in range(50)]
-    assert before == [questions.question_before(i) for i in range(50)]
+    before = [questions.dialog_before(i) for i in range(50)]
+    assert before == [questions.dialog_before(i) for i in range(50)]
     counted = 0
-    for i, (text, answer) in enumerate(before):
-        if text == "how many things are there?":
-            counted += 1
-            assert answer == ("none", "one", "two")[len(questions.world.scene(i).things)]
+    for i, dialog in enumerate(before):
+        assert len(dialog) == 3
+        for text, answer in dialog:
+            if text == "how many things are there?":
+                counted += 1
+                assert answer == ("none", "one", "two")[len(questions.world.scene(i).things)]
     assert counted
 
 

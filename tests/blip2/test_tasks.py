@@ -10,6 +10,7 @@ import torch
 import eval as eval_command
 import train
 from attention import split_heads
+from blip2 import task_language, task_stage2
 from blip2.demo import effective_rank
 from blip2.language import LanguageConfig, make_language
 from blip2.stage1 import Stage1
@@ -90,7 +91,8 @@ def test_stage2_takes_both_and_trains_the_bridge_alone(models, kind):
     assert not torch.equal(after["qformer.queries"], stage1["qformer.queries"])
     assert not any("ffn_text" in name for name in after)
     numbers = json.loads((models / f"stage2-{kind}/metrics.json").read_text())
-    assert {"caption_true", "accuracy", "blank_accuracy", "other_accuracy"} <= numbers.keys()
+    assert {"caption_true", "accuracy", "dialog_accuracy", "blank_accuracy",
+            "other_accuracy"} <= numbers.keys()
 
 
 def test_stage2_takes_what_stage1_learnt_but_for_its_new_layers(models):
@@ -303,6 +305,28 @@ def test_how_much_of_a_caption_an_encoder_decoder_has_to_write(models):
         assert (whole in written) and ("a photo of" in read)
     assert caption_writer(vars(replace(model_config, split_captions=True)))[
         "split_captions"] is False
+
+
+def test_questions_are_judged_alone_and_in_a_dialog(models, monkeypatch):
+    """In both tasks the second time, behind the dialog of their own picture."""
+    questions, settings = Questions("held-out", 6, 64), EvalSettings()
+    dialogs = [questions.dialog_before(i) for i in range(6)]
+    prompts = []
+    def question_prompt_seen(kind, question, dialog=(), finetuned=False):
+        prompts.append((question, list(dialog)))
+        return question_prompt(kind, question, dialog, finetuned)
+    for module in (task_stage2, task_language):
+        monkeypatch.setattr(module, "question_prompt", question_prompt_seen)
+    asked = [clean_question(questions.example(i).question) for i in range(6)]
+    for name, kind, evaluate in (
+            ("stage2-decoder", Stage2, task_stage2.evaluate_questions),
+            ("decoder", TextModel, task_language.evaluate)):
+        prompts.clear()
+        evaluate(open_model(models / name / "checkpoint.pt", kinds=(kind,)), questions, settings)
+        texts = [(clean_question(question), dialog) for question, dialog in prompts]
+        assert texts[:6] == [(question, []) for question in asked]
+        assert sum(bool(dialog) for _, dialog in texts) == 6
+        assert all(item in texts for item in zip(asked, dialogs))
 
 
 def test_a_dialog_stands_in_front_of_the_question():
