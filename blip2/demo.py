@@ -19,7 +19,8 @@ def chat(trained: TrainedModel, image: Tensor, questions: list[str]) -> list[tup
     images = prepare_images(image[None], trained.device)
     dialog: list[tuple[str, str]] = []
     for question in map(clean_question, questions):
-        dialog.append((question, answer(trained, images, [question], [dialog])[0]))
+        said = answer(trained, images, [question], [dialog], min_length=2)[0]  # one word at least
+        dialog.append((question, said))
     return dialog
 
 

@@ -313,8 +313,8 @@ TASKS = (
               holds_splits=True, lengths_count_prompt=False,
               settings=dict(RECIPE | LENGTHS, out="runs/blip2-stage2", epochs=10, min_lr=5e-5,
                             batch_size=1920),
-              tiny=dict(TINY | LENGTHS, epochs=1, scenes=22400, batch_size=16, lr=1.5e-3,
-                        prompt=CAPTION_PROMPT),
+              tiny=dict(TINY | LENGTHS, epochs=1, scenes=32000, batch_size=16, lr=1.5e-3,
+                        weight_decay=0.5, prompt=CAPTION_PROMPT),
               tiny_own=dict(min_steps=1000, crop_min=0.5),
               highlights=(
                   (("caption_true", "% of captions have every fact right and none left out", ""),
