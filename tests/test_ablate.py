@@ -239,13 +239,13 @@ def test_blip2s_cells_are_made_of_what_their_names_say():
         return recorder.calls
 
     with_stage1 = calls("blip2-figure5", "with stage 1, 300 steps")
-    without = calls("blip2-figure5-t5", "without, 1400 steps")
+    without = calls("blip2-figure5-t5", "without, 2000 steps")
     assert with_stage1[-1] | {"scenes": 0} == {
         "task": "blip2-stage2", "init": "blip2-stage1", "language_model": "language-model",
         "scenes": 0, "new_layers": 0}
     assert calls("blip2-figure5", "with stage 1, two layers new, 300 steps")[-1] == with_stage1[
         -1] | {"new_layers": 2}
-    assert with_stage1[-1]["scenes"] == 300 * 16 and without[-1]["scenes"] == 1400 * 16
+    assert with_stage1[-1]["scenes"] == 300 * 16 and without[-1]["scenes"] == 2000 * 16
     assert without[-1]["init"] == "pretrain"
     assert [call["kind"] for call in without if "kind" in call] == ["encoder-decoder"]
     assert [call for call in calls("blip2-table6", "ITC + ITM") if "lm_weight" in call] == [
