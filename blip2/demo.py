@@ -17,7 +17,7 @@ def chat(trained: TrainedModel, image: Tensor, questions: list[str]) -> list[tup
     (BLIP-2 sec. 4.1, Fig. 4.) Raises InputError where a dialog gets too long.
     """
     images = prepare_images(image[None], trained.device)
-    dialog: list[tuple[str, str]] = []
+    dialog = []
     for question in map(clean_question, questions):
         said = answer(trained, images, [question], [dialog], min_length=2)[0]  # one word at least
         dialog.append((question, said))

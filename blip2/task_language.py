@@ -27,6 +27,7 @@ from blip2.texts import (
 )
 from blip2.writing import logits_of_targets, write_behind
 from config import SettingError, TrainConfig
+from data.datasets import Dialog
 from data.files import InputError
 from data.text import Tokenizer, clean_caption
 from losses import lm_loss, next_token_targets
@@ -44,7 +45,7 @@ from tasks.vqa import by_kind
 from training import distributed
 from training.trainable import Trainable
 from world.datasets import Questions
-from world.documents import Dialog, Documents
+from world.documents import Documents
 
 CAPTION_WEIGHT = 0.3  # of the loss on captions; that on what follows has 1
 
@@ -228,7 +229,7 @@ def complete(config: LanguageConfig, tokenizer: Tokenizer) -> LanguageConfig:
 
 @torch.no_grad()
 def answer(trained: TrainedModel, captions: list[str], questions: list[str],
-           dialogs: list[list[tuple[str, str]]]) -> list[str]:
+           dialogs: list[Dialog]) -> list[str]:
     """An answer to each question, by what its caption says ("": there is none).
 
     It is asked behind the questions and answers of its dialog.

@@ -32,7 +32,7 @@ from blip2.texts import (
     split_text,
 )
 from config import TrainConfig
-from data.datasets import Collate
+from data.datasets import Collate, Dialog
 from data.files import InputError, read_tensors
 from data.text import Tokenizer, clean_caption, clean_question
 from reports.metrics import mean
@@ -186,7 +186,7 @@ def write_captions(trained: TrainedModel, images: Tensor, decoding: Decoding,
 
 @torch.no_grad()
 def answer(trained: TrainedModel, images: Tensor, questions: list[str],
-           dialogs: list[list[tuple[str, str]]] | None = None, **options) -> list[str]:
+           dialogs: list[Dialog] | None = None, **options) -> list[str]:
     """An answer to each image's question, behind the questions and answers of its dialog.
 
     images (B, 3, S, S), normalised. options of decoding.beam_search, else ANSWERS.
@@ -213,7 +213,7 @@ def answer(trained: TrainedModel, images: Tensor, questions: list[str],
 
 def answer_questions(trained: TrainedModel, dataset: Dataset, settings: EvalSettings,
                      grey: bool = False, shift: int = 0,
-                     dialogs: list[list[tuple[str, str]]] | None = None) -> list[dict]:
+                     dialogs: list[Dialog] | None = None) -> list[dict]:
     """{question_id, answer, index} of each question. shift: another item's picture is seen.
 
     dialogs: for each item, the questions and answers before its question.

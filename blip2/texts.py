@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from blip2.language import LanguageConfig
+from data.datasets import Dialog
 from data.files import InputError
 from data.text import Tokenizer
 
@@ -140,8 +141,7 @@ def split_text(prompt: str, text: str, share: float) -> tuple[str, str]:
     return " ".join([*prompt.split(), *words[:where]]), " ".join(words[where:])
 
 
-def question_prompt(kind: str, question: str, dialog: list[tuple[str, str]] = (),
-                    finetuned: bool = False) -> str:
+def question_prompt(kind: str, question: str, dialog: Dialog = (), finetuned: bool = False) -> str:
     """The paper's prompt for a question, behind the questions and answers before it."""
     form = QUESTION_PROMPT if kind == "decoder" or finetuned else SHORT_PROMPT
     said = [f"{form.format(asked)} {answer}" for asked, answer in dialog]

@@ -100,6 +100,9 @@ class NLVR2Example:
         return (self.sentence,)
 
 
+Dialog = Sequence[tuple[str, str]]  # questions and answers that stand before a question
+
+
 @dataclass(frozen=True)
 class DialogRound:
     """A question, its answer, and the candidates of which number `target` is that answer."""

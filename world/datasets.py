@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 
 from config import SettingError
 from data.clips import frame_numbers
-from data.datasets import DialogExample, NLVR2Example, Pair, VQAExample
+from data.datasets import Dialog, DialogExample, NLVR2Example, Pair, VQAExample
 from data.text import clean_caption
 from world.dialogs import FOLLOW_UPS, HEDGES, converse
 from world.language import all_captions, describe, web_text
@@ -146,7 +146,7 @@ class Questions(SceneDataset):
         asked = ask(self.world.scene(index), rng, KINDS[index % len(KINDS)])
         return VQAExample("", asked.text, index, asked.answers, kind=asked.kind)
 
-    def dialog_before(self, index: int) -> list[tuple[str, str]]:
+    def dialog_before(self, index: int) -> Dialog:
         """Three other questions about the same scene, with their answers."""
         scene, rng = self.world.scene(index), self.world.rng(index, "dialog before")
         asked = [ask(scene, rng) for _ in range(3)]

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from torch.utils.data import Dataset
 
+from data.datasets import Dialog
 from world.dialogs import answer_about, ask_next
 from world.language import describe
 from world.questions import KINDS
@@ -16,11 +17,9 @@ from world.scenes import SPLITS, Scene, random_scene
 
 DIALOGS, ROUNDS = 2, 4  # in a document, in a dialog
 # How often each of KINDS is asked: what is easy to learn less often.
-KIND_WEIGHTS = {"background": 0.3, "yes/no": 2.0, "where": 1.5}
+KIND_WEIGHTS = {"background": 0.3, "yes/no": 2.0, "where": 1.5}  # others: 1
 WITHOUT_CAPTION = 0.03  # share of documents that are dialogs alone
 LISTS = 0.5  # share of the others that begin with a list of facts
-
-Dialog = tuple[tuple[str, str], ...]  # rounds: question, answer
 
 
 @dataclass(frozen=True)
