@@ -361,7 +361,8 @@ def markdown(experiment: Experiment, cells: dict[str, list[dict]], command: str,
               "Is the first better than the second? The difference of the means in points. yes, "
               "no: paired t-test over seeds, two-sided, p below 0.05, not corrected for the number "
               "of tests. tie: p is 0.05 or more; in brackets the smallest difference that this "
-              "test could have detected. a look: one seed, no verdict.", ""]
+              "test could have detected. a look: fewer than five seeds, so no verdict; "
+              "in brackets p where it is below 0.05, else the smallest difference.", ""]
     return "\n".join(lines)
 
 
@@ -373,7 +374,8 @@ def command_line() -> argparse.ArgumentParser:
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("experiments", nargs="+", choices=[*EXPERIMENTS, "all"], metavar="EXPERIMENT",
                    help=f"{', '.join(EXPERIMENTS)} or all")
-    p.add_argument("--seeds", type=at_least(1), default=3, help="how many (default 3)")
+    p.add_argument("--seeds", type=at_least(1), default=3, help="how many (default 3); a verdict "
+                   "needs five")
     p.add_argument("--cells", nargs="+", default=[], metavar="CELL",
                    help="only these cells of a table, each in quotes (default: all)")
     p.add_argument("--jobs", type=at_least(1), default=1,

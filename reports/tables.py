@@ -3,7 +3,7 @@
 
 import statistics
 
-from reports.statistics import mean_and_spread, paired_test, smallest_visible, verdict
+from reports.statistics import LEVEL, mean_and_spread, paired_test, smallest_visible, verdict
 
 Cells = dict[str, list[dict]]  # cell -> the numbers of each seed
 CANNOT = "–"  # where a model has no such number: one without a decoder writes no captions
@@ -106,9 +106,9 @@ def verdict_table(claims: tuple[tuple[str, str], ...], measures: dict[str, str],
 def verdict_words(result: dict) -> str:
     """"yes: +5.1 (p 0.012)", "tie: +0.3 (3.2 would be seen)": difference in points."""
     difference = f"{result['verdict']}: {100 * result['difference']:+.1f}"
-    if result["verdict"] == "tie":
-        return f"{difference} ({100 * result['smallest_visible']:.1f} would be seen)"
-    if result["verdict"] == "a look":
+    if result["smallest_visible"] is None:  # one seed
         return difference
+    if result["p"] >= LEVEL:
+        return f"{difference} ({100 * result['smallest_visible']:.1f} would be seen)"
     p = f"p {result['p']:.3f}" if result["p"] >= 0.001 else "p below 0.001"
     return f"{difference} ({p})"

@@ -34,18 +34,16 @@ def test_verdicts_and_the_table():
                                    (("a", "b"),))
     cells = {"a": cell(0.5, 0.6, 0.7), "b": cell(0.4, 0.4, 0.4)}
     found = verdicts(experiment.claims, MEASURES, cells)
-    assert len(found) == len(MEASURES) and all(v["verdict"] == "tie" for v in found)
+    assert len(found) == len(MEASURES) and all(v["verdict"] == "a look" for v in found)
     assert found[0]["difference"] == pytest.approx(0.2)
     assert found[0]["p"] == pytest.approx(1 - 12 ** 0.5 / 14 ** 0.5)
     out = Path("somewhere")
     text = ablate.markdown(experiment, cells, "python ablate.py x", regime(out), [0, 1, 2])
     assert f"| a |{' 60.0 ± 10.0 |' * len(MEASURES)} 2.0 | 60.7 | 78.4 | 127.8 |" in text
-    assert "| a > b | tie: +20.0 (24.8 would be seen) |" in text  # 4.303 x 10 / sqrt(3)
-    for a, b, expected in ((0.9, 0.4, "yes"), (0.1, 0.4, "no")):
-        clear = {"a": cell(a, a + 0.01, a), "b": cell(b, b, b)}
-        assert {v["verdict"] for v in verdicts(experiment.claims, MEASURES, clear)} == {expected}
-    single = {"a": cell(0.9), "b": cell(0.1)}
-    assert {v["verdict"] for v in verdicts(experiment.claims, MEASURES, single)} == {"a look"}
+    assert "| a > b | a look: +20.0 (24.8 would be seen) |" in text  # 4.303 x 10 / sqrt(3)
+    for a, b, expected in ((0.9, 0.4, "yes"), (0.1, 0.4, "no"), (0.4, 0.4, "tie")):
+        five = {"a": cell(a, a + 0.01, a - 0.01, a, a), "b": cell(b, b, b, b, b)}
+        assert {v["verdict"] for v in verdicts(experiment.claims, MEASURES, five)} == {expected}
 
 
 def test_a_cell_without_a_measure_has_a_dash_and_no_verdict(tmp_path):
@@ -57,7 +55,7 @@ def test_a_cell_without_a_measure_has_a_dash_and_no_verdict(tmp_path):
              "b": [{"caption_true": 0.2, "minutes": 1.0}] * 2}
     text = ablate.markdown(experiment, cells, "python ablate.py x", regime(tmp_path), [0, 1])
     assert "| b | – | 20.0 ± 0.0 | 1.0 |" in text
-    assert "| a > b | – | yes: +50.0 (p below 0.001) |" in text
+    assert "| a > b | – | a look: +50.0 (p below 0.001) |" in text
     assert [v["measure"] for v in verdicts(experiment.claims, measures, cells)] == ["caption_true"]
 
 
@@ -69,11 +67,14 @@ def test_without_locks_there_is_one_job(tmp_path, monkeypatch, capsys):
     assert "--jobs: on Windows" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("kind", ["yes", "a look"])
 @pytest.mark.parametrize("p, words", [(0.0497, "p 0.050"), (0.001, "p 0.001"),
-                                      (0.00099, "p below 0.001")])
-def test_a_verdict_says_how_sure_it_is(p, words):
-    result = {"verdict": "yes", "difference": 0.05, "p": p, "smallest_visible": 0.01}
-    assert verdict_words(result) == f"yes: +5.0 ({words})"
+                                      (0.00099, "p below 0.001"), (0.05, "1.0 would be seen")])
+def test_a_verdict_says_how_sure_it_is(kind, p, words):
+    result = {"verdict": kind, "difference": 0.05, "p": p, "smallest_visible": 0.01}
+    assert verdict_words(result) == f"{kind}: +5.0 ({words})"
+    one_seed = {"verdict": "a look", "difference": 0.05, "p": 1.0, "smallest_visible": None}
+    assert verdict_words(one_seed) == "a look: +5.0"
 
 
 @pytest.mark.parametrize("name", ablate.EXPERIMENTS)

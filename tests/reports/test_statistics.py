@@ -23,6 +23,7 @@ def test_the_paired_test(differences):
 def test_one_seed_proves_nothing():
     assert paired_test([5.0]) == 1.0 and paired_test([0.0, 0.0]) == 1.0
     assert verdict([5.0]) == "a look" and smallest_visible([5.0]) is None
+    assert verdict([5.0, 5.1, 4.9, 5.0]) == "a look"  # four seeds: a difference, but no verdict
 
 
 def test_the_smallest_difference_that_could_have_been_seen():
