@@ -66,7 +66,7 @@ def bootstrap(web: PairIndex, human: PairIndex | None, captioners: list[Captione
     InputError.
     """
     made_of = asdict(config) | {
-        "code": digest_of_code(), "web": web.folder.name, "filters": [f.digest() for f in filters],
+        "code": digest_of_code(), "web set": web.digest(), "filters": [f.digest() for f in filters],
         "captioners": [[c.trained.digest(), asdict(c.decoding)] for c in captioners]}
     for shard in pending(web, out, made_of, config.shard_size, seed):
         write(shard, caption_and_filter(shard, captioners, filters, config, workers))

@@ -259,7 +259,8 @@ def answer_all(trained: TrainedModel, dataset: Questions, given: str,
     in_dialog: each question stands behind three others and their true answers.
     """
     world, scores = dataset.world, []
-    for rows in distributed.progress(shared_batches(len(dataset)), f"answers, {given} caption"):
+    about = f"answers, {given} caption{', in dialogs' if in_dialog else ''}"
+    for rows in distributed.progress(shared_batches(len(dataset)), about):
         shift = 1 if given == "another" else 0
         captions = ["" if given == "no" else
                     clean_caption(world.references((i + shift) % len(world), 1)[0]) for i in rows]

@@ -171,6 +171,14 @@ class PairIndex(Sequence):
         if left_out:
             print(f"{source}: left out: {left_out}", file=sys.stderr)
 
+    def digest(self) -> str:
+        """Of the rows: it stays when the source is moved, and when its file's date changes."""
+        content = hashlib.sha256()
+        with open(self.folder / "rows", "rb") as rows:
+            while block := rows.read(1 << 20):
+                content.update(block)
+        return content.hexdigest()[:16]
+
     def __len__(self) -> int:
         return self.count
 

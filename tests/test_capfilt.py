@@ -5,6 +5,7 @@ import json
 import os
 import random
 import re
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -410,6 +411,20 @@ def test_a_set_that_is_refused_keeps_its_filters_report(files, whole, capsys):
     assert capfilt.main(arguments(files, whole, "--threshold", 0.7)) == 2
     assert "holds shards made with another threshold" in capsys.readouterr().err
     assert (whole / "filter.json").read_bytes() == before
+
+
+def test_web_texts_may_move_but_not_change(files, whole, tmp_path, capsys):
+    """The same command goes on after a copy to another disk; other texts are another set."""
+    out = shutil.copytree(whole, tmp_path / "out")
+    done = {p: p.stat().st_mtime_ns for p in (out / "shards").glob("*.json")}
+    moved = shutil.copytree(files, tmp_path / "moved", copy_function=shutil.copy)  # new dates
+    assert capfilt.main(arguments(moved, out, "--threshold", THRESHOLD)) == 0
+    assert done and all(p.stat().st_mtime_ns == when for p, when in done.items())
+    texts = read_json(moved / "web.json")
+    texts[-1]["caption"] += " again"
+    write_json(moved / "web.json", texts)
+    assert capfilt.main(arguments(moved, out, "--threshold", THRESHOLD)) == 2
+    assert "holds shards made with another web set" in capsys.readouterr().err
 
 
 def test_a_last_shard_without_a_readable_picture_costs_nothing_else(tmp_path):
