@@ -1,4 +1,4 @@
-"""Numbers that tell how a BLIP run is doing whatever its losses are, and what chance gives.
+"""Numbers that tell how a run is doing whatever its losses are, and what chance gives.
 
 A loss cannot be compared with itself after one has changed it: the soft targets, the label
 smoothing or a margin move its floor. These measures stay the same:
@@ -10,7 +10,8 @@ smoothing or a margin move its floor. These measures stay the same:
     grad_norm                  of all gradients of a step together, before clipping
 
 Diagnostics listens to the forward pass of the training itself (forward hooks), so that it draws no
-random number and computes hardly anything. Other models than BLIP have grad_norm alone.
+random number and computes hardly anything. It knows BLIP and BLIP-2's first stage; other models
+have grad_norm alone.
 """
 
 import math
@@ -21,7 +22,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from blip import BLIP, l2_normalize
-from config import BLIPConfig, TrainConfig
+from blip2.losses import query_similarity
+from blip2.stage1 import Stage1
+from config import TrainConfig
 from losses import next_token_targets
 from tasks.registry import TASKS
 from training import distributed
@@ -38,23 +41,28 @@ ABOUT = {"itc_i2t_acc": "ITC: pictures whose own text is the nearest in the batc
          "grad_norm": "norm of the gradient, before clipping"}
 
 
-class Diagnostics:
-    """Listens to a BLIP in training and adds its numbers up until they are taken.
+def word_head(model: BLIP | Stage1) -> nn.Module:
+    """The layer that gives the next word's logits."""
+    return model.med.lm_head if isinstance(model, BLIP) else model.qformer.lm_head
 
-    Any other model is left alone.
+
+class Diagnostics:
+    """Listens to a model in training and adds its numbers up until they are taken.
+
+    A model that is neither BLIP nor BLIP-2's first stage is left alone.
     """
 
     def __init__(self, model: nn.Module):
         self.listening, self.heard = False, defaultdict(list)
         self.sums, self.counts = {}, Counter()
-        if not isinstance(model, BLIP):
+        if not isinstance(model, (BLIP, Stage1)):
             return
-        for part in (model.vision_proj, model.text_proj, model.itm_head, model.med.lm_head):
+        for part in (model.vision_proj, model.text_proj, model.itm_head, word_head(model)):
             part.register_forward_hook(self.hear)
         model.register_forward_pre_hook(self.begin, with_kwargs=True)
         model.register_forward_hook(self.end, with_kwargs=True)
 
-    def begin(self, model: BLIP, arguments: tuple, inputs: dict) -> None:
+    def begin(self, model: nn.Module, arguments: tuple, inputs: dict) -> None:
         """A forward pass of the training begins. An evaluation is not listened to."""
         self.listening = model.training
         self.heard.clear()  # of a pass that an error has ended
@@ -64,7 +72,7 @@ class Diagnostics:
         if self.listening:
             self.heard[part].append(output.detach())
 
-    def end(self, model: BLIP, arguments: tuple, inputs: dict, output: tuple) -> None:
+    def end(self, model: nn.Module, arguments: tuple, inputs: dict, output: tuple) -> None:
         """Measure the forward pass that is over."""
         if not self.listening:
             return
@@ -85,34 +93,37 @@ class Diagnostics:
 
 
 @torch.no_grad()
-def measure(model: BLIP, heard: dict[nn.Module, list[Tensor]],
+def measure(model: BLIP | Stage1, heard: dict[nn.Module, list[Tensor]],
             inputs: dict) -> dict[str, Tensor]:
     """The measures of one forward pass, of the objectives that are on; scalars on the device.
 
     heard: what each call of vision_proj and text_proj (B, E), itm_head (own pairs' (B, 2) first,
-    then 2B negatives) and lm_head (B, L - 1, V) gave; inputs: the forward's arguments. Where a
-    forward that somebody has changed gives other shapes, that measure is left out; further calls
-    are not looked at.
+    then 2B negatives) and lm_head (B, L - 1, V) gave; of BLIP-2's queries (B, Q, E) and (B, Q, 2).
+    inputs: the forward's arguments. Where a forward that somebody has changed gives other shapes,
+    that measure is left out; further calls are not looked at.
     """
     ids, mask = inputs["ids"], inputs["mask"]
     pairs, measures = len(ids), {}
     if model.text_proj in heard and model.vision_proj in heard:
         image_feat = l2_normalize(heard[model.vision_proj][0])
         text_feat = l2_normalize(heard[model.text_proj][0])
-        if image_feat.shape == text_feat.shape == (pairs, image_feat.shape[-1]):
-            sim = image_feat @ text_feat.T
+        image_feat = image_feat[:, None] if image_feat.ndim == 2 else image_feat  # (B, Q, E)
+        width = image_feat.shape[-1]
+        if len(image_feat) == pairs and text_feat.shape == (pairs, width):
+            sim = query_similarity(image_feat, text_feat)
             pair = inputs.get("image_ids")  # pairs of one image may stand for one another
             pair = torch.arange(pairs, device=ids.device) if pair is None else pair
             measures["itc_i2t_acc"] = (pair[sim.argmax(1)] == pair).float().mean()
             measures["itc_t2i_acc"] = (pair[sim.argmax(0)] == pair).float().mean()
     if model.itm_head in heard:
         logits = torch.cat(heard[model.itm_head])[:3 * pairs]
+        logits = logits.mean(1) if logits.ndim == 3 else logits  # over the queries
         if logits.shape == (3 * pairs, 2):
             says_match = (logits[:, 1] > logits[:, 0]).float()
             measures["itm_pos_acc"] = says_match[:pairs].mean()
             measures["itm_neg_acc"] = 1 - says_match[pairs:].mean()
-    if model.med.lm_head in heard:
-        logits = heard[model.med.lm_head][0].float()
+    if word_head(model) in heard:
+        logits = heard[word_head(model)][0].float()
         targets = next_token_targets(ids, mask, inputs.get("prompt_length", 0))
         if logits.shape[:2] == targets.shape:
             measures["lm_nll"] = F.cross_entropy(logits.flatten(0, 1), targets.flatten(),
@@ -125,15 +136,17 @@ def measure(model: BLIP, heard: dict[nn.Module, list[Tensor]],
 def chance_levels(model_config: object, config: TrainConfig) -> dict[str, float]:
     """What a model that knows nothing has, for each loss and measure of the log.
 
-    Empty for other models than BLIP. The ITC accuracies count the pairs of one process and
-    micro-batch.
+    Empty for other models than BLIP and BLIP-2's first stage. The ITC accuracies count the pairs of
+    one process and micro-batch.
     """
     task = TASKS[config.task]
-    if not isinstance(model_config, BLIPConfig) or not issubclass(task.model, BLIP):
+    if not isinstance(model_config, task.config) or not issubclass(task.model, (BLIP, Stage1)):
         return {}
     pairs = config.batch_size // (distributed.world_size() * config.accumulate)
     words = math.log(model_config.vocab_size)
-    levels = {"itc": math.log(pairs + model_config.queue_size), "itm": ITM_CHANCE, "lm": words,
+    columns = (pairs + model_config.queue_size if issubclass(task.model, BLIP)
+               else pairs * distributed.world_size())  # what ITC compares a row with
+    levels = {"itc": math.log(columns), "itm": ITM_CHANCE, "lm": words,
               "mlm": words, "itc_i2t_acc": 1 / pairs, "itc_t2i_acc": 1 / pairs, "itm_pos_acc": 0.5,
               "itm_neg_acc": 0.5, "lm_nll": words} | task.chance
     return {name: level for name, level in levels.items() if level is not None}

@@ -8,8 +8,10 @@ import torch
 from blip2.config import Blip2Config
 from blip2.losses import query_itc_loss, query_similarity
 from blip2.stage1 import Stage1
-from losses import draw_one
+from config import TrainConfig
+from losses import draw_one, lm_loss, next_token_targets
 from tasks.retrieval import Gallery
+from training.diagnostics import Diagnostics, chance_levels
 
 SIZES = dict(vision="vit", image_size=32, patch_size=16, vit_width=24, vit_depth=1, vit_heads=2,
              vit_ffn=32, queries=3, width=16, depth=2, heads=2, ffn=32, look_every=1,
@@ -164,6 +166,31 @@ def test_each_smoothing_changes_its_own_loss():
     for setting, name in (("label_smoothing", "itc"), ("itg_smoothing", "lm")):
         smooth = of(**{"label_smoothing": 0.0, "itg_smoothing": 0.0, setting: 0.3})
         assert {n for n in plain if plain[n] != pytest.approx(smooth[n], abs=1e-5)} == {name}
+
+
+def test_what_the_log_says_of_it(monkeypatch):
+    """The measures of BLIP's log, by the model's own functions; chance without a queue."""
+    model, (image, ids, mask) = small(itg_smoothing=0.1), batch()
+    model.train()  # (dropout is 0)
+    heard = Diagnostics(model)
+    losses, _ = model(image=image, ids=ids, mask=mask)
+    found = heard.take(torch.tensor(1.0))
+    with torch.no_grad():
+        tokens, image_feat = model.encode_image(image)
+        sim = query_similarity(image_feat, model.encode_text(ids, mask))
+        own = torch.arange(4)
+        assert found["itc_i2t_acc"] == (sim.argmax(1) == own).float().mean()
+        assert found["itc_t2i_acc"] == (sim.argmax(0) == own).float().mean()
+        kv = model.project(tokens)
+        assert found["itm_pos_acc"] == model.match(kv, ids, mask).argmax(1).float().mean()
+        _, cache = model.qformer.encode_queries(kv)
+        states, _ = model.qformer.decode(ids[:, :-1], mask[:, :-1], cache)
+        nll = lm_loss(model.qformer.logits(states), next_token_targets(ids, mask), 0.0)
+    assert found["lm_nll"].item() == pytest.approx(nll.item(), rel=1e-5)
+    assert abs(losses["lm"].item() - nll.item()) > 1e-3
+    monkeypatch.setattr("training.distributed.world_size", lambda: 2)
+    chance = chance_levels(model.config, TrainConfig(task="blip2-stage1", batch_size=8))
+    assert chance["itc"] == pytest.approx(math.log(8)) and chance["itc_i2t_acc"] == 1 / 4
 
 
 def test_queries_start_large_and_their_ffn_as_a_copy_of_the_texts():
