@@ -1,4 +1,4 @@
-"""BLIP: a ViT, a MED, two projections, momentum twins and two queues (BLIP sec. 3, Fig. 2).
+"""BLIP: a ViT, a MED, two projections, momentum encoders and two queues (BLIP sec. 3, Fig. 2).
 
 `BLIP.forward` computes the objectives that are switched on and changes nothing. The three lines
 that do change state after the optimizer's step (`update_momentum`, `enqueue`, `clamp_temperature`)
@@ -6,7 +6,7 @@ stand in the training loop, train.py.
 
 Letters, here and everywhere: B batch, N image tokens, L text tokens, D width, E joint width, H
 heads, Q queue length, V vocabulary, C = B + Q columns. Rows are queries. Masks: True = attend.
-Names ending in `_m` belong to the momentum twins.
+Names ending in `_m` belong to the momentum encoders, here called twins.
 """
 
 from collections.abc import Callable

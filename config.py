@@ -229,7 +229,7 @@ class TrainConfig:
                                    "takes minutes at the start")
     log_every: int = setting(20, "steps", least=1)
     save_every: int = setting(500, "steps between checkpoints", least=1)
-    save_minutes: float = setting(10.0, "a checkpoint at least so often, at a logged step", least=0)
+    save_minutes: float = setting(10.0, "a checkpoint at least so often", least=0)
     keep: int = setting(1, "the newest checkpoints that are kept", least=1)
     eval_size: int = setting(1000, "held-out items", least=1)
     eval_top_k: int = setting(16, "candidates that ITM re-ranks; 0 does not re-rank", least=0)

@@ -93,7 +93,10 @@ def run_benchmark(o: argparse.Namespace, benchmark: Benchmark) -> None:
     if benchmark.needs_data and not o.data:
         raise InputError(f"{benchmark.name} needs --data: its annotations")
     refuse_a_run(o.out)
-    trained = open_checkpoint(o, benchmark.needs, benchmark.model)
+    needs = benchmark.needs
+    if getattr(o, "top_k", None) == 0:  # ITM is not asked
+        needs = tuple(name for name in needs if name != "itm")
+    trained = open_checkpoint(o, needs, benchmark.model)
     trained.settings = trained.settings | benchmark.settings
     size = o.size or (0 if o.data else benchmark.size)
     split = o.split if o.data else "held-out"

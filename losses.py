@@ -3,9 +3,9 @@
 A function sees its arguments and nothing else: no module, no configuration, no process group.
 Constants such as the label smoothing are fields of `config.BLIPConfig`, and flags.
 
-Momentum twins are copies of the encoders that follow them slowly (twin = 0.995 twin + 0.005 model)
-and get no gradient. A queue keeps their features of the last batches as further negatives: because
-the twins change slowly, old features still fit (blip.BLIP.update_momentum, enqueue).
+Momentum encoders ("twins") are copies of the encoders that follow them slowly, without gradient:
+twin = 0.995 twin + 0.005 model. A queue keeps their features of the last batches as negatives:
+because the twins change slowly, old features still fit (blip.BLIP.update_momentum, enqueue).
 
 Letters: B batch, Q queue length, E joint width, C columns (B + Q), L text tokens, V vocabulary.
 Rows are queries.

@@ -6,7 +6,7 @@
     python train.py caption --init runs/pretrain/checkpoint.pt       finetune for captions
     python train.py vqa --init runs/pretrain/checkpoint.pt           answer questions
     python train.py nlvr2 --init runs/pretrain/checkpoint.pt         judge statements
-    python train.py visdial --init runs/pretrain/checkpoint.pt       hold a dialog
+    python train.py visdial --init runs/pretrain/checkpoint.pt       rank the answers in a dialog
     python train.py --resume            continue the run in --out
     python train.py --itc-weight 0      an ablation: switch a loss off
 
@@ -214,8 +214,10 @@ def evaluate(run: Run) -> Evaluation:
                                           "precision": run.precision})
         if evaluation.sections:
             draw_sheet(run.out / "samples.png", evaluation.sections)
-        draw_curves(run.out / "curves.png", {run.out.name: read_log(run.out)},
-                    chance_levels(run.model.config, run.config))
+        log = log_of(run)
+        if log:
+            draw_curves(run.out / "curves.png", {run.out.name: log},
+                        chance_levels(run.model.config, run.config))
     return Evaluation(numbers | evaluation.numbers, evaluation.sections)
 
 
@@ -379,6 +381,11 @@ def is_evaluated(run: Run) -> bool:
         return False
 
 
+def log_of(run: Run) -> list[dict]:
+    """The lines of its log.jsonl; none where the checkpoint alone was brought here."""
+    return read_log(run.out) if (run.out / "log.jsonl").stat().st_size else []
+
+
 def report(run: Run, numbers: dict) -> None:
     """Print what was found, where it is written, and what to try next."""
     if "best_step" in numbers:
@@ -390,7 +397,7 @@ def report(run: Run, numbers: dict) -> None:
     if not print_highlights(run.task.highlights, numbers):
         said = ("train_minutes", "train_broken_by")  # in words, above
         print_numbers({name: value for name, value in numbers.items() if name not in said})
-    for line in final_lines(read_log(run.out), chance_levels(run.model.config, run.config)):
+    for line in final_lines(log_of(run), chance_levels(run.model.config, run.config)):
         print(line)
     files = sorted(path.name for path in run.out.iterdir() if path.is_file())
     pictures = "; pictures: samples.png" if "samples.png" in files else ""

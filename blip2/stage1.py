@@ -1,7 +1,7 @@
 """BLIP-2, stage 1: the queries learn to extract what a text needs (sec. 3.1).
 
     image -> frozen image encoder -> LayerNorm -> keys and values for the queries
-    loss = ITC + ITM + ITG        BLIP's three, with the queries as the only door to the image
+    loss = ITC + ITM + ITG        BLIP's three; a text reaches the image through the queries alone
 
 No queue, no momentum twins: the image encoder is frozen, so large batches fit, and their other
 texts are negatives enough. The queries are run once a step: ITG's text reads their keys and values.

@@ -41,7 +41,7 @@ class Stage2Config(Blip2Config):
     new_layers: int = setting(0, "this many last layers of the Q-Former are not taken from stage 1 "
                                  "(paper: 0)", least=0)
     text_from: str = setting("", "the blip2-stage1 checkpoint whose text stream reads the question "
-                                 "(blip2-vqa)")
+                                 "(blip2-vqa; default: the one that --init started from)")
     # LanguageConfig's fields, of a language model of this project; else a name or folder of
     # the transformers library under "name".
     language: dict = field(default_factory=dict, metadata={"flag": False})

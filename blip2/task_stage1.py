@@ -46,7 +46,7 @@ def tokenizer_fields(tokenizer: Tokenizer) -> dict:
     return fields
 
 
-def vision_of(start: dict) -> dict:
+def vision_of(start: dict, recipe: dict) -> dict:
     """A start's model configuration -> fields of Blip2Config.
 
     Of a BLIP: its ViT without the last block (BLIP-2 sec. 3.4), but a small ViT keeps it. Of a
@@ -60,9 +60,9 @@ def vision_of(start: dict) -> dict:
                 vit_heads=start["vit_heads"], vit_ffn=4 * start["vit_width"])
 
 
-def trained_vision(start: dict) -> dict:
+def trained_vision(start: dict, recipe: dict) -> dict:
     """As `vision_of`; the image encoder is trained (BLIP-2 sec. 4.2 to 4.4)."""
-    return vision_of(start) | dict(train_vision=True)
+    return vision_of(start, recipe) | dict(train_vision=True)
 
 
 def inputs(config: TrainConfig, tokenizer: Tokenizer, alpha: float) -> dict:

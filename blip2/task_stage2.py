@@ -7,6 +7,7 @@ too.
 
 import os
 import random
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -67,7 +68,8 @@ def read_checkpoint_of(path: str, task: str) -> dict:
                          f"{flag} with another checkpoint of it")
     state = read_tensors(path)
     if not isinstance(state, dict) or state.get("train_config", {}).get("task") != task:
-        raise InputError(f"{path} is not a checkpoint of `python train.py {task}`")
+        remedy = "; give --text-from with one" if task == "blip2-stage1" else ""
+        raise InputError(f"{path} is not a checkpoint of `python train.py {task}`{remedy}")
     return state
 
 
@@ -89,6 +91,11 @@ def complete(config: Stage2Config, tokenizer: Tokenizer) -> Stage2Config:
         return replace(config, language=dict(state["model_config"]))
     from blip2.transformers_language import describe_library_model
     return replace(config, language=describe_library_model(path))
+
+
+def pieces_of_language(config: Stage2Config, tokenizer: Tokenizer) -> Callable[[str], list[int]]:
+    """How the language model cuts a text into pieces."""
+    return open_tokenizer(complete(config, tokenizer).language).ids
 
 
 def initialise(model: Stage2, config: Stage2Config, source: nn.Module) -> None:
@@ -115,6 +122,7 @@ def copy_text_stream(model: Stage2, path: str) -> None:
         raise InputError("blip2-vqa reads the question with stage 1's text stream, which stage "
                          "2 dropped: give --text-from with the checkpoint of blip2-stage1")
     weights = read_checkpoint_of(path, "blip2-stage1")["model"]
+    distributed.print0(f"the text stream comes from {path}")
     for name, value in model.state_dict().items():  # aliases the parameters
         if name.startswith("qformer.") and is_text(name):
             if name not in weights or weights[name].shape != value.shape:
@@ -285,25 +293,28 @@ def evaluate(trained: TrainedModel, dataset: Dataset, settings: EvalSettings) ->
 
 # ---- the tasks -----------------------------------------------------------------------------------
 
-def question_reader(start: dict) -> dict:
-    """Of a stage 2: its queries are to read the question, its image encoder to be trained."""
-    return trained_vision(start) | dict(question_to_queries=True)
+def question_reader(start: dict, recipe: dict) -> dict:
+    """Of a stage 2: its queries are to read the question, its image encoder to be trained.
+
+    The text stream that reads it is that of the stage 1 from which stage 2 started.
+    """
+    return trained_vision(start, recipe) | dict(question_to_queries=True,
+                                                text_from=recipe.get("init", ""))
 
 
-def caption_writer(start: dict) -> dict:
+def caption_writer(start: dict, recipe: dict) -> dict:
     """Of a stage 2: it writes whole captions (BLIP-2 sec. 4.2), its image encoder is trained."""
-    return trained_vision(start) | dict(split_captions=False)
+    return trained_vision(start, recipe) | dict(split_captions=False)
 
 
 def of_stage2(name: str, about: str, *functions, **changes) -> Task:
     """A task whose model is a Stage2."""
     return Task(name, about, Stage2, *functions, config=Stage2Config, complete=complete,
-                initialise=initialise, **changes)
+                pieces=pieces_of_language, initialise=initialise, **changes)
 
 
 TINY_SIZES = SIZES["tiny"] | dict(new_layers=2, split_captions=False, soft_scale=16.0,
-                                  language_model="runs/language/checkpoint.pt",
-                                  text_from="runs/blip2-stage1/checkpoint.pt")
+                                  language_model="runs/language/checkpoint.pt")
 STAGE2_SIZES = SIZES | {"tiny": TINY_SIZES}
 TASKS = (
     of_stage2("blip2-stage2", "BLIP-2: a frozen language model reads what the queries extracted",

@@ -83,7 +83,7 @@ class Shard:
 
 
 def shard_bounds(web: PairIndex, size: int) -> list[tuple[int, int]]:
-    """[start, end) of each shard: about `size` rows; all rows of an image stay in one shard."""
+    """[start, end) of each shard: about `size` rows; neighbours with one image stay together."""
     starts = []
     for start in range(0, len(web), size):
         while 0 < start < len(web) and web[start].image == web[start - 1].image:

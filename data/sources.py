@@ -172,11 +172,17 @@ class PairIndex(Sequence):
             print(f"{source}: left out: {left_out}", file=sys.stderr)
 
     def digest(self) -> str:
-        """Of the rows: it stays when the source is moved, and when its file's date changes."""
+        """Of the rows, and of how large some pictures' files are (those that are there).
+
+        It stays when the source is moved, and when a file's date changes.
+        """
         content = hashlib.sha256()
         with open(self.folder / "rows", "rb") as rows:
             while block := rows.read(1 << 20):
                 content.update(block)
+        for i in range(0, len(self), max(1, len(self) // 100)):
+            picture = Path(self.root, self[i].image.split("::")[0])  # or the shard that holds it
+            content.update(f" {picture.stat().st_size if picture.exists() else None}".encode())
         return content.hexdigest()[:16]
 
     def __len__(self) -> int:

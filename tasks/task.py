@@ -209,11 +209,14 @@ class Task:
     # the tasks whose model it may start from with --init, beside its own; () none
     starts_from: tuple[str, ...] = ("pretrain",)
     start_is_needed: bool = True  # without --init there is nothing to train
-    # the start's model configuration -> fields of `config`
-    from_start: Callable[[dict], dict] = lambda model_config: model_config
+    # the start's model and training configuration -> fields of `config`
+    from_start: Callable[[dict, dict], dict] = lambda model_config, recipe: model_config
     # of a new run: the model's configuration with what the tokenizer (and other files) decide
     complete: Callable[[object, Tokenizer], object] = (
         lambda config, tokenizer: replace(config, **tokenizer.config()))
+    # how a text that it learns to write is cut into pieces (by another model's tokenizer, perhaps)
+    pieces: Callable[[object, Tokenizer], Callable[[str], list[int]]] = (
+        lambda config, tokenizer: tokenizer.piece_ids)
     needs: tuple[str, ...] = ()  # objectives that its start must have been trained with
     reads: tuple[str, ...] = SOME_READ  # which of these it reads
     holds_splits: bool = False  # a file may hold training and validation (Karpathy's)

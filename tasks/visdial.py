@@ -324,7 +324,7 @@ def sections(dataset: Dataset, records: list[dict]) -> Sections:
 
 
 TASK = Task(
-    "visdial", "hold a dialog about an image", VisDial, open_data, collate, evaluate,
+    "visdial", "rank the answers in a dialog about an image", VisDial, open_data, collate, evaluate,
     lambda numbers: numbers["mrr"], reads=(),
     settings=dict(FINETUNE, out="runs/visdial", lr=2e-5, epochs=20, max_tokens=160,
                   # The paper's batch of 240, read as rounds: TURNS of each of 120 dialogs.

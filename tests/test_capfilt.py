@@ -398,7 +398,15 @@ def test_flags_change_the_worlds_recipe_and_do_not_replace_it(tmp_path):
                         human="", image_root="", finetune=training_flags("--label-smoothing 0.2"))
     stand_in(options, WorldSets(4, 4, 0.5, 4), tmp_path)
     assert options.finetune == WORLD_FINETUNE | {"label_smoothing": 0.2}
-    assert options.pretrain == WORLD_PRETRAIN and not options.finetune["augment"]
+    assert options.pretrain.items() > WORLD_PRETRAIN.items() and not options.finetune["augment"]
+
+
+def test_the_worlds_vocabulary_is_for_what_is_pretrained_alone(tmp_path):
+    """A start, given with --init, has its own: finetuning it with another one is refused."""
+    options = Namespace(seed=0, captioner=[], filter=[], pairs=0, vocab="", pretrain=None, web="",
+                        human="", image_root="", finetune={})
+    stand_in(options, WorldSets(4, 4, 0.5, 4), tmp_path)
+    assert options.vocab == "" and Path(options.pretrain["vocab"]).read_text().startswith("[PAD]")
 
 
 def test_human_pairs_without_web_pairs_are_not_dropped_in_silence(tmp_path, capsys):
@@ -420,6 +428,12 @@ def test_web_texts_may_move_but_not_change(files, whole, tmp_path, capsys):
     moved = shutil.copytree(files, tmp_path / "moved", copy_function=shutil.copy)  # new dates
     assert capfilt.main(arguments(moved, out, "--threshold", THRESHOLD)) == 0
     assert done and all(p.stat().st_mtime_ns == when for p, when in done.items())
+    thumbnails = shutil.copytree(moved, tmp_path / "thumbnails")
+    for picture in (thumbnails / "web").glob("*.png"):
+        picture.write_bytes(b"smaller")
+    other_root = arguments(moved, out, "--threshold", THRESHOLD, "--image-root", thumbnails)
+    assert capfilt.main(other_root) == 2
+    assert "holds shards made with another web set" in capsys.readouterr().err
     texts = read_json(moved / "web.json")
     texts[-1]["caption"] += " again"
     write_json(moved / "web.json", texts)

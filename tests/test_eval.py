@@ -70,6 +70,19 @@ def test_perfect_and_constant_captions_in_the_world(monkeypatch):
     assert vague["caption_true"] == 0.0 and vague["caption_facts_hold"] == 1.0
 
 
+def test_a_model_without_itm_is_ranked_by_itc_alone(tmp_path, pretrained, capsys):
+    """As one of pretrain-clip is: --top-k 0 asks no ITM."""
+    state = checkpoints.load(pretrained)
+    state["train_config"]["itm_weight"] = 0.0
+    checkpoints.save(tmp_path / "itc.pt", state)
+    command = ["retrieval", "--checkpoint", str(tmp_path / "itc.pt"), "--size", "8", "--out",
+               str(tmp_path / "r")]
+    assert eval.main([*command, "--top-k", "4"]) == 2
+    assert "it was trained without ITM" in capsys.readouterr().err
+    assert eval.main([*command, "--top-k", "0"]) == 0
+    assert "t2i_r1" in metrics(tmp_path / "r") and "t2i_r1_rerank" not in metrics(tmp_path / "r")
+
+
 def test_retrieval_and_caption_in_the_world(tmp_path, pretrained, capsys):
     out = tmp_path / "r"
     assert eval.main(["retrieval", "--checkpoint", str(pretrained), "--size", "12", "--top-k", "4",

@@ -288,6 +288,26 @@ def test_a_resumed_run_ends_where_an_uninterrupted_one_does(tmp_path, monkeypatc
     assert [line["step"] for line in logs[0]] == [line["step"] for line in logs[1]]
 
 
+def test_a_checkpoint_that_was_brought_here_alone_is_judged(tmp_path, capsys):
+    """Its log stayed elsewhere: no curves, but numbers and no error."""
+    assert run(tmp_path / "a", "--scenes", 32) == 0
+    (tmp_path / "b").mkdir()
+    (tmp_path / "a/checkpoint.pt").rename(tmp_path / "b/checkpoint.pt")
+    capsys.readouterr()
+    assert train.main(["--resume", "--out", str(tmp_path / "b")]) == 0
+    assert "metrics.json" in capsys.readouterr().out and (tmp_path / "b/metrics.json").exists()
+    assert not (tmp_path / "b/curves.png").exists()
+
+
+def test_data_and_validation_file_may_move(tmp_path):
+    folder = photographs(tmp_path / "data")
+    assert run(tmp_path / "run", "--data", folder / "train.json", "--val", folder / "val.json",
+               "--epochs", 1, "--eval-top-k", 2) == 0
+    moved = folder.rename(tmp_path / "moved")
+    assert train.main(["--resume", "--out", str(tmp_path / "run"), "--data",
+                       str(moved / "train.json"), "--val", str(moved / "val.json")]) == 0
+
+
 def test_resume_refuses_other_settings(tmp_path, capsys):
     assert run(tmp_path / "a", "--scenes", 16) == 0
     assert train.main(["--resume", "--out", str(tmp_path / "a"), "--lr", "0.5"]) == 2
@@ -555,6 +575,22 @@ def test_annotations_that_are_trained_on_do_not_judge(tmp_path):
     config = TrainConfig(data=str(folder / "coco.json"), out=str(tmp_path / "run"))
     datasets = open_datasets(TASKS["caption"], config, 32)
     assert len(datasets.train) == len(records) and datasets.val is None and datasets.final is None
+
+
+@pytest.mark.parametrize("given", ["--data", "--val"])
+def test_a_karpathy_files_val_chooses_and_its_test_judges(tmp_path, given):
+    """Also when it is given with --val, beside another training file."""
+    folder = photographs(tmp_path)
+    names = [record["image"] for record in json.loads((folder / "train.json").read_text())][:6]
+    splits = ["train", "train", "train", "val", "test", "test"]
+    (folder / "karpathy.json").write_text(json.dumps({"images": [
+        {"filename": name, "split": split, "sentences": [{"raw": "a thing"}]}
+        for name, split in zip(names, splits)]}))
+    data = folder / ("karpathy.json" if given == "--data" else "train.json")
+    config = TrainConfig(task="retrieval", data=str(data), out=str(tmp_path / "run"),
+                         val=str(folder / "karpathy.json") if given == "--val" else "")
+    datasets = open_datasets(TASKS["retrieval"], config, 32)
+    assert (len(datasets.val), len(datasets.final)) == (1, 2)
 
 
 def test_a_validation_set_without_a_picture_is_said_before_training(tmp_path, capsys):

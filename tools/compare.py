@@ -28,6 +28,7 @@ from training.settings import FileFlag, flag_name
 
 # Settings that do not make another group.
 SAME_RUN = {"seed", "out", "device", "workers", "log_every", "save_every", "save_minutes", "keep"}
+STARTS = {"init", "language_model", "text_from"}  # checkpoints that a run starts from
 NO_FLAGS = ("code", "processes")  # of metrics.json's settings
 
 
@@ -71,8 +72,11 @@ def group_runs(runs: list[RunFolder]) -> dict[str, list[RunFolder]]:
     for run in finished:
         settings = {name: str(value) for name, value in run.settings.items()
                     if name not in SAME_RUN}
-        if "init" in settings:  # a start of each seed's own: the number stands in its path
-            settings["init"] = re.sub(rf"(?<!\d){run.seed}(?!\d)", "SEED", settings["init"])
+        for name in STARTS & settings.keys():
+            seeds = {other.seed for other in finished
+                     if str(other.settings.get(name)) == settings[name]}
+            if len(seeds) == 1:  # a start of each seed's own: the number stands in its path
+                settings[name] = re.sub(rf"(?<!\d){run.seed}(?!\d)", "SEED", settings[name])
         key = tuple(sorted(settings.items()))
         by_settings.setdefault(key, []).append(run)
     groups = {}
@@ -149,7 +153,7 @@ def log_table(name: str, runs: list[RunFolder], steps: list[int]) -> list[str]:
     """Markdown: what the logs say after some steps, mean and spread over the runs."""
     lines = [markdown_row([name, *(f"after {step:,} steps" for step in steps)]),
              "|---" * (len(steps) + 1) + "|"]
-    names = dict.fromkeys(key for run in runs for line in run.log for key in line)
+    names = dict.fromkeys(key for run in runs for line in run.log if "lr" in line for key in line)
     for key in names:
         if key in NO_PANEL:
             continue

@@ -51,7 +51,8 @@ def save(path: str | Path, state: dict, keep: int = 1) -> None:
     with whole_file(numbered, "wb") as file:
         torch.save(state, file)
     second_name(numbered, path)
-    until_now = [other for other in sorted(path.parent.glob(f"{path.stem}-*{path.suffix}"))
+    digits = "[0-9]" * 8  # (not a copy that somebody made: checkpoint-00000500-good.pt)
+    until_now = [other for other in sorted(path.parent.glob(f"{path.stem}-{digits}{path.suffix}"))
                  if other.name <= numbered.name]  # later ones are of a run that went on otherwise
     for old in until_now[:-keep]:
         old.unlink()

@@ -161,6 +161,8 @@ def last_means(log: list[dict]) -> dict[str, float]:
 def final_lines(log: list[dict], chance: dict[str, float]) -> list[str]:
     """The measures at the end of a run, with chance beside each, and hints where needed."""
     log = [line for line in log if "lr" in line]  # the others judge an epoch
+    if not log:
+        return []
     last, lines = last_means(log), []
     for name, about in ABOUT.items():
         if name in last and chance:

@@ -9,7 +9,7 @@ depends on the number of parts, and not on how many processes they are for.
 import hashlib
 import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -23,7 +23,7 @@ from data.datasets import some_examples, worker_options
 from data.files import InputError, named_files
 from data.images import batch_to
 from data.pairs import is_karpathy
-from data.text import Tokenizer, clean_caption
+from data.text import Tokenizer
 from tasks.captioning import Decoding
 from tasks.registry import TASKS, make_model
 from tasks.task import Datasets, Source, Task, TrainedModel
@@ -31,12 +31,9 @@ from training import checkpoints, devices, distributed, plan
 from training.code import digest_of_code
 from training.precision import choose_precision
 from training.program import leave_signals_to_the_run, signals_held_back
+from training.vocabulary import caption_lengths, choose_tokenizer, warn_of_spelt_words
 from weights.files import shorten
 from weights.starting import start_from
-from world.datasets import all_texts
-
-SPELT = 1.5  # pieces a word from which on a text counts as spelt by letters
-FEW_UNKNOWN = 0.02  # of the words: as many are no reason for a warning
 
 
 class EpochBatches(Sampler):
@@ -91,8 +88,8 @@ def open_datasets(task: Task, config: TrainConfig, image_size: int) -> Datasets:
         return Datasets(train, None, None)
     held_out = task.open_data(replace(base, data=files, split=c.val_split, size=c.eval_size))
     require_a_picture(held_out, files)
-    val = held_out
-    if files == c.data and c.val_split == "test" and task.score:  # chosen by one, judged by another
+    val, karpathy = held_out, task.holds_splits and all(map(is_karpathy, named_files(files)))
+    if karpathy and c.val_split == "test" and task.score:  # chosen by one, judged by another
         val = task.open_data(replace(base, data=files, split="val", size=c.eval_size))
     return Datasets(train, val, held_out)
 
@@ -102,12 +99,6 @@ def require_a_picture(dataset: Dataset, files: str) -> None:
     if all(dataset[i]["image"] is None for i in range(len(dataset))):
         raise InputError(f"none of the {len(dataset)} images of {files} can be read; is "
                          "--image-root right?")
-
-
-def texts_of(train: Dataset, most: int) -> list[str]:
-    """The texts of about `most` examples, as a model reads them."""
-    return [clean_caption(text) for example in some_examples(train, most)
-            for text in example.texts]
 
 
 def digest_of_data(config: TrainConfig, train: Dataset) -> str:
@@ -123,56 +114,6 @@ def digest_of_data(config: TrainConfig, train: Dataset) -> str:
         content = [example.texts, [Path(image).name for image in example.images]]
         digest.update(repr(content).encode("utf-8", "replace"))
     return digest.hexdigest()[:16]
-
-
-def make_tokenizer(config: TrainConfig, train: Dataset) -> Tokenizer:
-    """Read with --vocab, else trained on the data's texts."""
-    if config.vocab:
-        return Tokenizer.from_file(config.vocab)
-    texts = texts_of(train, 200_000) if config.data else all_texts()
-    return Tokenizer.train(texts, config.vocab_pieces)
-
-
-def warn_of_unknown_words(tokenizer: Tokenizer, config: TrainConfig, train: Dataset) -> None:
-    """Say how many words of own data are read as [UNK], where they are more than a few."""
-    texts = texts_of(train, 20_000)
-    unknown = [word for text in texts for word in tokenizer.unknown(text)]
-    share = len(unknown) / max(1, sum(len(text.split()) for text in texts))
-    if share > FEW_UNKNOWN:
-        common = ", ".join(repr(word) for word, _ in Counter(unknown).most_common(3))
-        distributed.print0(f"WARNING the vocabulary cannot spell {share:.0%} of the words of "
-                           f"{config.data} ({common}, ...): the model reads and writes [UNK] in "
-                           "their place. A run without --init and --vocab trains a vocabulary")
-
-
-def fit_tokenizer(tokenizer: Tokenizer, config: TrainConfig, train: Dataset) -> Tokenizer:
-    """A start's tokenizer, with pieces for the words of own data that it spells.
-
-    Says how many pieces a word has.
-    """
-    if not config.data:
-        return tokenizer
-    texts = texts_of(train, 20_000)
-    before = tokenizer.pieces_a_word(texts)
-    if before < SPELT:
-        return tokenizer
-    if not config.new_pieces:
-        distributed.print0(f"WARNING --init's vocabulary needs {before:.1f} pieces for a word of "
-                           f"{config.data}: the words are spelt. --new-pieces 4000 adds whole ones")
-        return tokenizer
-    wider = tokenizer.with_pieces_of(texts, config.new_pieces)
-    added = len(wider.vocab) - len(tokenizer.vocab)
-    distributed.print0(f"words    {added} pieces added to --init's vocabulary: "
-                       f"{wider.pieces_a_word(texts):.1f} for a word of {config.data} instead of "
-                       f"{before:.1f}")
-    return wider
-
-
-def caption_lengths(train: Dataset, tokenizer: Tokenizer, prompt: str) -> list[int]:
-    """How many pieces the prompt and a caption have, for some thousand captions."""
-    captions = [caption for example in some_examples(train, 5000)
-                for caption in getattr(example, "captions", ())[:1]]
-    return [len(tokenizer.piece_ids(f"{prompt} {clean_caption(caption)}")) for caption in captions]
 
 
 # ---- the run -------------------------------------------------------------------------------------
@@ -221,11 +162,8 @@ class Run:
         if not state:
             self.config, self.plan = plan.fit(config, given or {}, len(self.datasets.train))
         self.tokenizer = self.open_tokenizer(state, source)
-        if config.data and not state and "min_length" not in (given or {}):
-            lengths = caption_lengths(self.datasets.train, self.tokenizer,
-                                      config.prompt if self.task.lengths_count_prompt else "")
-            self.config, sentences = plan.fit_captions(self.config, lengths)
-            self.plan += sentences
+        if config.data and not state:
+            self.fit_lengths(self.task.pieces(model_config, self.tokenizer), given or {})
         if not state:
             check_lengths(self.config)
         self.datasets = self.task.prepare(self.datasets, self.tokenizer, self.config)
@@ -260,18 +198,23 @@ class Run:
                              f"began (now it has {len(self.datasets.train)} examples); put the "
                              "old file back, or start a new run in another --out")
 
+    def fit_lengths(self, pieces: Callable, given: dict) -> None:
+        """Lengths of captions that fit own ones; pieces: as the model that writes cuts a text."""
+        train, c = self.datasets.train, self.config
+        if pieces != self.tokenizer.piece_ids:  # another model writes
+            warn_of_spelt_words(train, pieces, c)
+        if "min_length" not in given:
+            prompt = c.prompt if self.task.lengths_count_prompt else ""
+            lengths = caption_lengths(train, pieces, prompt)
+            self.config, sentences = plan.fit_captions(c, lengths)
+            self.plan += sentences
+
     def open_tokenizer(self, state: dict | None, source: TrainedModel | None) -> Tokenizer:
         """The checkpoint's, the start's with words of own data, or a new one."""
         if state:
             with checkpoints.understood(self.out / "checkpoint.pt"):
                 return Tokenizer(state["tokenizer"])
-        if source:
-            tokenizer = fit_tokenizer(source.tokenizer, self.config, self.datasets.train)
-        else:
-            tokenizer = make_tokenizer(self.config, self.datasets.train)
-        if self.config.data:
-            warn_of_unknown_words(tokenizer, self.config, self.datasets.train)
-        return tokenizer
+        return choose_tokenizer(self.config, self.datasets.train, source and source.tokenizer)
 
     def check_prompt(self) -> None:
         """InputError where the prompt of a model that writes captions leaves no room for them."""

@@ -14,7 +14,7 @@ from tasks.task import SOME_READ
 # What may differ from the checkpoint when a run is resumed: what another machine may need. (The
 # data may have moved; they must be the same, Run.require_same_data.)
 FREE_ON_RESUME = {"out", "device", "workers", "log_every", "save_every", "save_minutes", "keep",
-                  "accumulate", "compile", "data", "image_root"}
+                  "accumulate", "compile", "data", "val", "image_root"}
 
 
 # What names files or folders.
@@ -136,6 +136,8 @@ def parse(arguments: list[str], description: str) -> tuple[dict, bool]:
 def training_flags(text: str) -> dict:
     """FLAGS of train.py in one text -> settings by field name, each in its range."""
     try:
+        if os.name == "nt":
+            text = text.replace("\\", "\\\\")  # they stand in paths there
         given, _ = parse(shlex.split(text), "FLAGS of train.py.")
         taken = [flag_name(name) for name in SET_BY_THE_PROGRAM if name in given]
         if taken:
@@ -210,7 +212,7 @@ def combine(given: dict, start: dict | None) -> tuple[object, TrainConfig]:
                                f"{makers.replace(' pretrain', '')} writes")
         return task.config(**(task.sizes[preset] | own)), recipe
     start_task = TASKS[start["train_config"].get("task", "pretrain")]
-    model = dict(task.from_start(start["model_config"]))
+    model = dict(task.from_start(start["model_config"], start["train_config"]))
     for f in fields(task.config):
         of_weights = model.get(f.name)
         if f.metadata.get("in_weights") and f.name in model and own.get(

@@ -147,10 +147,14 @@ class Questions(SceneDataset):
         return VQAExample("", asked.text, index, asked.answers, kind=asked.kind)
 
     def dialog_before(self, index: int) -> Dialog:
-        """Three other questions about the same scene, with their answers."""
+        """Three questions of other kinds about the same scene, with their answers."""
         scene, rng = self.world.scene(index), self.world.rng(index, "dialog before")
-        asked = [ask(scene, rng) for _ in range(3)]
-        return [(question.text, question.answers[0]) for question in asked]
+        kind, dialog = self.example(index).kind, []
+        while len(dialog) < 3:
+            asked = ask(scene, rng)
+            if asked.kind != kind:  # else the answer may stand there
+                dialog.append((asked.text, asked.answers[0]))
+        return dialog
 
 
 class Statements(Dataset):

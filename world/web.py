@@ -82,8 +82,10 @@ def stand_in(options: Namespace, world: WorldSets, out: Path) -> WorldSets | Non
         world.save(folder, o.seed)
     distributed.barrier()
     o.web, o.human = str(folder / "web.json"), str(folder / "human.json")
-    o.pairs, o.vocab = o.pairs or WORLD_PAIRS, o.vocab or str(folder / "vocab.txt")
-    o.pretrain = WORLD_PRETRAIN | (o.pretrain or {})
+    o.pairs = o.pairs or WORLD_PAIRS
+    # For what is pretrained; what starts from --init has its own vocabulary.
+    vocab = {"vocab": o.vocab or str(folder / "vocab.txt")}
+    o.pretrain = WORLD_PRETRAIN | vocab | (o.pretrain or {})
     if o.finetune is not None or not (o.captioner or o.filter):
         o.finetune = WORLD_FINETUNE | (o.finetune or {})
     return world

@@ -97,6 +97,10 @@ def test_the_dialog_before_a_question_is_about_the_same_scene():
     counted = 0
     for i, dialog in enumerate(before):
         assert len(dialog) == 3
+        asked = questions.example(i)
+        assert asked.question not in [text for text, _ in dialog]
+        if asked.kind == "background":  # its answer would stand there
+            assert not any("background" in text for text, _ in dialog)
         for text, answer in dialog:
             if text == "how many things are there?":
                 counted += 1

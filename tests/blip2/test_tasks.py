@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import photographs
 
 import eval as eval_command
 import train
@@ -118,10 +119,10 @@ def test_a_frozen_part_has_no_gradient_and_no_dropout(models):
 
 def test_finetuning_for_questions_lets_the_queries_read_them(models, tmp_path):
     start = models / "stage2-decoder/checkpoint.pt"
-    assert run("blip2-vqa", tmp_path / "vqa", "--scenes", 16, "--init", start, "--text-from",
-               models / "stage1/checkpoint.pt", "--lr", 0.01) == 0
+    assert run("blip2-vqa", tmp_path / "vqa", "--scenes", 16, "--init", start, "--lr", 0.01) == 0
     config = load(tmp_path / "vqa/best.pt")["model_config"]
     assert config["question_to_queries"] and config["train_vision"]
+    assert config["text_from"] == str(models / "stage1/checkpoint.pt")  # that stage 2 started from
     after, stage1 = weights(tmp_path / "vqa/best.pt"), weights(models / "stage1/checkpoint.pt")
     assert after["qformer.word.weight"].shape == stage1["qformer.word.weight"].shape
     assert not torch.equal(after["vit.cls_token"], stage1["vit.cls_token"])
@@ -132,6 +133,20 @@ def test_finetuning_for_questions_lets_the_queries_read_them(models, tmp_path):
     assert not torch.allclose(again, stage1["qformer.word.weight"])
     assert run("blip2-retrieval", tmp_path / "retrieval", *SEE, "--scenes", 16, "--init",
                models / "stage1/checkpoint.pt") == 0
+
+
+def test_own_captions_that_the_language_model_never_read_are_told(models, tmp_path, capsys):
+    """Its pieces are counted, not those of the stage 1 before it."""
+    folder = photographs(tmp_path / "data")
+    rows = json.loads((folder / "train.json").read_text())
+    for row in rows:
+        row["caption"] = "zygomorphic quetzalcoatlus juxtaposed beyond jigsaw"
+    (folder / "train.json").write_text(json.dumps(rows))
+    assert run("blip2-stage2", tmp_path / "s2", "--data", folder / "train.json", "--epochs", 1,
+               "--max-tokens", 20, "--init", models / "stage1/checkpoint.pt", "--language-model",
+               models / "decoder/checkpoint.pt") == 0
+    printed = capsys.readouterr().out
+    assert "the language model needs" in printed and "are longer than --max-tokens" in printed
 
 
 def test_finetuning_keeps_the_language_model_of_its_start(models, tmp_path):
@@ -303,7 +318,7 @@ def test_how_much_of_a_caption_an_encoder_decoder_has_to_write(models):
         assert {f"{r} {w}" for r, w in zip(read, written)} == {f"a photo of {whole}"}
         assert len(set(written)) == (5 if split else 1)  # behind word 0, 1 ... 4 of 8
         assert (whole in written) and ("a photo of" in read)
-    assert caption_writer(vars(replace(model_config, split_captions=True)))[
+    assert caption_writer(vars(replace(model_config, split_captions=True)), {})[
         "split_captions"] is False
 
 

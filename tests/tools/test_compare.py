@@ -122,3 +122,11 @@ def test_finetunings_from_a_start_for_each_seed_are_one_group(tmp_path, capsys):
     assert compare.main([*map(str, folders), "--out", str(tmp_path / "out")]) == 0
     header = capsys.readouterr().out.splitlines()[0]
     assert "`--init runs/a-SEED/c-10.pt` (seeds 0, 1)" in header and "b-SEED" in header
+
+
+def test_one_start_for_all_seeds_is_one_group(tmp_path, capsys):
+    """Also where a seed's number stands in its path."""
+    folders = [make_run(tmp_path / f"c-{seed}", seed, 0.5, init="runs/seed0/checkpoint.pt")
+               for seed in range(3)]
+    assert compare.main([*map(str, folders), "--out", str(tmp_path / "out")]) == 0
+    assert "`all runs` (seeds 0, 1, 2)" in capsys.readouterr().out

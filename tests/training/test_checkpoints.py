@@ -229,9 +229,11 @@ def test_keep_counts_this_runs_checkpoints_only(tmp_path):
     names = sorted(path.name for path in (tmp_path / "a").glob("checkpoint-*.pt"))
     assert names == ["checkpoint-00000004.pt", "checkpoint-00000006.pt"]
     assert (tmp_path / "a.old1/checkpoint-00009000.pt").exists()
+    (tmp_path / "a/checkpoint-00000002-good.pt").write_bytes(b"somebody's own copy")
     checkpoints.save(tmp_path / "a/checkpoint.pt", {"step": 5}, keep=2)
     assert sorted(path.name for path in (tmp_path / "a").glob("checkpoint-*.pt")) == [
-        "checkpoint-00000004.pt", "checkpoint-00000005.pt", "checkpoint-00000006.pt"]
+        "checkpoint-00000002-good.pt", "checkpoint-00000004.pt", "checkpoint-00000005.pt",
+        "checkpoint-00000006.pt"]
 
 
 def test_new_pieces_start_as_the_mean_of_what_spelt_them():
