@@ -143,7 +143,7 @@ def test_own_captions_that_the_language_model_never_read_are_told(models, tmp_pa
         row["caption"] = "zygomorphic quetzalcoatlus juxtaposed beyond jigsaw"
     (folder / "train.json").write_text(json.dumps(rows))
     assert run("blip2-stage2", tmp_path / "s2", "--data", folder / "train.json", "--epochs", 1,
-               "--max-tokens", 20, "--init", models / "stage1/checkpoint.pt", "--language-model",
+               "--max-tokens", 12, "--init", models / "stage1/checkpoint.pt", "--language-model",
                models / "decoder/checkpoint.pt") == 0
     printed = capsys.readouterr().out
     assert "the language model needs" in printed and "are longer than --max-tokens" in printed
