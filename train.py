@@ -37,7 +37,7 @@ from reports.sheets import draw_sheet
 from tasks.registry import TASKS, preset_settings
 from tasks.task import EvalSettings, Evaluation
 from training import checkpoints, devices, distributed, plan
-from training.diagnostics import Diagnostics, chance_levels, final_lines
+from training.diagnostics import Diagnostics, chance_levels, final_lines, share_of_equal
 from training.distributed import print0
 from training.folders import begin, prepare_folder
 from training.log import Log
@@ -46,6 +46,7 @@ from training.program import exit_status, signals_noted
 from training.reach import freeze_unreached, require_reached, require_same_losses
 from training.run import Run
 from training.settings import FREE_ON_RESUME, flag_name, flags_of, parse, resolve
+from training.vocabulary import texts_of
 
 # ---- the loop ------------------------------------------------------------------------------------
 
@@ -216,8 +217,7 @@ def evaluate(run: Run) -> Evaluation:
             draw_sheet(run.out / "samples.png", evaluation.sections)
         log = log_of(run)
         if log:
-            draw_curves(run.out / "curves.png", {run.out.name: log},
-                        chance_levels(run.model.config, run.config))
+            draw_curves(run.out / "curves.png", {run.out.name: log}, chances(run))
     return Evaluation(numbers | evaluation.numbers, evaluation.sections)
 
 
@@ -381,6 +381,12 @@ def is_evaluated(run: Run) -> bool:
         return False
 
 
+def chances(run: Run) -> dict[str, float]:
+    """What chance gives in this run, for each loss and measure of its log."""
+    texts = texts_of(run.datasets.train, 5000) if run.config.equal_texts else []
+    return chance_levels(run.model.config, run.config, share_of_equal(texts))
+
+
 def log_of(run: Run) -> list[dict]:
     """The lines of its log.jsonl; none where the checkpoint alone was brought here."""
     return read_log(run.out) if (run.out / "log.jsonl").stat().st_size else []
@@ -397,7 +403,7 @@ def report(run: Run, numbers: dict) -> None:
     if not print_highlights(run.task.highlights, numbers):
         said = ("train_minutes", "train_broken_by")  # in words, above
         print_numbers({name: value for name, value in numbers.items() if name not in said})
-    for line in final_lines(log_of(run), chance_levels(run.model.config, run.config)):
+    for line in final_lines(log_of(run), chances(run)):
         print(line)
     files = sorted(path.name for path in run.out.iterdir() if path.is_file())
     pictures = "; pictures: samples.png" if "samples.png" in files else ""

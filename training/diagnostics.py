@@ -133,21 +133,29 @@ def measure(model: BLIP | Stage1, heard: dict[nn.Module, list[Tensor]],
 
 # ---- what chance gives ---------------------------------------------------------------------------
 
-def chance_levels(model_config: object, config: TrainConfig) -> dict[str, float]:
+def share_of_equal(texts: list[str]) -> float:
+    """The probability that two of them are equal: as of labels, of which there are few."""
+    pairs = len(texts) * (len(texts) - 1)
+    return sum(count * (count - 1) for count in Counter(texts).values()) / max(1, pairs)
+
+
+def chance_levels(model_config: object, config: TrainConfig,
+                  equal: float = 0.0) -> dict[str, float]:
     """What a model that knows nothing has, for each loss and measure of the log.
 
-    Empty for other models than BLIP and BLIP-2's first stage. The ITC accuracies count the pairs of
-    one process and micro-batch.
+    equal: the probability that two texts are equal and stand for one another (--equal-texts). Empty
+    for other models than BLIP and BLIP-2's first stage. The ITC accuracies count the pairs of one
+    process and micro-batch.
     """
     task = TASKS[config.task]
     if not isinstance(model_config, task.config) or not issubclass(task.model, (BLIP, Stage1)):
         return {}
     pairs = config.batch_size // (distributed.world_size() * config.accumulate)
-    words = math.log(model_config.vocab_size)
+    own, words = 1 / pairs + (1 - 1 / pairs) * equal, math.log(model_config.vocab_size)
     columns = (pairs + model_config.queue_size if issubclass(task.model, BLIP)
                else pairs * distributed.world_size())  # what ITC compares a row with
     levels = {"itc": math.log(columns), "itm": ITM_CHANCE, "lm": words,
-              "mlm": words, "itc_i2t_acc": 1 / pairs, "itc_t2i_acc": 1 / pairs, "itm_pos_acc": 0.5,
+              "mlm": words, "itc_i2t_acc": own, "itc_t2i_acc": own, "itm_pos_acc": 0.5,
               "itm_neg_acc": 0.5, "lm_nll": words} | task.chance
     return {name: level for name, level in levels.items() if level is not None}
 

@@ -103,6 +103,14 @@ def test_chance_is_printed_and_a_loss_that_stands_there_is_told(monkeypatch):
     assert final_lines(log, {}) == []
 
 
+def test_where_texts_repeat_chance_is_higher():
+    """Half of the other texts are equal to one's own: they count as right."""
+    assert diagnostics.share_of_equal(["a", "a", "b", "b"]) == pytest.approx(1 / 3)
+    assert diagnostics.share_of_equal(["a", "b", "c"]) == diagnostics.share_of_equal([]) == 0
+    chance = chance_levels(toy_model().config, TrainConfig(batch_size=4), equal=0.5)
+    assert chance["itc_i2t_acc"] == chance["itc_t2i_acc"] == pytest.approx((1 + 3 / 2) / 4)
+
+
 def test_the_loss_alone_does_not_tell_chance():
     """ITC's falls as soon as the queue's random vectors are told from texts."""
     chance = {"itc": 6.96, "itc_i2t_acc": 0.03, "itc_t2i_acc": 0.03, "itm": 0.6365,
