@@ -84,9 +84,9 @@ def test_each_experiment_becomes_a_table(name, tmp_path):
     row = {**dict.fromkeys(experiment.measures, 0.5), "minutes": 2.0, "parameters": 1_234_567}
     rates = {f"{source}_{rate}": 0.5 for source in ("web", "synthetic")
              for rate in ("true", "reject_rate", "kept_true", "true_kept", "distinct")}
-    cells = {cell: [row | ({"set": rates} if cell in experiment.sets else {})] * 2
+    cells = {cell: [row | ({"set": rates} if cell in experiment.sets else {})] * 5
              for cell in experiment.cells}
-    text = ablate.markdown(experiment, cells, "python ablate.py x", regime(tmp_path), [0, 1])
+    text = ablate.markdown(experiment, cells, "python ablate.py x", regime(tmp_path), [*range(5)])
     assert all(f"| {cell} | 50.0 ± 0.0 |" in text for cell in experiment.cells)
     assert all(f"| {' > '.join(claim)} | tie" in text for claim in experiment.claims)
     for cell, millions in experiment.paper_parameters.items():
@@ -102,7 +102,7 @@ def test_bootstrapped_sets_are_compared():
     def cell(*rejected: float) -> list[dict]:
         rates = dict.fromkeys(("synthetic_true", "synthetic_kept_true", "synthetic_distinct"), 0.5)
         return [{"set": rates | {"synthetic_reject_rate": share}} for share in rejected]
-    cells = {"a": cell(0.31, 0.30), "b": cell(0.11, 0.10)}
+    cells = {"a": cell(0.31, 0.30, 0.31, 0.30, 0.31), "b": cell(0.11, 0.10, 0.11, 0.10, 0.11)}
     same = "tie: +0.0 (0.0 would be seen)"
     claims = (("a", "b"), ("a", "without a set"))
     assert set_verdict_table(claims, cells)[-1] == (
