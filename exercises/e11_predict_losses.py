@@ -5,7 +5,7 @@ the picture world (about 20 minutes on two cores):
 
     python ablate.py losses --seeds 1 --jobs 2
 
-With all three objectives the model has, in percent: R@1 of 1,000 by ITC 94 text-to-image and 91
+With all three objectives the model has, in percent: R@1 of 1,000 by ITC 95 text-to-image and 91
 image-to-text (chance 0.1); ITM prefers the true text to one with a word swapped 96 (chance 50);
 captions wholly true 96. A number counts as right within 10 points.
 
