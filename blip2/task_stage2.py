@@ -62,14 +62,14 @@ ANSWERS = dict(beams=5, min_length=1, max_length=11, length_penalty=-1.0)
 
 def read_checkpoint_of(path: str, task: str) -> dict:
     """A checkpoint of the task. Raises InputError for what is none."""
+    flag = "--text-from" if task == "blip2-stage1" else "--language-model"
     if not os.path.exists(path):
-        flag = "--text-from" if task == "blip2-stage1" else "--language-model"
         raise InputError(f"{path} does not exist; train it with `python train.py {task}`, or give "
                          f"{flag} with another checkpoint of it")
     state = read_tensors(path)
     if not isinstance(state, dict) or state.get("train_config", {}).get("task") != task:
-        remedy = "; give --text-from with one" if task == "blip2-stage1" else ""
-        raise InputError(f"{path} is not a checkpoint of `python train.py {task}`{remedy}")
+        raise InputError(f"{path} is not a checkpoint of `python train.py {task}`; give {flag} "
+                         "with one")
     return state
 
 

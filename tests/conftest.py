@@ -86,14 +86,15 @@ def run(out, *flags) -> int:
     return train.main([*SMALL, "--out", str(out), *map(str, flags)])
 
 
-def photographs(folder: Path, count: int = 40) -> Path:
+def photographs(folder: Path, count: int = 40, caption: str = "") -> Path:
     """World scenes saved as photographs with a BLIP json: rows of one caption to train, lists to
-    evaluate."""
+    evaluate. caption: of each of them, else what is true."""
     folder.mkdir(exist_ok=True)
     world, rows = World("train", count), []
     for i in range(count):
         Image.fromarray(render(world.scene(i), 48).transpose(1, 2, 0)).save(folder / f"{i}.jpg")
-        rows += [{"image": f"{i}.jpg", "caption": world.example(i).captions[0], "image_id": i}]
+        rows += [{"image": f"{i}.jpg", "caption": caption or world.example(i).captions[0],
+                  "image_id": i}]
     (folder / "train.json").write_text(json.dumps(rows))
     (folder / "val.json").write_text(json.dumps(
         [{"image": r["image"], "caption": [r["caption"], "a " + r["caption"]]} for r in rows[:10]]))

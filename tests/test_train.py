@@ -411,14 +411,10 @@ def test_more_examples_than_are_judged_are_told(tmp_path, capsys):
 
 def test_words_that_the_vocabulary_cannot_spell_are_told(tmp_path, pretrained, capsys):
     """Of a language with other letters; --init's vocabulary gets pieces for them."""
-    folder = photographs(tmp_path / "p")
-    rows = json.loads((folder / "train.json").read_text())
-    for row in rows:
-        row["caption"] = "собака бежит по траве ☃"
-    (folder / "russian.json").write_text(json.dumps(rows))
+    folder = photographs(tmp_path / "p", caption="собака бежит по траве ☃")
     vocab = tmp_path / "vocab.txt"
     vocab.write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", *"abcdefgh", "☃"]))
-    flags = ["--data", folder / "russian.json", "--batch-size", 8]
+    flags = ["--data", folder / "train.json", "--batch-size", 8]
     assert run(tmp_path / "a", *flags, "--vocab", vocab) == 0
     assert "cannot spell 80% of the words of" in (said := capsys.readouterr().out)
     assert "'собака'" in said

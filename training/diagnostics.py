@@ -151,7 +151,8 @@ def chance_levels(model_config: object, config: TrainConfig,
     if not isinstance(model_config, task.config) or not issubclass(task.model, (BLIP, Stage1)):
         return {}
     pairs = config.batch_size // (distributed.world_size() * config.accumulate)
-    own, words = 1 / pairs + (1 - 1 / pairs) * equal, math.log(model_config.vocab_size)
+    own = 1 / pairs + (1 - 1 / pairs) * equal  # one's own, and others that are equal to it
+    words = math.log(model_config.vocab_size)
     columns = (pairs + model_config.queue_size if issubclass(task.model, BLIP)
                else pairs * distributed.world_size())  # what ITC compares a row with
     levels = {"itc": math.log(columns), "itm": ITM_CHANCE, "lm": words,

@@ -9,7 +9,7 @@ depends on the number of parts, and not on how many processes they are for.
 import hashlib
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -31,7 +31,7 @@ from training import checkpoints, devices, distributed, plan
 from training.code import digest_of_code
 from training.precision import choose_precision
 from training.program import leave_signals_to_the_run, signals_held_back
-from training.vocabulary import caption_lengths, choose_tokenizer, warn_of_spelt_words
+from training.vocabulary import Pieces, caption_lengths, choose_tokenizer, warn_of_spelt_words
 from weights.files import shorten
 from weights.starting import start_from
 
@@ -88,8 +88,10 @@ def open_datasets(task: Task, config: TrainConfig, image_size: int) -> Datasets:
         return Datasets(train, None, None)
     held_out = task.open_data(replace(base, data=files, split=c.val_split, size=c.eval_size))
     require_a_picture(held_out, files)
-    val, karpathy = held_out, task.holds_splits and all(map(is_karpathy, named_files(files)))
-    if karpathy and c.val_split == "test" and task.score:  # chosen by one, judged by another
+    val = held_out
+    may_choose = task.score and task.holds_splits and c.val_split == "test"
+    # (Without --val it is --data, which was found to be one above.)
+    if may_choose and (not c.val or all(is_karpathy(file) for file in named_files(files))):
         val = task.open_data(replace(base, data=files, split="val", size=c.eval_size))
     return Datasets(train, val, held_out)
 
@@ -198,7 +200,7 @@ class Run:
                              f"began (now it has {len(self.datasets.train)} examples); put the "
                              "old file back, or start a new run in another --out")
 
-    def fit_lengths(self, pieces: Callable, given: dict) -> None:
+    def fit_lengths(self, pieces: Pieces, given: dict) -> None:
         """Lengths of captions that fit own ones; pieces: as the model that writes cuts a text."""
         train, c = self.datasets.train, self.config
         if pieces != self.tokenizer.piece_ids:  # another model writes

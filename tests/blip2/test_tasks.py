@@ -137,11 +137,8 @@ def test_finetuning_for_questions_lets_the_queries_read_them(models, tmp_path):
 
 def test_own_captions_that_the_language_model_never_read_are_told(models, tmp_path, capsys):
     """Its pieces are counted, not those of the stage 1 before it."""
-    folder = photographs(tmp_path / "data")
-    rows = json.loads((folder / "train.json").read_text())
-    for row in rows:
-        row["caption"] = "zygomorphic quetzalcoatlus juxtaposed beyond jigsaw"
-    (folder / "train.json").write_text(json.dumps(rows))
+    folder = photographs(tmp_path / "data",
+                         caption="zygomorphic quetzalcoatlus juxtaposed beyond jigsaw")
     assert run("blip2-stage2", tmp_path / "s2", "--data", folder / "train.json", "--epochs", 1,
                "--max-tokens", 12, "--init", models / "stage1/checkpoint.pt", "--language-model",
                models / "decoder/checkpoint.pt") == 0
