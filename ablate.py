@@ -157,7 +157,14 @@ class ExperimentCache:
     def with_world(self, **web) -> "ExperimentCache":
         """The same in a world with other web texts; web: fields of WorldSets."""
         regime = replace(self.regime, world=replace(self.regime.world, **web))
-        other = ExperimentCache(regime, self.seed, str(self.device))
+        return self.beside(ExperimentCache(regime, self.seed, str(self.device)))
+
+    def with_seed(self, seed: int) -> "ExperimentCache":
+        """What all seeds of a table have in common is made with one of them."""
+        return self.beside(ExperimentCache(self.regime, seed, str(self.device)))
+
+    def beside(self, other: "ExperimentCache") -> "ExperimentCache":
+        """The other one, which adds what is made again to the same list."""
         other.made_again = self.made_again
         return other
 

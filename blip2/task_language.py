@@ -181,8 +181,11 @@ def collate(tokenizer: Tokenizer, config: TrainConfig, model_config: LanguageCon
                                                    for dialog in document.dialogs])
         prompts, texts = [], []
         for document, caption, other, item in zip(documents, captions, others, items):
+            # Each question is a row of its own that holds all before it, eight times the work of a
+            # decoder: so every second one, and the others in another epoch.
             for dialog in document.dialogs:
-                for number, (question, answer) in enumerate(dialog):
+                for number in range(int(2 * item["share"]), len(dialog), 2):
+                    question, answer = dialog[number]
                     asked = question_prompt(kind, question, dialog[:number])
                     prompts.append(f"{caption} {asked}")
                     texts.append(answer)

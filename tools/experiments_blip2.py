@@ -27,8 +27,12 @@ def stage1(cache, **given) -> str:
 
 def stage2(cache, init: str, kind: str = "decoder", language_given: dict | None = None,
            **given) -> str:
-    """Stage 2 from `init` in front of a language model."""
-    model = cache.clean(task="language-model", kind=kind, **(language_given or {}))
+    """Stage 2 from `init` in front of a language model.
+
+    Each seed has a decoder of its own, but one encoder-decoder serves all: it takes long to train.
+    """
+    of = cache if kind == "decoder" else cache.with_seed(0)
+    model = of.clean(task="language-model", kind=kind, **(language_given or {}))
     return cache.clean(task="blip2-stage2", init=init, language_model=model, **given)
 
 

@@ -46,15 +46,16 @@ def test_an_encoder_decoder_reads_the_rounds_before(tokenizer):
     document = documents.example(index)
     encode = collate(tokenizer, TrainConfig(max_tokens=40),
                      LanguageConfig(kind="encoder-decoder"))
-    batch = encode([documents[index]])
     pieces = WordPieces(tokenizer.vocab)
-    read = [pieces.decode(row) for row in batch["ids"].tolist()]
-    written = [pieces.decode([i for i in row if i >= 0]) for row in batch["targets"].tolist()]
-    assert len(read) == DIALOGS * ROUNDS + 1  # and the caption in other words
     answers = [answer for _, answer in document.dialogs[0]]
-    assert written[:ROUNDS] == answers
-    assert [text.count("question :") for text in read[:ROUNDS]] == [1, 2, 3, 4]
-    assert f"answer : {answers[2]} question :" in read[3].replace(" short", "")
+    for share, numbers in ((0.2, (0, 2)), (0.7, (1, 3))):  # half of the questions at a time
+        batch = encode([documents[index] | {"share": share}])
+        read = [pieces.decode(row) for row in batch["ids"].tolist()]
+        written = [pieces.decode([i for i in row if i >= 0]) for row in batch["targets"].tolist()]
+        assert len(read) == DIALOGS * ROUNDS / 2 + 1  # and the caption in other words
+        assert written[:2] == [answers[number] for number in numbers]
+        assert [text.count("question :") for text in read[:2]] == [n + 1 for n in numbers]
+    assert f"answer : {answers[2]} question :" in read[1].replace(" short", "")
 
 
 def test_a_second_question_goes_on_about_the_thing_of_the_first():
