@@ -24,6 +24,7 @@ held-out scenes with clean texts.
     python ablate.py blip2-table6           stage 1 with and without ITG
     python ablate.py blip2-sizes            smaller language model, smaller image encoder
     python ablate.py blip2-queries          8, 16 or 32 queries
+    python ablate.py blip2-share            a Q-Former of 1, 2 or 3 layers
     python ablate.py blip2-blip             BLIP against BLIP-2
     python ablate.py all --seeds 3 --jobs 2
 
@@ -74,7 +75,7 @@ from tools.experiments import BLIP_EXPERIMENTS, Experiment
 from tools.experiments_blip2 import BLIP2_EXPERIMENTS
 from tools.experiments_claims import CLAIM_EXPERIMENTS
 from tools.filter_quality import open_filter
-from tools.judge import judge_in_world
+from tools.judge import judge_in_world, trained_share
 from training import devices
 from training.checkpoints import open_model
 from training.code import digest_of_code
@@ -296,6 +297,8 @@ def run_cell(regime: Regime, name: str, cell: str, seed: int, device: str,
             judged = read_json(world_numbers)
         numbers = {measure: judged[measure] for measure in experiment.measures if measure in judged}
         numbers["minutes"] = evaluated["train_minutes"]
+        if "trained_share" in experiment.measures:
+            numbers["trained_share"] = trained_share(checkpoint)
         if experiment.paper_parameters:  # without the twins
             model = open_model(checkpoint, device=cache.device).model
             numbers["parameters"] = sum(p.numel() for p in model.parameters())

@@ -93,7 +93,7 @@ class BLIP(nn.Module):
 
     def set_objectives(self, objectives: tuple[str, ...]) -> None:
         """Choose the losses that forward() computes. Raises ValueError for an unknown one."""
-        if not objectives or set(objectives) - set(OBJECTIVES):
+        if set(objectives) - set(OBJECTIVES):
             raise ValueError(f"objectives are {objectives}; choose some of {', '.join(OBJECTIVES)}")
         self.objectives = tuple(objectives)
 

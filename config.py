@@ -243,7 +243,8 @@ class TrainConfig:
 
     def __post_init__(self):
         check_settings(self)
-        if not any(self.objective_weights().values()):
+        weights = [value for name, value in vars(self).items() if name.endswith("_weight")]
+        if not any(weights):  # a loss of one's own may have a weight here as well
             raise SettingError("all losses are switched off; give one of them a weight above 0")
 
     def objective_weights(self) -> dict[str, float]:

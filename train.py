@@ -43,7 +43,12 @@ from training.folders import begin, prepare_folder
 from training.log import Log
 from training.precision import autocast, evaluation_precision
 from training.program import exit_status, signals_noted
-from training.reach import freeze_unreached, require_reached, require_same_losses
+from training.reach import (
+    freeze_unreached,
+    require_reached,
+    require_read_weights,
+    require_same_losses,
+)
 from training.run import Run
 from training.settings import FREE_ON_RESUME, flag_name, flags_of, parse, resolve
 from training.vocabulary import texts_of
@@ -71,13 +76,9 @@ def train(run: Run) -> bool:
             lr = learning_rate(config, run.step, run.steps_per_epoch)
             alpha = alpha_at(config, run.step, run.steps_per_epoch)
             if objectives != objectives_at(config, run.step):
-                inputs = run.inputs(micro_batches[0], alpha)
-                with autocast(run.device, run.precision):  # as a step: it fits where a step fits
-                    if objectives is None:
-                        require_reached(model, run.trainable, inputs)
-                    objectives = objectives_at(config, run.step)
-                    model.set_objectives(objectives)
-                    expected = freeze_unreached(model, run.trainable, inputs)
+                first, objectives = objectives is None, objectives_at(config, run.step)
+                expected = begin_objectives(run, objectives, first,
+                                            run.inputs(micro_batches[0], alpha))
                 net = distributed.wrap(model)  # again, because other parameters are trained now
             for group in run.optimizer.param_groups:
                 group["lr"] = lr * group.get("lr_scale", 1.0)  # a group of your own may have one
@@ -111,6 +112,20 @@ def train(run: Run) -> bool:
             if stopping:
                 break
     return run.step == run.steps
+
+
+def begin_objectives(run: Run, objectives: tuple[str, ...], first: bool, inputs: dict) -> set[str]:
+    """Compute these objectives from now on; freeze what they do not reach -> their losses.
+
+    first: of the run; then every parameter must be reached by one of BLIP's objectives.
+    """
+    with autocast(run.device, run.precision):  # as a step: it fits where a step fits
+        if first:
+            require_reached(run.model, run.trainable, inputs)
+        run.model.set_objectives(objectives)
+        losses = freeze_unreached(run.model, run.trainable, inputs, run.weight_of)
+    require_read_weights(run.config, losses)
+    return losses
 
 
 def forward_backward(run: Run, net: torch.nn.Module, micro_batches: list[dict],

@@ -22,6 +22,7 @@ from med import with_first
 TOY = BLIPConfig(image_size=32, vit_width=32, vit_depth=1, vit_heads=2, text_width=32, text_depth=2,
                  text_heads=2, text_ffn=64, max_positions=16, dropout=0.0, embed_dim=8,
                  queue_size=7, vocab_size=40, cls_id=2, sep_id=3, dec_id=38, enc_id=39)
+WORDS = (("worse", "better", "same"), ("beam", "nucleus", "tie"))  # what a prediction may be
 NEAR = 10  # points by which a predicted percentage may differ
 
 
@@ -103,6 +104,16 @@ def soft(own: torch.Tensor, other: torch.Tensor, temp: float) -> torch.Tensor:
     return 0.4 * (own[:4] @ other.T / temp).softmax(1) + 0.6 * torch.eye(4, len(other))
 
 
+OTHER_TEXT = "Another text of the same image can be drawn: use `positives`, not the diagonal"
+
+
+def two_texts_of_one_image(count: int) -> torch.Tensor:
+    """Which of `count` texts are true of which image: pairs 0 and 3 are of one image."""
+    positives = torch.eye(count).bool()
+    positives[0, 3] = positives[3, 0] = True
+    return positives
+
+
 def check_mining(student, grader: Grader) -> None:
     """Exercise 3."""
     def weights(mine, *arguments):
@@ -112,9 +123,9 @@ def check_mining(student, grader: Grader) -> None:
             seen.append(given / given.sum(1, keepdim=True))
             return given.argmax(1)
         index = mine(*arguments, draw=draw)
-        if not seen:
-            raise ValueError("draw was never called; return draw(weights)")
-        return seen[0] if index is not None else None
+        if index is None or seen:
+            return seen[0] if index is not None else None
+        return "an index without a call of draw: end with `return draw(weights)`"
     sim = torch.tensor([[9.0, 5.0, 1.0, 1.0]])
     positives = torch.tensor([[True, False, False, False]])
     exps = [math.exp(x) for x in (9, 5, 1, 1)]
@@ -128,14 +139,19 @@ def check_mining(student, grader: Grader) -> None:
         (others / others.sum(), "This is the project's --mask-positives; here the softmax is taken "
          "over all columns, the true one too"),
         (torch.tensor([[0.0, 1, 1, 1]]) / 3, "All negatives are as likely: use the similarity")])
-    sim, positives = 5 * torch.randn(6, 6), torch.eye(6).bool()
+    sim, positives = 5 * torch.randn(6, 6), two_texts_of_one_image(6)
+    diagonal = (sim.softmax(1) + 1e-4).masked_fill(torch.eye(6).bool(), 0)
     def own(sim, positives, floor, draw):
         return losses.mine_hard_negatives(sim, positives, floor, draw=draw)
     grader.compare("random rows, as in losses.mine_hard_negatives",
                    lambda: weights(student.mine_hard_negatives, sim, positives, 1e-4),
-                   weights(own, sim, positives, 1e-4))
+                   weights(own, sim, positives, 1e-4), [
+        (diagonal / diagonal.sum(1, keepdim=True), OTHER_TEXT)])
     grader.compare("it returns what draw returned", lambda: student.mine_hard_negatives(
         sim, positives, 1e-4, lambda weights: torch.arange(6)), torch.arange(6))
+
+
+PADDED_ROW = "A row of padding has the same rule as all rows"
 
 
 @torch.no_grad()
@@ -147,10 +163,12 @@ def check_med_mask(student, grader: Grader) -> None:
     grader.compare("bidirectional, one token of padding",
                    lambda: student.med_mask(mask, False), real.expand(1, 1, 4, 4), [
         (torch.ones(1, 1, 4, 4).bool(), "Padding is seen"),
+        (real & real.transpose(2, 3), PADDED_ROW),
         (real.transpose(2, 3).expand(1, 1, 4, 4), "Rows and columns are swapped")])
     grader.compare("causal, one token of padding", lambda: student.med_mask(mask, True),
                    real & past, [
         (past[None, None], "Padding is seen"),
+        (real & real.transpose(2, 3) & past, PADDED_ROW),
         (real & past.T, "The past is hidden and the future seen"),
         (real & ~past.T, "A token must see itself")])
     med, (ids, mask) = BLIP(TOY).med.eval(), texts()
@@ -175,7 +193,7 @@ def check_momentum(student, grader: Grader) -> None:
     """Exercise 5."""
     def run(online, twins, momentum):
         twins = [twin.clone() for twin in twins]
-        student.update_momentum(online, twins, momentum)
+        student.update_momentum(online, list(twins), momentum)  # new tensors in the list: no use
         return torch.cat([twin.flatten() for twin in twins])
     grader.compare("online 1, twin 0, m = 0.9",
                    lambda: run([torch.ones(2)], [torch.zeros(2)], 0.9), torch.full((2,), 0.1), [
@@ -307,9 +325,10 @@ def check_qformer(student, grader: Grader) -> None:
                        lambda kind=kind: student.attention_mask(kind, two, 1),
                        torch.tensor([[grid]]), mistakes)
         mask = texts()[1].bool()
+        all_seen = qformer.attention_mask(kind, torch.ones_like(mask), 3)
         grader.compare(f"{kind}: random padding, as in blip2/qformer.py",
                        lambda kind=kind, mask=mask: student.attention_mask(kind, mask, 3),
-                       qformer.attention_mask(kind, mask, 3))
+                       qformer.attention_mask(kind, mask, 3), [(all_seen, "Padding is seen")])
 
 
 def check_predictions(student, grader: Grader) -> None:
@@ -317,18 +336,35 @@ def check_predictions(student, grader: Grader) -> None:
     name = student.__name__.rpartition(".")[2]
     solution = importlib.import_module(f"exercises.solutions.{name}")
     for letter, measured in solution.PREDICTIONS.items():
-        predicted, why = student.PREDICTIONS.get(letter, ...), solution.WHY[letter]
-        if isinstance(predicted, str):
-            predicted = predicted.strip().lower()
+        predicted = in_measured_form(student.PREDICTIONS.get(letter, ...), measured)
+        asked_for = "a number, in percent"
+        if isinstance(measured, str):
+            words = next(words for words in WORDS if measured in words)
+            asked_for = f"{words[0]}, {words[1]} or {words[2]}"
         if predicted is ...:
             grader.add(False, f"{letter}: not predicted yet; put your answer in the place of ...")
+        elif type(predicted) is not type(measured) or (
+                isinstance(measured, str) and predicted not in words):
+            grader.add(False, f"{letter}: {predicted!r} is no answer; give {asked_for}")
         elif predicted == measured or (
-                isinstance(measured, float) and isinstance(predicted, int | float)
-                and abs(predicted - measured) <= NEAR):
-            grader.add(True, f"{letter}: {measured}. {why}")
+                isinstance(measured, float) and abs(predicted - measured) <= NEAR):
+            grader.add(True, f"{letter}: {measured}. {solution.WHY[letter]}")
         else:
             grader.add(False, f"{letter}: you predicted {predicted!r}, measured was "
-                              f"{measured!r}. {why}")
+                              f"{measured!r}. {solution.WHY[letter]}")
+
+
+def in_measured_form(predicted: object, measured: object) -> object:
+    """A prediction as the measured value is written: "50 %" -> 50.0, "Beam search" -> "beam"."""
+    if isinstance(predicted, str):
+        predicted = predicted.strip().lower().removesuffix("%")
+        predicted = predicted.removesuffix(" search").removesuffix(" sampling")
+    if isinstance(measured, float):
+        try:
+            return float(predicted)
+        except (TypeError, ValueError):
+            return predicted
+    return predicted
 
 
 def check_hunt_in_losses(student, grader: Grader) -> None:
@@ -337,10 +373,12 @@ def check_hunt_in_losses(student, grader: Grader) -> None:
     grader.compare("soft_targets", lambda: student.soft_targets(feats, keys, 0.1, 0.4),
                    soft(feats, keys, 0.1), [(soft(feats, keys, 1.0), "The twins' prediction is "
                                              "flatter than it should be")])
-    own, weights = torch.eye(4).bool(), (sim.softmax(1) + 1e-4).masked_fill(torch.eye(4).bool(), 0)
+    own = two_texts_of_one_image(4)
+    weights = (sim.softmax(1) + 1e-4).masked_fill(own, 0)
     grader.compare("negative_weights", lambda: student.negative_weights(sim, own, 1e-4), weights,
                    [(sim.masked_fill(own, 0).softmax(1) + 1e-4,
                      "A true pair can be drawn as a negative"),
+                    ((sim.softmax(1) + 1e-4).masked_fill(torch.eye(4).bool(), 0), OTHER_TEXT),
                     ((sim.masked_fill(own, -math.inf).softmax(1) + 1e-4).masked_fill(own, 0),
                      "The softmax is taken over all columns (without the true one it is "
                      "--mask-positives)")])

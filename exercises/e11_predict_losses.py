@@ -7,7 +7,8 @@ the picture world (about 20 minutes on two cores):
 
 With all three objectives the model has, in percent: R@1 of 1,000 by ITC 95 text-to-image and 91
 image-to-text (chance 0.1); ITM prefers the true text to one with a word swapped 96 (chance 50);
-captions wholly true 96. A number counts as right within 10 points.
+captions wholly true 96. A number counts as right within 10 points. A word is about the mean of five
+seeds, whether or not a test calls the difference a tie.
 
 a   without ITM: how often does ITM prefer the true text?
 b   without LM: does image-to-text R@1 by ITC get "worse" or "better", or does it stay the "same"?

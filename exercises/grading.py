@@ -85,8 +85,15 @@ def compare_values(value: object, expected: object) -> str:
                     "mask of numbers to the scores, and masks nothing")
         if value.shape != expected.shape:
             return f"got shape {tuple(value.shape)}, expected shape {tuple(expected.shape)}"
-        if torch.allclose(value.detach().double(), expected.double(), TOLERANCE, TOLERANCE):
+        value = value.detach()
+        near = torch.isclose(value.double(), expected.double(), TOLERANCE, TOLERANCE)
+        if near.all():
             return ""
+        if expected.numel() > LONGEST:
+            place = (~near).nonzero()[0].tolist()
+            got, wanted = value[tuple(place)].item(), expected[tuple(place)].item()
+            return (f"the tensor {tuple(value.shape)} is wrong in {(~near).sum()} of "
+                    f"{near.numel()} places; at {place} got {show(got)}, expected {show(wanted)}")
     elif isinstance(expected, float):
         number = value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
         if isinstance(number, int | float) and abs(number - expected) <= TOLERANCE:

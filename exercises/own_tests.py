@@ -2,7 +2,7 @@
 
     python -m exercises.own_tests 2 [--solution]
 
-A process of its own, because the function is replaced before anything that uses it is imported.
+A process of its own, because the function is replaced before the tests import it.
 """
 
 import importlib

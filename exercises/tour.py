@@ -29,8 +29,10 @@ from world.datasets import World
 given = [argument for argument in sys.argv[1:] if argument.endswith(".pt")]
 PATH = given[0] if given else "runs/pretrain/checkpoint.pt"
 if not Path(PATH).exists():
-    train.train_into(Path("runs/tour"), {"scenes": 9600, "lm_only_steps": 100, "eval_size": 100})
     PATH = "runs/tour/checkpoint.pt"
+    if not Path("runs/tour/metrics.json").exists():  # it is the last that a run writes
+        train.train_into(Path("runs/tour"), {"scenes": 9600, "lm_only_steps": 100,
+                                             "eval_size": 100})
 trained = checkpoints.open_model(PATH, to_train=True)  # with the momentum twins and the queues
 model, tokenizer = trained.model.eval(), trained.tokenizer
 torch.manual_seed(0)
@@ -121,4 +123,5 @@ for margin in (0.0, 0.1, 0.3):
 print("To train with it: edit itc_loss in losses.py, run train.py with another --out, then "
       "python -m tools.compare (README, \"Change a loss\").")
 
-print("try next: python -m exercises.check 1; python -m tools.look; docs/reading.md")
+print(f"try next: python -m exercises.check 1; python -m tools.look --checkpoint {PATH}; "
+      "docs/reading.md")

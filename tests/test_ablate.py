@@ -234,6 +234,10 @@ def test_blip2s_cells_are_made_of_what_their_names_say():
             self.calls.append(given)
             return given.get("task", "pretrain")
 
+        def with_seed(self, seed: int):
+            assert seed == 0  # one encoder-decoder for all
+            return self
+
     def calls(experiment: str, cell: str) -> list[dict]:
         recorder = Recorder()
         ablate.EXPERIMENTS[experiment].cells[cell](recorder)

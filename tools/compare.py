@@ -1,8 +1,8 @@
 """Several training runs beside each other: their curves in one picture, their numbers in one table.
 
     python -m tools.compare runs/a runs/b                     two runs
-    python -m tools.compare runs/a-* runs/b-*                 two settings, several seeds each
-    python -m tools.compare runs/a-* --at 100 300             also the log after these steps
+    python -m tools.compare runs/a-? runs/b-?                 two settings, several seeds each
+    python -m tools.compare runs/a-? --at 100 300             also the log after these steps
 
 Runs whose settings differ in nothing but the seed are one group: the table has its mean and its
 spread (standard deviation). So are finetunings with the seeds 0, 1 ... from runs/a-0, runs/a-1 ...
@@ -144,6 +144,9 @@ def final_table(groups: dict[str, list[RunFolder]]) -> list[str]:
                 for members in groups.values()]
         row += [difference_words(name, first, members) for _, members in paired]
         lines.append(markdown_row(row))
+    if len(groups) > 1:
+        lines += ["", *(f"- `{name}`: {', '.join(run.name for run in members)}"
+                        for name, members in groups.items())]
     if len(paired) < len(others):
         lines += ["", "No test where a group has other seeds than the first one, or a seed twice."]
     return lines

@@ -91,6 +91,12 @@ BLIP2_EXPERIMENTS = {
         {f"{count} queries": without_stage1(queries=count) for count in (8, 16, 32)},
         claims=(("32 queries", "16 queries"), ("16 queries", "8 queries")), measures=STAGE2,
         evaluated=True),
+    "blip2-share": Experiment(
+        "BLIP-2: what a small trained share of the parameters reaches (stage 2 alone)",
+        {"1 layer": without_stage1(depth=1, new_layers=1),
+         "2 layers": without_stage1(depth=2), "3 layers": without_stage1()},
+        claims=(("3 layers", "2 layers"), ("2 layers", "1 layer")), judged=tuple(STAGE2),
+        measures=STAGE2 | {"trained_share": "parameters trained, of all"}, evaluated=True),
     # A BLIP-2's minutes begin with those of the BLIP whose ViT it takes: with stage 1 they are two
     # to three times a BLIP's, with stage 2 alone up to twice. The language model is not counted: it
     # is there already, as in the paper.

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from data.files import write_json
 from tasks.registry import TASKS
@@ -28,6 +29,13 @@ def judge_in_world(checkpoint: str, device: torch.device, size: int) -> dict[str
     held_out = task.open_data(Source("", "", "held-out", size, trained.image_size))
     with evaluation_precision(trained.settings["precision"], device):
         return task.evaluate(trained, held_out, EvalSettings()).numbers
+
+
+def trained_share(checkpoint: str) -> float:
+    """The share of a model's parameters that its training changes: the others are frozen."""
+    model = open_model(checkpoint, kinds=(nn.Module,)).model
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return trained / sum(p.numel() for p in model.parameters())
 
 
 def compare_in_world(checkpoints: dict[str, str], device: torch.device, size: int,

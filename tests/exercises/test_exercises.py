@@ -159,6 +159,28 @@ def softmax_over_negatives(sim, positives, floor, draw):
     return draw(sim.masked_fill(positives, -math.inf).softmax(1) + floor * (~positives))
 
 
+def new_tensors_in_the_list(online, twins, momentum):
+    for i, parameter in enumerate(online):
+        twins[i] = momentum * twins[i] + (1 - momentum) * parameter
+
+
+def the_diagonal_instead_of_positives(sim, positives, floor, draw):
+    return draw((sim.softmax(1) + floor).fill_diagonal_(0))
+
+
+def draw_is_never_called(sim, positives, floor, draw):
+    return sim.argmax(1)
+
+
+def padded_rows_are_hidden_too(mask, causal):
+    real = mask[:, None, None].bool() & mask[:, None, :, None].bool()
+    return real & torch.ones(mask.shape[1], mask.shape[1]).tril().bool() if causal else real
+
+
+def qformer_padding_is_seen(kind, text_mask, queries):
+    return qformer.attention_mask(kind, torch.ones_like(text_mask), queries)
+
+
 def pointer_moves_by_the_batch(queue, pointer, features):
     new = (pointer + len(features)) % len(queue)
     features = features[-len(queue):]
@@ -175,6 +197,10 @@ MISTAKES = [
     (7, logits_are_overwritten, "the logits are not changed"), (7, the_list_reaches_p, "exceed p"),
     (2, targets_of_the_model, "from the first B keys"), (3, softmax_over_negatives, "--mask-pos"),
     (6, pointer_moves_by_the_batch, "comes back to where it was"),
+    (5, new_tensors_in_the_list, "did not move"), (3, draw_is_never_called, "return draw(weights)"),
+    (3, the_diagonal_instead_of_positives, "not the diagonal"),
+    (4, padded_rows_are_hidden_too, "the same rule as all rows"),
+    (10, qformer_padding_is_seen, "Padding is seen"),
     (10, mask_of_numbers, "attention adds a mask of numbers"),
     (1, targets_of_themselves, "predicts itself"), (1, padding_is_learnt, "Padding is learnt"),
     (2, targets_without_temperature, "Divide by temp in the targets"),
@@ -219,6 +245,19 @@ def test_a_wrong_prediction_shows_what_was_measured():
     assert [line.passed for line in lines] == [True, False, False, True]
     assert "you predicted 'same', measured was 'worse'" in lines[1].text
     assert "not predicted yet" in lines[2].text
+
+
+def test_a_prediction_may_be_written_in_other_ways():
+    module = types.SimpleNamespace(__name__="exercises.e11_predict_losses",
+                                   PREDICTIONS={"a": "50 %", "b": "bad", "c": 3, "d": "WORSE"})
+    lines = grade(COURSE[10], module).lines
+    assert [line.passed for line in lines] == [True, False, False, True]
+    assert lines[1].text == "b: 'bad' is no answer; give worse, better or same"
+    module.PREDICTIONS = {"a": "half"}
+    assert grade(COURSE[10], module).lines[0].text.endswith("give a number, in percent")
+    module = types.SimpleNamespace(__name__="exercises.e12_predict_capfilt", PREDICTIONS={
+        "a": "Beam search", "b": "nucleus sampling", "c": "nucleus", "d": "tie"})
+    assert grade(COURSE[11], module).passed()
 
 
 # ---- the command ----
@@ -268,4 +307,7 @@ def test_values_are_compared_in_words():
     assert compare_values(torch.tensor(0.5), 0.5) == ""
     assert compare_values((1, 2), (1, 2)) == "" and compare_values(1.0, 2.0)
     assert "expected 2 values" in compare_values(3, (1, 2))
-    assert "a tensor (100,)" in compare_values(torch.zeros(100), torch.ones(100))
+    wrong = torch.ones(4, 25)
+    wrong[1, 3] = 0
+    assert compare_values(wrong, torch.ones(4, 25)) == (
+        "the tensor (4, 25) is wrong in 1 of 100 places; at [1, 3] got 0.0000, expected 1.0000")

@@ -1,6 +1,7 @@
 """What an objective reaches is trained, what none reaches is told by name."""
 
-from dataclasses import replace
+import copy
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -8,11 +9,16 @@ from conftest import SMALL, run, toy_batch, toy_model
 
 import train
 from blip import BLIP
-from config import OBJECTIVES
+from config import OBJECTIVES, SettingError, TrainConfig, setting
 from data.files import InputError
 from tasks.registry import TASKS
 from training.checkpoints import load
-from training.reach import freeze_unreached, reached_parameters, require_reached
+from training.reach import (
+    freeze_unreached,
+    reached_parameters,
+    require_reached,
+    require_read_weights,
+)
 from training.run import trainable_names
 
 
@@ -125,13 +131,61 @@ def test_a_loss_that_begins_later_is_told(tmp_path, monkeypatch, capsys):
     assert "the loss 'own' is in some steps only (step" in capsys.readouterr().err
 
 
+class Own(BLIP):
+    """With a loss of its own, which has a layer of its own."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.head = torch.nn.Linear(config.embed_dim, 1)
+
+    def forward(self, image, ids, mask, **options):
+        losses, keys = super().forward(image, ids, mask, **options)
+        losses["own"] = self.head(self.encode_image(image)[1]).square().mean()
+        return losses, keys
+
+
+def test_a_loss_of_ones_own_can_be_switched_off_or_be_alone():
+    """With weight 0 what it alone reaches is frozen: weight decay would shrink it."""
+    model, inputs = Own(toy_model().config), dict(toy_batch(), alpha=0.4)
+    trainable = trainable_names(model)
+    require_reached(model, trainable, inputs)
+    losses = freeze_unreached(model, trainable, inputs, lambda name: float(name != "own"))
+    assert "own" in losses and not model.head.weight.requires_grad
+    assert model.vision_proj.weight.requires_grad
+    model.set_objectives(())
+    freeze_unreached(model, trainable, inputs, lambda name: 1.0)
+    assert model.head.weight.requires_grad and model.vit.cls_token.requires_grad
+    assert not model.text_proj.weight.requires_grad
+    with pytest.raises(InputError, match="all losses are switched off"):
+        freeze_unreached(model, trainable, inputs, lambda name: 0.0)
+
+
+@dataclass(frozen=True)
+class OwnConfig(TrainConfig):
+    """As docs/losses.md gives a loss its weight."""
+
+    own_weight: float = setting(1.0, "of mine")
+
+
+def test_the_weight_of_a_loss_that_is_not_there_is_told():
+    """Else --own-weight 0.5 without the name of the task would do nothing, unseen."""
+    require_read_weights(OwnConfig(own_weight=0.5), {"itc", "own"})
+    require_read_weights(OwnConfig(itc_weight=0.5), {"lm"})  # ITC begins later
+    with pytest.raises(InputError, match="--own-weight does nothing in pretrain: its model returns "
+                                         "no loss 'own', but itc, lm"):
+        require_read_weights(OwnConfig(own_weight=0.5), {"itc", "lm"})
+    OwnConfig(itc_weight=0.0, itm_weight=0.0, lm_weight=0.0)  # its own loss alone
+    with pytest.raises(SettingError, match="all losses are switched off"):
+        OwnConfig(itc_weight=0.0, itm_weight=0.0, lm_weight=0.0, own_weight=0.0)
+
+
 class Twin(BLIP):
     """With a momentum twin of its own, as docs/losses.md makes one."""
 
     def __init__(self, config):
         super().__init__(config)
-        self.head, self.head_m = (torch.nn.Linear(config.embed_dim, 4) for _ in range(2))
-        self.head_m.requires_grad_(False)
+        self.head = torch.nn.Linear(config.embed_dim, 4)
+        self.head_m = copy.deepcopy(self.head).requires_grad_(False)
 
     def twins(self):
         return super().twins() + ([(self.head, self.head_m)] if hasattr(self, "head_m") else [])
@@ -139,7 +193,6 @@ class Twin(BLIP):
 
 def test_a_twin_of_ones_own_follows():
     model = Twin(toy_model().config)
-    model.update_momentum(0.0)
     assert torch.equal(model.head_m.weight, model.head.weight)
     with torch.no_grad():
         model.head.weight.add_(1.0)
