@@ -144,8 +144,11 @@ def beam_search(step: Step, prompt: Tensor, eos: int, beams: int = 3, max_length
     sums = torch.zeros(len(prompt), 1, device=prompt.device)  # (images, running beams)
     rows = torch.arange(len(prompt), device=prompt.device)
     while images:
-        scores = step(tokens, rows).float().log_softmax(-1)
-        scores = penalise_repetition(scores, sequences, repetition_penalty)
+        logits = step(tokens, rows).float()
+        if beams == 1:  # greedy search penalises logits, beam search log-probabilities (released)
+            scores = penalise_repetition(logits, sequences, repetition_penalty).log_softmax(-1)
+        else:
+            scores = penalise_repetition(logits.log_softmax(-1), sequences, repetition_penalty)
         length, running, vocabulary = sequences.shape[1], sums.shape[1], scores.shape[-1]
         if length < min_length:
             scores[:, eos] = float("-inf")

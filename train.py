@@ -288,8 +288,10 @@ def files_of(config: TrainConfig) -> list[str]:
 
 def task_needs_negatives(config: TrainConfig) -> bool:
     """Whether ITM takes its negatives from the pairs of one process and micro-batch."""
-    from_all = config.all_negatives and distributed.world_size() > 1
-    return bool(TASKS[config.task].reranks and config.itm_weight and not from_all)
+    task = TASKS[config.task]
+    from_all = config.all_negatives or getattr(task.model, "all_negatives", False)
+    alone = not from_all or distributed.world_size() == 1
+    return bool(task.reranks and config.itm_weight and alone)
 
 
 def resumed_config(given: dict, state: dict, out: Path) -> tuple[object, TrainConfig]:

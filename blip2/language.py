@@ -67,6 +67,11 @@ class LanguageConfig:
         if self.near_heads > self.heads:
             raise SettingError(f"--near-heads {self.near_heads} is more than --heads {self.heads}")
 
+    @property
+    def text_positions(self) -> float:
+        """How many tokens a text may have; an encoder-decoder's positions are relative."""
+        return self.max_positions if self.kind == "decoder" else math.inf
+
 
 # ---- a decoder: OPT ------------------------------------------------------------------------------
 

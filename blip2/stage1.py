@@ -90,6 +90,8 @@ class QFormerStep:
 class Stage1(FrozenVision):
     """Image encoder (frozen), ln_vision, Q-Former, two projections, ITM head, temperature."""
 
+    all_negatives = True  # of all processes, always
+
     def __init__(self, config: Blip2Config):
         super().__init__(config)
         c = config

@@ -12,6 +12,7 @@ nothing that is trained stands before it.
 NOTE(differs from salesforce/LAVIS): there the frozen language model's dropout is on in training.
 """
 
+import math
 from dataclasses import dataclass, field
 
 import torch
@@ -51,6 +52,17 @@ class Stage2Config(Blip2Config):
         if self.new_layers > self.depth:
             raise SettingError(f"--new-layers {self.new_layers} is more than the Q-Former's "
                                f"{self.depth} layers; give a smaller one")
+
+    @property
+    def text_positions(self) -> float:
+        """How many tokens a text may have: what the queries leave of a decoder's positions.
+
+        Where the Q-Former reads questions, its own positions count as well.
+        """
+        most = math.inf
+        if self.language.get("kind") == "decoder" and "max_positions" in self.language:
+            most = self.language["max_positions"] - self.queries
+        return min(most, self.max_positions) if self.question_to_queries else most
 
 
 class Stage2(FrozenVision):
@@ -118,7 +130,11 @@ class Stage2(FrozenVision):
         return self.proj(states)
 
     def with_soft(self, soft: Tensor, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """Soft tokens in front of a text: embeddings (B, Q + L, D), mask (B, Q + L)."""
+        """Soft tokens in front of a text: embeddings (B, Q + L, D), mask (B, Q + L).
+
+        ids, mask (B, L), or (1, L): the same text for all.
+        """
+        ids, mask = ids.expand(len(soft), -1), mask.expand(len(soft), -1)
         words = self.language.embed(ids)
         embeds = torch.cat([soft.to(words.dtype), words], 1)
         return embeds, torch.cat([mask.new_ones(soft.shape[:2]), mask], 1)

@@ -112,7 +112,10 @@ def initialise(model: Stage2, config: Stage2Config, source: nn.Module) -> None:
     elif config.language_model != before.language_model:
         raise InputError(f"--init holds its language model ({before.language_model}), and "
                          f"--language-model is {config.language_model}; leave it out")
-    if config.question_to_queries and not (before and before.question_to_queries):
+    if before and before.question_to_queries and config.question_to_queries:
+        if config.text_from != before.text_from:
+            raise InputError("--init has a text stream that reads questions; leave --text-from out")
+    elif config.question_to_queries:
         copy_text_stream(model, config.text_from)
 
 
@@ -296,15 +299,22 @@ def evaluate(trained: TrainedModel, dataset: Dataset, settings: EvalSettings) ->
 def question_reader(start: dict, recipe: dict) -> dict:
     """Of a stage 2: its queries are to read the question, its image encoder to be trained.
 
-    The text stream that reads it is that of the stage 1 from which stage 2 started.
+    The text stream that reads it is that of the stage 1 from which stage 2 started. What reads
+    questions already has its own.
     """
-    return trained_vision(start, recipe) | dict(question_to_queries=True,
-                                                text_from=recipe.get("init", ""))
+    stage1 = recipe.get("init", "")
+    text_from = start["text_from"] if start.get("question_to_queries") else stage1
+    return trained_vision(start, recipe) | dict(question_to_queries=True, text_from=text_from)
+
+
+def image_reader(start: dict, recipe: dict) -> dict:
+    """Of any start: the Q-Former reads no question."""
+    return vision_of(start, recipe) | dict(question_to_queries=False)
 
 
 def caption_writer(start: dict, recipe: dict) -> dict:
     """Of a stage 2: it writes whole captions (BLIP-2 sec. 4.2), its image encoder is trained."""
-    return trained_vision(start, recipe) | dict(split_captions=False)
+    return trained_vision(start, recipe) | dict(split_captions=False, question_to_queries=False)
 
 
 def of_stage2(name: str, about: str, *functions, **changes) -> Task:
@@ -319,7 +329,7 @@ STAGE2_SIZES = SIZES | {"tiny": TINY_SIZES}
 TASKS = (
     of_stage2("blip2-stage2", "BLIP-2: a frozen language model reads what the queries extracted",
               open_pairs, caption_batches, evaluate, sizes=STAGE2_SIZES,
-              starts_from=("blip2-stage1", "pretrain"), from_start=vision_of,
+              starts_from=("blip2-stage1", "pretrain"), from_start=image_reader,
               reads=("prompt", "new_layers"),
               holds_splits=True, lengths_count_prompt=False,
               settings=dict(RECIPE | LENGTHS, out="runs/blip2-stage2", epochs=10, min_lr=5e-5,

@@ -90,9 +90,9 @@ class LibraryModel(nn.Module):
         try:
             # Not a submodule: its weights stay in their own files, not in our checkpoints.
             self.outside = [kind.from_pretrained(name).eval().requires_grad_(False)]
-        except (OSError, ValueError) as error:
+        except Exception as error:  # of files that are not whole each reader has its own kind
             raise InputError(f"the language model {name} cannot be read "
-                             f"({str(error).splitlines()[0]})")
+                             f"({str(error).partition(chr(10))[0]})")
         tokenizer = open_library_tokenizer(name, language["kind"])
         positions = getattr(self.model.config, "max_position_embeddings", math.inf)
         self.config = SimpleNamespace(kind=language["kind"], pad_id=tokenizer.pad,

@@ -169,6 +169,7 @@ def load(model: nn.Module, weights: dict[str, Tensor], names: Names, path: str,
              "encoder.embed_tokens.weight", "decoder.embed_tokens.weight", "lm_head.weight")
     left_over = [name for name in weights if name not in used and not name.endswith(again)]
     missing = [name for name, p in model.named_parameters() if p.data_ptr() not in filled]
+    missing.sort(key=lambda name: name.startswith("vit."))  # last: stage 1's files never hold it
     return Report(missing, left_over, kind)
 
 
@@ -299,8 +300,11 @@ def to_transformers(model: Stage1 | Stage2) -> dict[str, Tensor]:
 
     For Blip2ForImageTextRetrieval or Blip2ForConditionalGeneration. The library has no ITG and no
     temperature: these stay behind. Raises InputError for what the library's model cannot hold:
-    CLIP, a language model that is no OPT or T5.
+    CLIP, a language model that is no OPT or T5, queries that read a question.
     """
+    if getattr(model.config, "question_to_queries", False):
+        raise InputError("in the transformers library's BLIP-2 the Q-Former does not read the "
+                         "question; a model of blip2-vqa cannot be written for it")
     ours, text = model.state_dict(), isinstance(model, Stage1)
     if model.config.vision == "clip":
         raise InputError("the transformers library's BLIP-2 has EVA's image encoder, not CLIP's")

@@ -107,7 +107,7 @@ def write_behind(language: nn.Module, embeds: Tensor, mask: Tensor, method: str 
     embeds (B, P, D), mask (B, P). Options are those of decoding.write; lengths count one token more
     than what is written.
     """
-    if method == "beam":
+    if method == "beam" and options.get("beams") != 1:  # one beam is greedy: it ends with eos
         options.setdefault("ahead", 1)
     decoder = language.config.kind == "decoder"
     step = PrefixStep if decoder else ContextStep

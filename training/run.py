@@ -31,6 +31,7 @@ from training import checkpoints, devices, distributed, plan
 from training.code import digest_of_code
 from training.precision import choose_precision
 from training.program import leave_signals_to_the_run, signals_held_back
+from training.settings import check_positions
 from training.vocabulary import Pieces, caption_lengths, choose_tokenizer, warn_of_spelt_words
 from weights.files import shorten
 from weights.starting import start_from
@@ -174,6 +175,10 @@ class Run:
         self.check_prompt()
         self.optimizer = make_optimizer(self.model, self.config)
         self.precision = choose_precision(config.precision, device)
+        recomputed = getattr(self.model.config, "grad_checkpoint", False)
+        if recomputed and device.type == "cpu" and self.precision == "bf16":
+            raise InputError("--grad-checkpoint true needs --precision fp32 on a CPU; give it, or "
+                             "leave --grad-checkpoint out")
         # float16 holds nothing below 6e-8: losses are scaled up so that gradients do not vanish.
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.precision == "fp16")
         self.trainable = trainable_names(self.model)
@@ -236,6 +241,7 @@ class Run:
         torch.manual_seed(c.seed)  # the same on all ranks: weights and queues start equal
         if not state:
             model_config = self.task.complete(model_config, self.tokenizer)
+            check_positions(model_config, c)  # once more: its language model is known now
         try:
             model = make_model(c.task, model_config).to(self.device)
         except ValueError as error:  # sizes that do not fit the task

@@ -153,7 +153,8 @@ def training_flags(text: str) -> dict:
 
 def check_positions(model_config, recipe: TrainConfig) -> None:
     """SettingError where texts may be longer than the model's positions."""
-    positions = getattr(model_config, "max_positions", math.inf)
+    positions = getattr(model_config, "text_positions",
+                        getattr(model_config, "max_positions", math.inf))
     for name in ("max_tokens", "max_length"):
         if getattr(recipe, name) > positions:
             raise SettingError(f"{flag_name(name)} is {getattr(recipe, name)}, more than the "

@@ -11,17 +11,18 @@ from conftest import photographs
 import eval as eval_command
 import train
 from attention import split_heads
-from blip2 import task_language, task_stage2
+from blip2 import demo, task_language, task_stage2
 from blip2.demo import effective_rank
 from blip2.language import LanguageConfig, make_language
 from blip2.stage1 import Stage1
 from blip2.stage2 import Stage2
 from blip2.task_language import TextModel
-from blip2.task_stage1 import SIZES
+from blip2.task_stage1 import SIZES, vision_of
 from blip2.task_stage2 import (
     answer_questions,
     caption_batches,
     caption_writer,
+    is_text,
     question_batches,
 )
 from blip2.texts import (
@@ -35,6 +36,7 @@ from blip2.transformers_language import describe_library_model
 from config import TrainConfig
 from data.datasets import Pair
 from data.files import InputError
+from data.images import prepare_images
 from data.text import clean_question
 from tasks.task import EvalSettings
 from training.checkpoints import initialise, load, open_model, save
@@ -131,8 +133,26 @@ def test_finetuning_for_questions_lets_the_queries_read_them(models, tmp_path):
     again = weights(tmp_path / "more/best.pt")["qformer.word.weight"]
     torch.testing.assert_close(again, after["qformer.word.weight"])
     assert not torch.allclose(again, stage1["qformer.word.weight"])
+    assert run("blip2-vqa", tmp_path / "no", "--scenes", 16, "--init", tmp_path / "vqa/best.pt",
+               "--text-from", models / "stage1/checkpoint.pt") == 0  # it is the same
+    assert run("blip2-vqa", tmp_path / "no", "--scenes", 16, "--init", tmp_path / "vqa/best.pt",
+               "--text-from", "another.pt") == 2
+    assert run("blip2-caption", tmp_path / "caption", "--scenes", 16, "--init",
+               tmp_path / "vqa/best.pt") == 0  # which needs no text stream
+    assert not any("ffn_text" in name for name in weights(tmp_path / "caption/best.pt"))
     assert run("blip2-retrieval", tmp_path / "retrieval", *SEE, "--scenes", 16, "--init",
                models / "stage1/checkpoint.pt") == 0
+
+
+def test_the_text_stream_is_that_of_stage1(models):
+    stage2 = open_model(models / "stage2-decoder/checkpoint.pt", kinds=(Stage2,)).model
+    model = Stage2(replace(stage2.config, question_to_queries=True,
+                           text_from=str(models / "stage1/checkpoint.pt")))
+    task_stage2.initialise(model, model.config, stage2)
+    stage1 = weights(models / "stage1/checkpoint.pt")
+    names = [name for name in model.state_dict() if name.startswith("qformer.") and is_text(name)]
+    assert len(names) > 8
+    assert all(torch.equal(model.state_dict()[name], stage1[name]) for name in names)
 
 
 def test_own_captions_that_the_language_model_never_read_are_told(models, tmp_path, capsys):
@@ -190,6 +210,8 @@ def test_a_question_is_answered_from_the_picture_that_belongs_to_it(models, monk
     for _, options in (own, grey, other):
         assert torch.equal(options["question_ids"], ids)
         assert torch.equal(options["question_mask"], mask)
+        lengths = {name: options[name] for name in ("min_length", "max_length")}
+        assert lengths == {"min_length": 1, "max_length": 11}  # 10 tokens (released code)
         assert options["length_penalty"] == -1 and options["beams"] == 5  # BLIP-2 sec. 4.1
 
 
@@ -200,6 +222,9 @@ def test_the_answer_that_most_people_give_is_learnt(models):
     batch = question_batches(tokenizer, TrainConfig(), config).encode([{"example": example}])
     written = [i for i in batch["targets"][0].tolist() if i >= 0]
     assert open_tokenizer(config.language).decode(written).split()[0] == "red"
+    assert tokenizer.decode(batch["question_ids"][0].tolist()) == "what colour?"
+    read = batch["ids"][0][batch["mask"][0] > 0].tolist()
+    assert open_tokenizer(config.language).decode(read).startswith("question : what colour? answer :")
 
 
 def test_chat_and_queries(models, tmp_path, capsys):
@@ -220,6 +245,43 @@ def test_chat_and_queries(models, tmp_path, capsys):
                               checkpoint]) == 2
     assert "does not have '☃'" in (error := capsys.readouterr().err)
     assert "the text has no words" in error
+
+
+def test_a_chat_shows_the_questions_before_and_their_answers(models, monkeypatch):
+    trained = open_model(models / "stage2-decoder/checkpoint.pt", kinds=(Stage2,))
+    dialogs = []
+    def answer(trained, images, questions, before, **options):
+        dialogs.append((questions, [list(dialog) for dialog in before], options))
+        return [f"answer {len(dialogs)}"]
+    monkeypatch.setattr(demo, "answer", answer)
+    picture = torch.zeros(3, 64, 64, dtype=torch.uint8)
+    said = demo.chat(trained, picture, ["what is it?", "where?", "how large?"])
+    assert said == [("what is it?", "answer 1"), ("where?", "answer 2"), ("how large?", "answer 3")]
+    assert [before for _, before, _ in dialogs] == [[[]], [said[:1]], [said[:2]]]
+    assert all(options == {"min_length": 2} for _, _, options in dialogs)  # no empty answer
+
+
+def test_where_a_query_looks_is_read_from_the_last_layer(models):
+    """Without [CLS]: the heat of a patch stands in its own place."""
+    trained = open_model(models / "stage2-decoder/checkpoint.pt", kinds=(Stage2,))
+    picture = torch.randint(256, (3, 64, 64), dtype=torch.uint8)
+    _, heat, _ = demo.query_attention(trained, picture)
+    model, maps = trained.model, []
+    tokens = model.encode_tokens(prepare_images(picture[None], torch.device("cpu")))
+    model.qformer.encode_queries(model.qformer.project(tokens), maps)
+    last = maps[-1][0].mean(0)[:, 1:]
+    side = round(last.shape[1] ** 0.5)
+    half = 64 // side // 2
+    centres = heat[:, half::64 // side, half::64 // side].flatten(1)
+    assert torch.equal(centres.argmax(1), last.argmax(1))
+
+
+def test_a_vit_of_many_blocks_gives_its_second_last_layer():
+    """BLIP-2 sec. 3.4. A small one keeps its last block (results/blip2_world.md)."""
+    start = dict(image_size=64, patch_size=16, vit_width=32, vit_heads=2)
+    assert vision_of(start | {"vit_depth": 12}, {})["vit_depth"] == 11
+    assert vision_of(start | {"vit_depth": 4}, {})["vit_depth"] == 4
+    assert vision_of({"queries": 8, "vit_depth": 11}, {})["vit_depth"] == 11  # of a BLIP-2
 
 
 def test_in_how_many_directions_queries_differ():
@@ -287,6 +349,8 @@ def test_what_a_decoder_reads_and_what_gives_a_loss():
                                          [1, 7, 2, -100, -100, -100]]  # bos, without a prompt
     ids, mask = encode_prompts(Words(), "decoder", ["5 6", "7"])
     assert ids.tolist() == [[1, 5, 6], [0, 1, 7]] and mask.tolist() == [[1, 1, 1], [0, 1, 1]]
+    ids, mask = encode_prompts(Words(), "encoder-decoder", ["5 6", "7"])
+    assert ids.tolist() == [[5, 6, 2], [7, 2, 0]] and mask.tolist() == [[1, 1, 1], [1, 1, 0]]
 
 
 def test_what_an_encoder_decoder_reads_and_writes():
@@ -344,6 +408,9 @@ def test_questions_are_judged_alone_and_in_a_dialog(models, monkeypatch):
 def test_a_dialog_stands_in_front_of_the_question():
     assert question_prompt("decoder", "where?", [("what?", "a dog")]) == (
         "Question: what? Answer: a dog Question: where? Answer:")
+    assert question_prompt("encoder-decoder", "where?") == "Question: where? Short answer:"
+    assert question_prompt("encoder-decoder", "where?", finetuned=True) == (
+        "Question: where? Answer:")
 
 
 def test_a_caption_is_run_once_and_its_questions_do_not_see_each_other():

@@ -125,6 +125,42 @@ def test_misuse_is_said():
     Blip2Config(**SMALL | dict(vit_depth=0, vit_heads=12))  # no image encoder: heads do not matter
 
 
+@torch.no_grad()
+def test_queries_that_read_a_question():
+    """Its words reach the soft tokens and the answer, its padding does not."""
+    torch.manual_seed(0)
+    model = Stage2(Stage2Config(**SMALL, language=vars(OPT), question_to_queries=True)).eval()
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    image, prompt = torch.randn(1, 3, 28, 28), (torch.tensor([[2, 5]]), torch.ones(1, 2))
+    asked = dict(one=[[2, 5, 6, 0]], padded=[[2, 5, 6, 9]], other=[[2, 5, 7, 0]])
+    mask = torch.tensor([[1, 1, 1, 0]])
+    soft = {name: model.soft_tokens(image, torch.tensor(ids), mask) for name, ids in asked.items()}
+    score = {name: model.generate(image, *prompt, question_ids=torch.tensor(ids),
+                                  question_mask=mask)[0][0][1] for name, ids in asked.items()}
+    assert torch.allclose(soft["padded"], soft["one"], atol=1e-6)
+    assert not torch.allclose(soft["other"], soft["one"], atol=1e-3)
+    assert score["padded"] == pytest.approx(score["one"])
+    assert score["other"] != pytest.approx(score["one"], abs=1e-4)
+    with pytest.raises(InputError, match="does not read the question"):
+        weights.to_transformers(model)
+
+
+def test_one_prompt_serves_all_images():
+    model = Stage2(Stage2Config(**SMALL, language=vars(OPT))).eval()
+    images, ids = torch.randn(3, 3, 28, 28), torch.tensor([[2, 5, 6]])
+    each = model.generate(images, ids.repeat(3, 1), torch.ones(3, 3))
+    assert model.generate(images, ids, torch.ones(1, 3)) == each
+
+
+def test_the_librarys_names():
+    names = weights.to_transformers(Stage2(Stage2Config(**SMALL | dict(
+        vision="eva", vit_heads=2), language=vars(OPT)))).keys()
+    assert {"query_tokens", "language_projection.weight", "language_projection.bias",
+            "qformer.encoder.layer.0.attention.attention.query.weight",
+            "language_model.model.decoder.layers.0.fc1.weight"} <= names
+
+
 class SpacedPieces:
     """A tokenizer in which a word's first piece holds the space in front of it, as OPT's does."""
 

@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from blip2.language import LanguageConfig, make_language
-from blip2.writing import PrefixStep
+from blip2.writing import PrefixStep, logits_of_targets, write_behind
 from config import SettingError
+from decoding import penalise_repetition
 
 VOCABULARY = 30
 
@@ -46,6 +47,47 @@ def test_each_row_is_continued_as_if_it_stood_alone(calls, images, share):
             alone = torch.cat([embeds[prefix, mask[prefix] > 0], language.embed(words[row])])[None]
             states, _ = language(alone, torch.ones(alone.shape[:2]))
             assert torch.allclose(logits[row], language.logits(states[0, -1]), atol=1e-5)
+
+
+def continued_greedily(language, embeds, length: int, penalty: float) -> list[int]:
+    """The likeliest token again and again, the whole text run anew for each."""
+    c = language.config
+    written = [c.bos_id if c.kind == "decoder" else c.pad_id]
+    while len(written) < length:
+        ids = torch.tensor([written[1:]], dtype=torch.long)
+        if c.kind == "decoder":
+            states, _ = language(torch.cat([embeds, language.embed(ids)], 1),
+                                 torch.ones(1, embeds.shape[1] + ids.shape[1]))
+            logits = language.logits(states[:, -1])
+        else:
+            targets = torch.cat([ids, torch.tensor([[c.eos_id]])], 1)
+            logits = logits_of_targets(language, embeds, torch.ones(embeds.shape[:2]),
+                                       targets)[:, -1]
+        logits = penalise_repetition(logits, torch.tensor([written]), penalty)
+        written.append(int(logits.argmax()))
+        if written[-1] == c.eos_id:
+            return written[1:-1]
+    return written[1:]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("penalty", [1.0, 1.3])
+@pytest.mark.parametrize("kind", ["decoder", "encoder-decoder"])
+def test_one_beam_is_greedy(kind, penalty):
+    """It ends with the first closing token, though a longer text might have a better mean."""
+    torch.manual_seed(0)
+    language = make_language(LanguageConfig(
+        kind=kind, width=16, depth=1, heads=2, head_width=8, ffn=32, max_positions=40, dropout=0.0,
+        tied=False, vocab_size=12, pad_id=0, bos_id=1, eos_id=2)).eval()
+    language.head.weight.mul_(8.0)
+    embeds, lengths = torch.randn(40, 4, 16), set()
+    found = write_behind(language, embeds, torch.ones(40, 4), beams=1, min_length=1, max_length=12,
+                         repetition_penalty=penalty)
+    for row, hypotheses in enumerate(found):
+        expected = continued_greedily(language, embeds[row:row + 1], 12, penalty)
+        assert hypotheses[0][0] == expected
+        lengths.add(len(expected))
+    assert len(lengths) >= 3
 
 
 @torch.no_grad()
