@@ -5,6 +5,7 @@ about pictures (zero-shot VQA, BLIP-2 sec. 4.1). Finetuned for VQA, the queries 
 too.
 """
 
+import math
 import os
 import random
 from collections.abc import Callable
@@ -208,8 +209,7 @@ def answer(trained: TrainedModel, images: Tensor, questions: list[str],
                                finetuned=model.config.question_to_queries)
                for i, question in enumerate(questions)]
     ids, mask = encode_prompts(tokenizer, kind, prompts)
-    most = language.config.max_positions - ANSWERS["max_length"]
-    if kind == "decoder" and ids.shape[1] + model.config.queries > most:
+    if not prompt_fits(model, ids.shape[1]):
         raise InputError(f"a prompt of {ids.shape[1]} tokens does not fit the language model's "
                          f"{language.config.max_positions} positions; ask less at a time")
     read_by_queries = {}
@@ -220,6 +220,27 @@ def answer(trained: TrainedModel, images: Tensor, questions: list[str],
     written = model.generate(images, ids.to(images.device), mask.to(images.device),
                              **(ANSWERS | options), **read_by_queries)
     return [tokenizer.decode(hypotheses[0][0]) if hypotheses else "" for hypotheses in written]
+
+
+def prompt_fits(model: Stage2, length: int) -> bool:
+    """Whether a prompt of so many tokens and an answer fit the positions behind the queries."""
+    language = model.language.config
+    most = getattr(language, "max_positions", math.inf) - ANSWERS["max_length"]
+    return language.kind != "decoder" or length + model.config.queries <= most
+
+
+def dialogs_before(trained: TrainedModel, dataset: Questions) -> list[Dialog]:
+    """Three questions and their answers before each question; [] where they do not fit."""
+    model = trained.model
+    dialogs = [dataset.dialog_before(i) for i in range(len(dataset))]
+    tokenizer, kind = open_tokenizer(model.config.language), model.language.config.kind
+    longest = max(len(tokenizer.ids(question_prompt(kind, dataset.example(i).question, dialog)))
+                  for i, dialog in enumerate(dialogs))
+    if prompt_fits(model, longest + 1):  # bos
+        return dialogs
+    distributed.print0(f"WARNING dialogs of {longest} tokens do not fit the language model's "
+                       f"{model.language.config.max_positions} positions: they are not judged")
+    return []
 
 
 def answer_questions(trained: TrainedModel, dataset: Dataset, settings: EvalSettings,
@@ -274,9 +295,11 @@ def evaluate_questions(trained: TrainedModel, dataset: Dataset,
     """
     evaluation = vqa.evaluate(trained, dataset, settings, answer_questions)
     if settings.baselines and isinstance(dataset, Questions):
-        dialogs = [dataset.dialog_before(index) for index in range(len(dataset))]
-        for name, how in (("dialog_accuracy", dict(dialogs=dialogs)),
-                          ("other_accuracy", dict(shift=1))):
+        ways = {"dialog_accuracy": dict(dialogs=dialogs_before(trained, dataset)),
+                "other_accuracy": dict(shift=1)}
+        if not ways["dialog_accuracy"]["dialogs"]:
+            del ways["dialog_accuracy"]
+        for name, how in ways.items():
             records = answer_questions(trained, dataset, settings, **how)
             examples = [dataset.example(record["index"]) for record in records]
             scores = vqa.score_answers([record["answer"] for record in records], examples)
