@@ -47,8 +47,6 @@ import os
 import re
 import shlex
 import sys
-import threading
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
@@ -76,6 +74,7 @@ from tools.experiments_blip2 import BLIP2_EXPERIMENTS
 from tools.experiments_claims import CLAIM_EXPERIMENTS
 from tools.filter_quality import open_filter
 from tools.judge import judge_in_world, trained_share
+from tools.workers import end_with, unless_stopped
 from training import devices
 from training.checkpoints import open_model
 from training.code import digest_of_code
@@ -307,18 +306,6 @@ def run_cell(regime: Regime, name: str, cell: str, seed: int, device: str,
     return numbers, cache.made_again
 
 
-def end_with(parent: int) -> None:
-    """Called in a new worker: it ends when its parent has been killed.
-
-    Else it would go on alone with what nobody waits for.
-    """
-    def watch():
-        while os.getppid() == parent:
-            time.sleep(1)
-        os._exit(1)
-    threading.Thread(target=watch, daemon=True).start()
-
-
 def run_all(regime: Regime, experiments: dict[str, Experiment], seeds: list[int], device: str,
             jobs: int) -> Iterator[tuple[str, dict[str, list[dict]]]]:
     """Yield (experiment, {cell: [numbers of each seed]}) as each is complete.
@@ -327,7 +314,8 @@ def run_all(regime: Regime, experiments: dict[str, Experiment], seeds: list[int]
     """
     threads = max(1, (os.cpu_count() or 1) // jobs)
     with ProcessPoolExecutor(jobs, get_context("spawn"), end_with, (os.getpid(),)) as pool:
-        running = {name: {cell: [pool.submit(run_cell, regime, name, cell, seed, device, threads)
+        running = {name: {cell: [pool.submit(unless_stopped, run_cell, regime, name, cell, seed,
+                                             device, threads)
                                  for seed in seeds] for cell in experiment.cells}
                    for name, experiment in experiments.items()}
         total = sum(len(cells) for cells in running.values()) * len(seeds)

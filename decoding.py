@@ -145,16 +145,15 @@ def beam_search(step: Step, prompt: Tensor, eos: int, beams: int = 3, max_length
     rows = torch.arange(len(prompt), device=prompt.device)
     while images:
         logits = step(tokens, rows).float()
-        if beams == 1:  # greedy search penalises logits, beam search log-probabilities (released)
+        scores = penalise_repetition(logits.log_softmax(-1), sequences, repetition_penalty)
+        if beams == 1:  # greedy search penalises logits (released code)
             scores = penalise_repetition(logits, sequences, repetition_penalty).log_softmax(-1)
-        else:
-            scores = penalise_repetition(logits.log_softmax(-1), sequences, repetition_penalty)
         length, running, vocabulary = sequences.shape[1], sums.shape[1], scores.shape[-1]
         if length < min_length:
             scores[:, eos] = float("-inf")
         scores = (sums.flatten()[:, None] + scores).view(len(images), -1)  # (images, running * V)
         best = scores.topk(min(2 * beams, scores.shape[1]), dim=1)
-        next_images, next_rows, next_tokens, next_sums = [], [], [], []
+        next_images, next_alive = [], []
         for place, image in enumerate(images):
             totals, flat = best.values[place].tolist(), best.indices[place].tolist()
             alive = []  # the continuations that go on: (row, token, sum)
@@ -174,12 +173,10 @@ def beam_search(step: Step, prompt: Tensor, eos: int, beams: int = 3, max_length
                                        total / max_length ** length_penalty)
                 continue
             next_images.append(image)
-            for row, token, total in alive:
-                next_rows.append(row)
-                next_tokens.append(token)
-                next_sums.append(total)
+            next_alive += alive
         images = next_images
         if images:
+            next_rows, next_tokens, next_sums = zip(*next_alive)
             rows = torch.tensor(next_rows, device=prompt.device)
             tokens = torch.tensor(next_tokens, device=prompt.device)[:, None]
             sums = torch.tensor(next_sums, device=prompt.device).view(len(images), -1)

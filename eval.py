@@ -39,7 +39,7 @@ from blip2.stage1 import FrozenVision
 from blip2.stage2 import Stage2
 from blip2.texts import WordPieces, open_tokenizer
 from data.datasets import ImageDataset
-from data.files import InputError, make_folder, write_json
+from data.files import InputError, make_folder, named_files, refuse_own_files, write_json
 from data.pairs import read_pairs
 from data.text import clean_question
 from reports.metrics import caption_scores
@@ -93,6 +93,7 @@ def run_benchmark(o: argparse.Namespace, benchmark: Benchmark) -> None:
     if benchmark.needs_data and not o.data:
         raise InputError(f"{benchmark.name} needs --data: its annotations")
     refuse_a_run(o.out)
+    refuse_own_files([*named_files(o.data), *named_files(getattr(o, "constant_from", ""))], o.out)
     needs = benchmark.needs
     if getattr(o, "top_k", None) == 0:  # ITM is not asked
         needs = tuple(name for name in needs if name != "itm")

@@ -282,7 +282,8 @@ def start(given: dict, resume: bool = False) -> Run:
 
 def files_of(config: TrainConfig) -> list[str]:
     """The files and the folder that a run reads, by its settings."""
-    files = [*named_files(config.data), *named_files(config.val), config.image_root, config.vocab]
+    files = [*named_files(config.data), *named_files(config.val), config.image_root, config.vocab,
+             config.init, config.init_vit, config.init_text, config.answers]
     return [file for file in files if file]
 
 

@@ -228,7 +228,16 @@ def worker_options(dataset: Dataset, workers: int) -> dict:
 
 
 def some_examples(dataset: Dataset, most: int) -> Iterator:
-    """At most about `most` of a data set's examples, evenly spread, without their pictures."""
+    """At most about `most` of a data set's examples, evenly spread, without their pictures.
+
+    Of a mixture all rows count, also those that later epochs read.
+    """
+    examples = getattr(dataset, "examples", None)
+    if hasattr(examples, "whole"):
+        examples = examples.whole()
+        for index in range(0, len(examples), max(1, len(examples) // most)):
+            yield examples[index]
+        return
     for index in range(0, len(dataset), max(1, len(dataset) // most)):
         yield dataset.example(index)
 

@@ -5,6 +5,7 @@
     Mixture             what an epoch reads: several sources, a share of each
 """
 
+import contextlib
 import glob
 import hashlib
 import json
@@ -22,7 +23,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from data.datasets import Pair
+from data.datasets import Pair, name_hash
 from data.files import InputError, make_folder, named_files, parse_json, read_json, regular_file
 from data.images import ENDINGS
 from data.pairs import iterate_records, make_pair
@@ -182,7 +183,10 @@ class PairIndex(Sequence):
                 content.update(block)
         for i in range(0, len(self), max(1, len(self) // 100)):
             picture = Path(self.root, self[i].image.split("::")[0])  # or the shard that holds it
-            content.update(f" {picture.stat().st_size if picture.exists() else None}".encode())
+            size = None
+            with contextlib.suppress(OSError):  # not there, or no file's name
+                size = picture.stat().st_size
+            content.update(f" {size}".encode())
         return content.hexdigest()[:16]
 
     def __len__(self) -> int:
@@ -301,6 +305,10 @@ class Mixture(Sequence):
         """Called before each epoch."""
         self.epoch = epoch
 
+    def whole(self) -> "Mixture":
+        """All rows of all sources once, which several epochs may read."""
+        return Mixture(self.sources, [1.0] * len(self.sources), self.roots)
+
     def __len__(self) -> int:
         return sum(self.counts)
 
@@ -308,6 +316,9 @@ class Mixture(Sequence):
         for rows, count, root in zip(self.sources, self.counts, self.roots):
             if i < count:
                 pair = rows[(self.epoch * count + i) % len(rows)]
-                return replace(pair, image=os.path.join(root, pair.image), root=root)
+                path = os.path.join(root, pair.image)
+                alone = len(self.sources) == 1  # of several each may number its images from 0
+                return replace(pair, image=path, root=root,
+                               image_id=pair.image_id if alone else name_hash(path))
             i -= count
         raise IndexError(i)

@@ -33,6 +33,12 @@ def clean_question(text: str, max_words: int | None = None) -> str:
     return " ".join(re.sub(SIGNS, "", text.lower()).split()[:max_words])
 
 
+def is_chinese(sign: str) -> bool:
+    """Whether it is a CJK ideograph: BERT's normalizer puts spaces around it."""
+    blocks = ((0x3400, 0x4DBF), (0x4E00, 0x9FFF), (0xF900, 0xFAFF), (0x20000, 0x2FA1F))
+    return any(first <= ord(sign) <= last for first, last in blocks)
+
+
 class Tokenizer:
     """BERT's uncased WordPiece, and two more tokens at the end.
 
@@ -65,8 +71,8 @@ class Tokenizer:
         texts = [re.sub(rf"(\S{{{LONGEST_WORD}}})\S+", r"\1",
                         learner.normalizer.normalize_str(text)) for text in texts]
         # The trainer numbers inner letters in the order of a hash table, and breaks ties by number:
-        # naming them first makes the vocabulary the same in every run.
-        letters = sorted(set("".join(texts)) - {" "})
+        # naming them first makes the vocabulary the same in every run. (A Chinese sign is a word.)
+        letters = sorted(c for c in set("".join(texts)) - {" "} if not is_chinese(c))
         learner.train_from_iterator(texts, trainers.WordPieceTrainer(
             vocab_size=vocab_size - 2,
             special_tokens=[PAD, UNK, CLS, SEP, MASK] + ["##" + c for c in letters],

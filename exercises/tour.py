@@ -28,6 +28,8 @@ from world.datasets import World
 
 given = [argument for argument in sys.argv[1:] if argument.endswith(".pt")]
 PATH = given[0] if given else "runs/pretrain/checkpoint.pt"
+if given and not Path(PATH).exists():
+    sys.exit(f"{PATH} does not exist; give another checkpoint, or none")
 if not Path(PATH).exists():
     PATH = "runs/tour/checkpoint.pt"
     if not Path("runs/tour/metrics.json").exists():  # it is the last that a run writes

@@ -12,6 +12,7 @@ import train
 from capfilt import CapFiltConfig, training_flags
 from data.files import read_json, write_json
 from reports.tables import set_verdict_table, verdict_words, verdicts
+from tools import workers
 from tools.experiments import Experiment
 from tools.experiments_claims import LARGE, PARTS
 from tools.judge import MEASURES
@@ -120,6 +121,17 @@ def test_numbers_of_a_bootstrapped_set(tmp_path):
     assert ablate.set_numbers(tmp_path) == {
         "synthetic_kept_rate": 0.5, "synthetic_reject_rate": 0.5, "synthetic_distinct": 0.5,
         "web_kept_rate": 0.0, "web_reject_rate": 1.0, "web_distinct": 1.0}
+
+
+def test_a_worker_that_was_interrupted_begins_nothing_more(monkeypatch):
+    """The pool has given it its next cell already."""
+    monkeypatch.setattr(workers, "stopped", [])
+    def interrupted():
+        raise KeyboardInterrupt
+    assert workers.unless_stopped(max, 1, 2) == 2
+    for work in (interrupted, lambda: 1 / 0):
+        with pytest.raises(KeyboardInterrupt):
+            workers.unless_stopped(work)
 
 
 def test_the_papers_numbers_follow_its_claims():

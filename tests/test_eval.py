@@ -144,6 +144,15 @@ def test_captions_of_photographs_and_the_files_for_other_tools(tmp_path, pretrai
     assert json.loads(capsys.readouterr().out)["cider"] == pytest.approx(found["cider"], abs=1e-6)
 
 
+def test_annotations_in_the_folder_of_the_results_are_left_alone(tmp_path, pretrained, capsys):
+    folder = photographs(tmp_path)
+    before = (folder / "val.json").rename(folder / "captions.json").read_text()
+    assert eval.main(["caption", "--checkpoint", str(pretrained), "--data",
+                      str(folder / "captions.json"), "--out", str(folder)]) == 2
+    assert "captions.json lies in the folder" in capsys.readouterr().err
+    assert (folder / "captions.json").read_text() == before
+
+
 def test_nocaps_by_domain(tmp_path, pretrained):
     folder, out = photographs(tmp_path), tmp_path / "n"
     content = {"images": [{"id": i, "file_name": f"{i}.jpg", "domain": ("in", "near", "out")[i % 3]}

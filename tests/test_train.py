@@ -70,6 +70,7 @@ def test_a_wrong_flag_is_an_error(flags, message, capsys):
     (["nlvr2", "--label-smoothing", "0"], "--label-smoothing does nothing in nlvr2"),
     (["pretrain-clip", "--queue-size", "0"], "--queue-size does nothing in pretrain-clip"),
     (["--val", "val.json"], "--val is of own data"),
+    (["--image-root", "pictures"], "--image-root is of own data"),
     (["--min-length", "31"], "--min-length 31 is more than --max-length 30"),
     (["--batch-size", "4", "--accumulate", "4"], "ITM needs a second one as a negative"),
     (["language-model", "--heads", "5"], "--width 128 is not a multiple of --heads 5"),
@@ -541,6 +542,15 @@ def test_a_finetuning_that_cannot_start_says_why(tmp_path, pretrained, capsys, t
     assert finetune(task, pretrained, tmp_path / "a", *flags) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1 and not (tmp_path / "a").exists()
+
+
+def test_a_start_in_the_runs_folder_is_refused(pretrained, tmp_path, capsys):
+    """It would be moved aside, and the same command would not find it again."""
+    (tmp_path / "run").mkdir()
+    start = tmp_path / "run/best.pt"
+    start.write_bytes(pretrained.read_bytes())
+    assert finetune("caption", start, tmp_path / "run") == 2
+    assert "best.pt lies in the folder" in capsys.readouterr().err and start.exists()
 
 
 def test_own_files_in_the_runs_folder_are_refused_and_left_alone(tmp_path, capsys):

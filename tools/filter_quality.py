@@ -4,6 +4,7 @@ The filter judges each picture with its own text and with another picture's. A g
 first and not the second, at whatever threshold.
 """
 
+import math
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -119,4 +120,5 @@ def print_quality(quality: dict, threshold: float, name: str) -> None:
         print0(f"WARNING {name} can hardly tell a true text from a false one: what it keeps is "
                "little better than what it drops. Finetune it longer or on more human pairs")
     elif gain > 0.05:
-        print0(f"{name}: --threshold {quality['best_threshold']:.2g} would accept {share(at_best)}")
+        best = math.floor(1e4 * quality["best_threshold"]) / 1e4  # up, and it would accept less
+        print0(f"{name}: --threshold {best:g} would accept {share(at_best)}")

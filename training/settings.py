@@ -203,8 +203,10 @@ def combine(given: dict, start: dict | None) -> tuple[object, TrainConfig]:
     settings = preset_settings(name, preset, bool(given.get("data"))) | {"preset": preset}
     recipe = TrainConfig(**(settings | given_for(TrainConfig, given)))
     check_read(task, given)
-    if recipe.val and not recipe.data:
-        raise SettingError("--val is of own data: give --data too, or leave it out")
+    for flag in ("val", "image_root"):
+        if getattr(recipe, flag) and not recipe.data:
+            raise SettingError(f"{flag_name(flag)} is of own data: give --data too, or leave it "
+                               "out")
     own = given_for(task.config, given)
     if not start:
         if task.start_is_needed:

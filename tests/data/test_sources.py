@@ -15,7 +15,7 @@ import pytest
 from PIL import Image, ImageColor
 from test_files import write_json
 
-from data.datasets import ImageDataset, Pair, caption_collate, name_hash
+from data.datasets import ImageDataset, Pair, caption_collate, name_hash, some_examples
 from data.files import InputError
 from data.sources import Mixture, PairIndex, open_mixture, tar_records, with_shares
 from data.text import Tokenizer
@@ -106,6 +106,24 @@ def test_shares_of_an_epoch_go_through_everything():
         seen += names[4:]
     assert sorted(seen) == sorted(f"s/b{i}" for i in range(10))
     assert [p.image for p in Mixture(rows[:1], [2.0], [""])] == ["a0", "a1", "a2", "a3"] * 2
+
+
+def test_images_of_several_sources_are_told_apart_by_their_paths():
+    """Each source may number its images from 0; a picture that stands in two lists is one."""
+    rows = [[Pair("1.jpg", ("a",), 1), Pair("1.jpg", ("b",), 1)], [Pair("1.jpg", ("c",), 1)]]
+    apart = [pair.image_id for pair in Mixture(rows, [1.0, 1.0], ["r", "s"])]
+    assert apart[0] == apart[1] != apart[2]
+    assert len({pair.image_id for pair in Mixture(rows, [1.0, 1.0], ["r", "r"])}) == 1
+    assert [pair.image_id for pair in Mixture(rows[:1], [1.0], ["r"])] == [1, 1]
+
+
+def test_a_sample_of_a_mixture_is_of_all_rows():
+    """The vocabulary and the digest of the data: later epochs read other rows."""
+    rows = [Pair(f"{i}.jpg", (f"text {i}",), i) for i in range(10)]
+    dataset = ImageDataset(Mixture([rows], [0.2], ["r"]), "", 16)
+    assert [example.captions for example in some_examples(dataset, 100)] == [
+        (f"text {i}",) for i in range(10)]
+    assert len(list(some_examples(dataset, 5))) == 5 and len(dataset) == 2
 
 
 def test_a_source_with_a_share(tmp_path):

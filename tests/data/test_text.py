@@ -43,6 +43,16 @@ def test_training_a_vocabulary_repeats():
     assert len({tuple(Tokenizer.train(texts, size).vocab) for size in (60, 60, 60, 60)}) == 1
 
 
+def test_chinese_signs_get_a_piece_each():
+    """They stand alone, so a piece for the inside of a word would be wasted."""
+    signs = [chr(0x4E00 + i) for i in range(300)]
+    texts = ["".join(signs[i:i + 10]) for i in range(0, 300, 3)] + ["a dog and a boat"] * 5
+    start = Tokenizer.train(["a dog and a boat"] * 5, 60)
+    wider = start.with_pieces_of(texts, 300)
+    assert all(wider.can_spell(sign) for sign in signs)
+    assert not any(piece.startswith("##") and piece[2:] in signs for piece in wider.vocab)
+
+
 def test_bert_vocabulary_gives_the_released_ids():
     ref = reference("b_pretrain_parts.pt")
     tokenizer = Tokenizer.from_file(REFERENCE / "vocab.txt")

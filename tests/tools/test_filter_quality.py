@@ -8,7 +8,7 @@ import torch
 
 from data.sources import PairIndex
 from data.text import clean_caption
-from tools.filter_quality import filter_quality, report_filters
+from tools.filter_quality import filter_quality, print_quality, report_filters
 from world.datasets import World
 
 
@@ -20,6 +20,13 @@ def test_shares_auc_and_threshold():
     assert quality["auc"] == pytest.approx((3 * 4 + 1.5) / 16)
     assert quality["best_threshold"] == 0.7
     assert quality["accepted_at_best"] == {"true": 0.75, "false": 0.0}
+
+
+def test_the_threshold_that_is_printed_accepts_what_is_said(capsys):
+    """Rounded up to 1 it would accept nothing."""
+    own, others = np.array([0.9987, 0.9986, 0.9985]), np.array([0.99, 0.5, 0.4])
+    print_quality(filter_quality(own, others, threshold=0.5), 0.5, "filter")
+    assert "--threshold 0.9985 would accept 100 % and 0 %" in capsys.readouterr().out
 
 
 @dataclass
