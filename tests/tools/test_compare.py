@@ -111,8 +111,9 @@ def test_runs_of_edited_code_are_not_pooled_with_others(tmp_path, capsys):
     folders = [make_run(tmp_path / f"{code}-{seed}", seed, 0.5 + 0.1 * (code == "b"), code=code)
                for code in ("a", "b") for seed in (0, 1)]
     assert compare.main([*map(str, folders), "--out", str(tmp_path / "out")]) == 0
-    header = capsys.readouterr().out.splitlines()[0]
+    header, *rest = capsys.readouterr().out.splitlines()
     assert "`code a` (seeds 0, 1)" in header and "`code b` (seeds 0, 1)" in header
+    assert f"- `code b`: {folders[2]}, {folders[3]}" in rest  # which runs these are
 
 
 def test_finetunings_from_a_start_for_each_seed_are_one_group(tmp_path, capsys):
