@@ -200,6 +200,8 @@ def read_tensors(path: str | Path) -> dict:
                          "the .bin or .pth file")
     except FileNotFoundError:
         raise InputError(f"checkpoint {path} does not exist; check the path")
+    except PermissionError:
+        raise InputError(f"checkpoint {path} may not be read; give yourself the permission")
     except pickle.UnpicklingError:
         raise InputError(f"checkpoint {path} holds pickled code or is no checkpoint: refused, "
                          "because loading it could run that code; save a plain state dict of "

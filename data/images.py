@@ -143,12 +143,17 @@ def open_member(root: str | Path, name: str) -> str | BytesIO:
         return BytesIO(file.read(size))
 
 
+CLOSED = "may not be read: no permission"
+
+
 def require_file(path: str | Path) -> str | Path:
     """The path of a regular file. Raises PictureError."""
     try:
         return regular_file(path)
     except FileNotFoundError:
         raise PictureError("missing")
+    except PermissionError:
+        raise PictureError(CLOSED)
     except OSError:
         raise PictureError("no regular file")
 
@@ -170,6 +175,8 @@ def decoding(what: str = "image") -> Iterator[None]:
         raise
     except (Image.DecompressionBombError, MemoryError):
         raise PictureError("too large")
+    except PermissionError:
+        raise PictureError(CLOSED)
     except Exception:  # a damaged file makes the decoders raise nearly anything
         raise PictureError(f"damaged or no {what}")
 

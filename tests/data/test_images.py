@@ -159,6 +159,16 @@ def test_why_a_picture_cannot_be_read(tmp_path, monkeypatch):
             load_image(tmp_path / name, 16)
 
 
+@pytest.mark.parametrize("closed", ["os.stat", "PIL.Image.open"])  # its folder, or itself
+def test_a_picture_without_permission_is_not_called_damaged(tmp_path, monkeypatch, closed):
+    picture(tmp_path / "a.png")
+    def refuse(*arguments, **options):
+        raise PermissionError("denied")
+    monkeypatch.setattr(closed, refuse)
+    with pytest.raises(OSError, match="may not be read: no permission"):
+        load_image(tmp_path / "a.png", 16)
+
+
 def test_no_format_but_the_named_ones_is_opened(tmp_path, monkeypatch):
     """An EPS file under another name would start Ghostscript."""
     picture(tmp_path / "a.eps")

@@ -36,6 +36,15 @@ def test_a_checkpoint_that_holds_code_is_refused(tmp_path, capsys):
     assert "code ran" not in capsys.readouterr().out
 
 
+def test_a_checkpoint_without_permission_is_not_called_damaged(tmp_path, monkeypatch):
+    checkpoints.save(tmp_path / "whole.pt", {"weight": torch.randn(10)})
+    def refuse(*arguments, **options):
+        raise PermissionError("denied")
+    monkeypatch.setattr(torch, "load", refuse)
+    with pytest.raises(InputError, match="whole.pt may not be read; give yourself the permission"):
+        checkpoints.load(tmp_path / "whole.pt")
+
+
 def test_missing_cut_short_and_foreign_checkpoints(tmp_path):
     with pytest.raises(InputError, match="nothing.pt does not exist"):
         checkpoints.load(tmp_path / "nothing.pt")
