@@ -295,10 +295,9 @@ def evaluate_questions(trained: TrainedModel, dataset: Dataset,
     """
     evaluation = vqa.evaluate(trained, dataset, settings, answer_questions)
     if settings.baselines and isinstance(dataset, Questions):
-        ways = {"dialog_accuracy": dict(dialogs=dialogs_before(trained, dataset)),
-                "other_accuracy": dict(shift=1)}
-        if not ways["dialog_accuracy"]["dialogs"]:
-            del ways["dialog_accuracy"]
+        dialogs = dialogs_before(trained, dataset)
+        ways = {"dialog_accuracy": dict(dialogs=dialogs)} if dialogs else {}
+        ways["other_accuracy"] = dict(shift=1)
         for name, how in ways.items():
             records = answer_questions(trained, dataset, settings, **how)
             examples = [dataset.example(record["index"]) for record in records]

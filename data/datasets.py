@@ -232,14 +232,12 @@ def some_examples(dataset: Dataset, most: int) -> Iterator:
 
     Of a mixture all rows count, also those that later epochs read.
     """
-    examples = getattr(dataset, "examples", None)
-    if hasattr(examples, "whole"):
-        examples = examples.whole()
-        for index in range(0, len(examples), max(1, len(examples) // most)):
-            yield examples[index]
-        return
-    for index in range(0, len(dataset), max(1, len(dataset) // most)):
-        yield dataset.example(index)
+    count, read = len(dataset), dataset.example
+    if hasattr(getattr(dataset, "examples", None), "whole"):
+        rows = dataset.examples.whole()
+        count, read = len(rows), rows.__getitem__
+    for index in range(0, count, max(1, count // most)):
+        yield read(index)
 
 
 def some_pictures(dataset: Dataset) -> list[Path]:

@@ -123,9 +123,11 @@ def check_mining(student, grader: Grader) -> None:
             seen.append(given / given.sum(1, keepdim=True))
             return given.argmax(1)
         index = mine(*arguments, draw=draw)
-        if index is None or seen:
-            return seen[0] if index is not None else None
-        return "an index without a call of draw: end with `return draw(weights)`"
+        if index is None:
+            return None
+        if not seen:
+            return "an index without a call of draw: end with `return draw(weights)`"
+        return seen[0]
     sim = torch.tensor([[9.0, 5.0, 1.0, 1.0]])
     positives = torch.tensor([[True, False, False, False]])
     exps = [math.exp(x) for x in (9, 5, 1, 1)]

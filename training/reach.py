@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from config import OBJECTIVES, TrainConfig
 from data.files import InputError
 from training import devices
+from training.settings import flag_name
 
 WeightOf = Callable[[str], float]  # name of a loss -> its weight in the sum
 
@@ -91,10 +92,9 @@ def require_read_weights(config: TrainConfig, losses: set[str]) -> None:
         name = f.name.removesuffix("_weight")
         changed = name != f.name and getattr(config, f.name) != f.default
         if changed and name not in losses and name not in OBJECTIVES:
-            flag = "--" + f.name.replace("_", "-")
-            raise InputError(f"{flag} does nothing in {config.task}: its model returns no loss "
-                             f"{name!r}, but {', '.join(sorted(losses))}; leave it out, or name "
-                             "the task that has this loss")
+            raise InputError(f"{flag_name(f.name)} does nothing in {config.task}: its model "
+                             f"returns no loss {name!r}, but {', '.join(sorted(losses))}; leave "
+                             "it out, or name the task that has this loss")
 
 
 def require_same_losses(losses: dict, expected: set[str], step: int) -> None:
