@@ -190,7 +190,7 @@ def run(o: argparse.Namespace) -> None:
             print_truth(truth_of_set(folder, world.web(o.seed)))
         bootstrapped, root = str(folder / "bootstrapped.json"), report["image_root"]
         if o.pretrain is None:
-            print0(f"to pretrain on it: python train.py --data {bootstrapped} --image-root {root}")
+            print0(f'next: python train.py --data "{bootstrapped}" --image-root "{root}"')
         else:
             print0("== pretrain a new model on the bootstrapped set")
             model = pretrain(folder / "model", [bootstrapped], root)

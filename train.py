@@ -18,6 +18,7 @@ curves.png (at the end).
 
 import math
 import os
+import shlex
 import sys
 import time
 from collections import Counter
@@ -55,7 +56,7 @@ from training.vocabulary import texts_of
 
 # ---- the loop ------------------------------------------------------------------------------------
 
-@devices.memory_watched()
+@devices.failures_explained()
 def train(run: Run) -> bool:
     """Train to the end -> True, or until a signal asks to stop -> False.
 
@@ -356,16 +357,15 @@ def run_all(given: dict, resume: bool) -> int:
     """Set up, train, evaluate -> exit status."""
     run = start(given, resume)
     describe(run)
+    go_on = f"python train.py --resume --out {shlex.quote(run.config.out)}"
     if not train(run):
-        print0(f"stopped at step {run.step} of {run.steps}; continue with: python train.py "
-               f"--resume --out {run.config.out}")
+        print0(f"stopped at step {run.step} of {run.steps}; continue with: {go_on}")
         return 130
     print0(f"trained for {run.seconds / 60:.1f} minutes; evaluating")
     try:
         evaluation = evaluate(run)
     except KeyboardInterrupt:
-        raise KeyboardInterrupt("interrupted; the training is done: judge it with: python train.py "
-                                f"--resume --out {run.config.out}")
+        raise KeyboardInterrupt(f"interrupted; the training is done: judge it with: {go_on}")
     if distributed.rank() == 0:
         report(run, evaluation.numbers)
     return 0
@@ -427,7 +427,7 @@ def report(run: Run, numbers: dict) -> None:
     pictures = "; pictures: samples.png" if "samples.png" in files else ""
     print(f"wrote {run.out}/{', '.join(files)} (all numbers: metrics.json{pictures})")
     if run.config.task == "pretrain":
-        checkpoint = f"--checkpoint {run.out}/checkpoint.pt"
+        checkpoint = f"--checkpoint {shlex.quote(str(run.out))}/checkpoint.pt"
         print(f"try next: python eval.py describe PICTURE {checkpoint}\n"
               f"          python eval.py search \"a small red star\" --images FOLDER {checkpoint}\n"
               f"          edit itc_loss in losses.py, then python train.py --out runs/mine",

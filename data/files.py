@@ -243,7 +243,7 @@ def whole_file(path: str | Path, mode: str = "w") -> Iterator:
         reason = getattr(error, "strerror", None) or (str(error) or repr(error)).splitlines()[0]
         raise InputError(f"{path} could not be written ({reason}); what was there before is as it "
                          "was: make room or give another folder; then give the same command again, "
-                         "train.py's with --resume")
+                         "train.py's with --resume if its folder holds a checkpoint")
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -110,7 +110,10 @@ def read_pairs(path: str | Path, image_root: str | Path | None = None, split: st
         print(f"{len(empty)} records have an empty caption (the first: {empty[0]}) and are left "
               "out", file=sys.stderr)
     if not pairs:
-        raise InputError(f"{path} holds no image with a caption in split {split!r}")
+        if is_karpathy(path):
+            raise InputError(f"{path} holds no image with a caption in split {split!r}; set "
+                             f"\"split\" to {split!r} in some images, or give another file")
+        raise InputError(f"{path} holds no image with a caption; give a file with some")
     return pairs
 
 

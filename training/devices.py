@@ -110,14 +110,17 @@ def generators_kept(device: torch.device) -> Iterator[None]:
     set_generator_state(device, state)
 
 
-# ---- memory --------------------------------------------------------------------------------------
+# ---- failures ------------------------------------------------------------------------------------
 
 @contextlib.contextmanager
-def memory_watched() -> Iterator[None]:
-    """Within it a device that is out of memory is one sentence: an InputError."""
+def failures_explained() -> Iterator[None]:
+    """Within it a device out of memory, or without a compiler, is one sentence: an InputError."""
     try:
         yield
     except RuntimeError as error:  # CUDA's is torch.OutOfMemoryError; MPS has none of its own
+        if "InvalidCxxCompiler" in str(error):
+            raise InputError("--compile needs a C++ compiler, and there is none; install g++ or "
+                             "clang (its name may stand in CXX), or leave --compile out")
         if "out of memory" not in str(error):
             raise
         raise InputError("the device is out of memory; give a larger --accumulate (this also with "

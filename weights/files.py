@@ -1,6 +1,5 @@
 """State dicts from files, and how they are copied into a model by names."""
 
-
 import torch
 from torch import Tensor, nn
 
@@ -22,11 +21,12 @@ def state_dict_of(path: str) -> dict[str, Tensor]:
     return weights
 
 
-def fill(model: nn.Module, weights: dict[str, Tensor], names: Names, path) -> tuple[set, set]:
+def fill(model: nn.Module, weights: dict[str, Tensor], names: Names, path,
+         new_words: int = 0) -> tuple[set, set]:
     """Copy what `weights` holds into the model -> data pointers that were set, names used.
 
-    Positions are resized. Word embeddings may be more than given: [DEC] and [ENC] come after
-    BERT's. Raises InputError where a size does not fit.
+    Positions are resized. new_words: how many words the model may have beyond the given ones; they
+    keep their values. Raises InputError where a size does not fit.
     """
     ours, filled, used = model.state_dict(), set(), set()  # state_dict() aliases the parameters
     for name, sources in names:
@@ -38,8 +38,8 @@ def fill(model: nn.Module, weights: dict[str, Tensor], names: Names, path) -> tu
         if name.endswith("pos_embed"):
             value = resize_positions(value, ours[name].shape[1])
         target = ours[name]
-        if name.endswith(("word.weight", "lm_head.bias")) and len(value) == len(target) - 2:
-            target = target[:-2]
+        if name.endswith(("word.weight", "lm_head.bias")) and len(value) == len(target) - new_words:
+            target = target[:len(value)]
         if target.shape != value.shape:
             raise InputError(f"{path}: {sources[0]} makes {tuple(value.shape)} where the model has "
                              f"{tuple(target.shape)}; give weights of the model's size")

@@ -186,7 +186,7 @@ def export(model: BLIP, kind: str = "pretrain") -> dict[str, Tensor]:
     """State dict with the released key names.
 
     kind "caption" holds ViT and decoder, "retrieval" ViT, text encoder, projections and ITM head,
-    "pretrain" all of it with twins and queues.
+    "pretrain" all of it with twins and queues. Raises InputError for a model with other parts.
     """
     parts = {"caption": ("visual_encoder.", "text_decoder."),
              "retrieval": ("visual_encoder.", "text_encoder.", "vision_proj.", "text_proj.",
@@ -194,6 +194,9 @@ def export(model: BLIP, kind: str = "pretrain") -> dict[str, Tensor]:
     ours, released = model.state_dict(), {}
     for name, sources in pretrain_names(model.config):
         if sources[0].startswith(parts):
+            if name not in ours:
+                raise InputError(f"the model has no {name}, which a released BLIP has; only one "
+                                 "with this project's ViT and MED can be exported")
             for source, value in zip(sources, split_rows(ours[name], len(sources))):
                 released[source] = value.clone()
     if kind != "retrieval":

@@ -42,7 +42,8 @@ def start_from(model: BLIP, vit: str = "", text: str = "") -> str:
             continue
         weights = {re.sub(r"^bert\.", "", name).replace("gamma", "weight").replace("beta", "bias"):
                    value for name, value in state_dict_of(path).items()}
-        _, used = fill(model, weights, names, path)
+        # [DEC] and [ENC] come after BERT's words.
+        _, used = fill(model, weights, names, path, new_words=2)
         absent = [source for _, sources in names for source in sources if source not in weights]
         if len(used) < len(names) / 2:
             raise InputError(f"{path} lacks {absent[0]} and {len(absent) - 1} more: it is no "

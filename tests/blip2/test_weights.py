@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch import nn
 
 from blip2 import weights
 from blip2.config import Blip2Config
@@ -13,6 +14,7 @@ from blip2.stage2 import Stage2, Stage2Config
 from blip2.texts import encode_texts
 from config import SettingError
 from data.files import InputError
+from weights.files import fill
 
 OPT = LanguageConfig(width=16, depth=1, heads=2, ffn=32, max_positions=40, vocab_size=30, eos_id=4)
 T5 = LanguageConfig(kind="encoder-decoder", width=16, depth=1, heads=2, head_width=8, ffn=32,
@@ -122,6 +124,9 @@ def test_misuse_is_said():
         Blip2Config(**SMALL | dict(dec_id=30))
     with pytest.raises(SettingError, match="--farthest 16"):
         replace(T5, farthest=16)
+    names = [("word.weight", ["there"])]  # BLIP may have two words more than BERT, BLIP-2 none
+    with pytest.raises(InputError, match="give weights of the model's size"):
+        fill(nn.ModuleDict({"word": nn.Embedding(7, 3)}), {"there": torch.ones(5, 3)}, names, "x")
     Blip2Config(**SMALL | dict(vit_depth=0, vit_heads=12))  # no image encoder: heads do not matter
 
 

@@ -64,6 +64,8 @@ def test_karpathy_json(tmp_path):
     assert read_pairs(path, split="test") == [
         Pair("val2014/d.jpg", ("A dog.", "Dogs"), name_hash("val2014/d.jpg"),
              "val2014/d.jpg")]
+    with pytest.raises(InputError, match="k.json .* in split 'dev'; set .split. to 'dev' in some"):
+        read_pairs(path, split="dev")
 
 
 @pytest.mark.parametrize("content, message", [

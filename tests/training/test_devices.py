@@ -1,10 +1,15 @@
-"""Which device a process gets; generators of a device that this machine lacks; full memory."""
+"""Which device a process gets; generators of a device that this machine lacks; full memory;
+no compiler."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import run
+from conftest import SMALL, run
 
 import train
 from blip import BLIP
@@ -90,10 +95,25 @@ def test_the_generator_of_any_device_is_saved_and_restored(tmp_path, monkeypatch
     assert device.state.tolist() == [1, 2]
 
 
-def test_full_memory_is_one_sentence(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("failure, remedies", [
+    (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB."),
+     ("--accumulate", "--batch-size", "--grad-checkpoint")),
+    (RuntimeError("InvalidCxxCompiler: No working C++ compiler found"), ("g++", "--compile"))])
+def test_what_a_device_lacks_is_one_sentence(tmp_path, monkeypatch, capsys, failure, remedies):
     def forward(self, **inputs):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+        raise failure
     monkeypatch.setattr(BLIP, "forward", forward)
     assert run(tmp_path / "a", "--scenes", 16) == 2
     told = capsys.readouterr().err
-    assert all(flag in told for flag in ("--accumulate", "--batch-size", "--grad-checkpoint"))
+    assert all(remedy in told for remedy in remedies)
+
+
+@pytest.mark.slow
+def test_without_a_compiler_compiling_is_refused_in_one_sentence(tmp_path):
+    """In a program of its own: torch keeps the first compiler that it finds."""
+    command = [sys.executable, "train.py", *SMALL, "--scenes", "16", "--compile", "true",
+               "--out", str(tmp_path / "a")]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(train.__file__).parent,
+                          env=os.environ | {"CXX": "no-such-compiler"})
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert "--compile needs a C++ compiler" in done.stderr

@@ -123,6 +123,13 @@ def test_a_retrieval_model_without_decoder_or_twins():
         "visual_encoder", "text_encoder", "vision_proj", "text_proj", "itm_head"}
 
 
+def test_an_image_encoder_of_ones_own_does_not_go_out():
+    model = toy_model()
+    model.vit = torch.nn.Conv2d(3, 8, 4)
+    with pytest.raises(InputError, match="the model has no vit.* only one with this project's"):
+        export(model)
+
+
 @pytest.mark.parametrize("kind", ["pretrain", "caption", "retrieval"])
 @pytest.mark.parametrize("transformers", [False, True])
 def test_out_and_in_again(tmp_path, kind, transformers):
