@@ -86,6 +86,13 @@ def run(out, *flags) -> int:
     return train.main([*SMALL, "--out", str(out), *map(str, flags)])
 
 
+def finetune(task, init, out, *flags) -> int:
+    return train.main([task, "--init", str(init), "--out", str(out), "--batch-size", "8",
+                       "--scenes", "32", "--eval-size", "12", "--eval-top-k", "3",
+                       "--min-steps", "0", "--log-every", "1", "--workers", "0",
+                       *map(str, flags)])
+
+
 def photographs(folder: Path, count: int = 40, caption: str = "") -> Path:
     """World scenes saved as photographs with a BLIP json: rows of one caption to train, lists to
     evaluate. caption: of each of them, else what is true."""

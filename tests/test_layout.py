@@ -118,6 +118,11 @@ def test_files_and_functions_stay_short(path):
             assert node.end_lineno - node.lineno < 60, node.name
 
 
+def test_files_of_tests_stay_short():
+    for path in (ROOT / "tests").rglob("*.py"):
+        assert len(path.read_text().splitlines()) <= 450, path
+
+
 @pytest.mark.parametrize("path", FILES, ids=name_of)
 def test_docstrings_open_with_one_short_sentence(path):
     """At most 88 characters, then a blank line; every public function and class has one."""

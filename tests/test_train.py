@@ -1,233 +1,31 @@
-"""The command line, the schedules, and whole runs small enough for a test."""
+"""Whole runs, small enough for a test: what they write, refuse and resume."""
 
-import argparse
-import ast
-import dataclasses
 import functools
 import json
-import math
 import os
-import re
 import subprocess
 import sys
 import time
 from collections import Counter
-from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import SMALL, equal_states, photographs, run
+from conftest import SMALL, equal_states, finetune, photographs, run
 from PIL import Image
 
 import blip
 import train
-from blip import BLIP
 from config import (
-    OBJECTIVES,
-    BLIPConfig,
     TrainConfig,
-    alpha_at,
-    learning_rate,
-    objectives_at,
-    setting,
 )
 from data.datasets import ImageDataset, Pair
 from data.files import InputError
 from tasks.registry import TASKS
-from tasks.task import SOME_READ, EvalSettings
 from training import checkpoints, distributed, program
-from training.code import code_of
-from training.run import EpochBatches, Run, digest_of_data, open_datasets
-from training.settings import add_flags, parse, resolve, training_flags
-from world.datasets import World
-
-# ---- command line ----
-
-@pytest.mark.parametrize("flags, message", [
-    (["--nonsense", "1"], "unrecognized arguments: --nonsense"),
-    (["--batch", "8"], "unrecognized arguments"),  # no abbreviations
-    (["--augment", "maybe"], "neither true nor false"),
-    (["--data", ""], "--data is empty; give a name, or leave the flag out"),
-    (["--out", ""], "--out is empty"),
-    (["captions"], "'captions' is no task; choose one of pretrain, retrieval, caption")])
-def test_a_wrong_flag_is_an_error(flags, message, capsys):
-    with pytest.raises(SystemExit) as stopped:
-        parse(flags, "")
-    assert stopped.value.code == 2 and message in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("flags, message", [
-    (["--schedule", "linear"], "--schedule is 'linear'; choose one of step, cosine"),
-    (["--preset", "huge"], "choose one of base, large, tiny"),
-    (["--vit-heads", "7"], "not a multiple of --vit-heads"),
-    (["--itc-weight", "0", "--itm-weight", "0", "--lm-weight", "0"], "above 0"),
-    (["--prompt", "a"], "--prompt does nothing in pretrain; leave it out (it is a setting of"),
-    (["pretrain", "--all-negatives", "true"], "--all-negatives does nothing in pretrain"),
-    (["vqa", "--lm-weight", "2"], "--lm-weight does nothing in vqa"),
-    (["vqa", "--alpha", "0"], "--alpha does nothing in vqa"),
-    (["nlvr2", "--label-smoothing", "0"], "--label-smoothing does nothing in nlvr2"),
-    (["pretrain-clip", "--queue-size", "0"], "--queue-size does nothing in pretrain-clip"),
-    (["--val", "val.json"], "--val is of own data"),
-    (["--image-root", "pictures"], "--image-root is of own data"),
-    (["--min-length", "31"], "--min-length 31 is more than --max-length 30"),
-    (["--batch-size", "4", "--accumulate", "4"], "ITM needs a second one as a negative"),
-    (["language-model", "--heads", "5"], "--width 128 is not a multiple of --heads 5"),
-    (["language-model", "--heads", "2"], "--near-heads 4 is more than --heads 2"),
-    (["caption"], "caption starts from another model: give --init CHECKPOINT, which "
-                  "`python train.py` writes")])
-def test_a_setting_that_cannot_be_is_one_sentence(flags, message, capsys):
-    assert train.main(flags) == 2
-    error = capsys.readouterr().err
-    assert message in error and error.startswith("error: ") and error.count("\n") == 1
-
-
-@pytest.mark.parametrize("task", ["pretrain", "caption", "vqa", "nlvr2", "pretrain-clip"])
-def test_help_lists_every_field_that_a_task_reads_with_its_meaning(task, capsys):
-    with pytest.raises(SystemExit):
-        parse([task, "--help"], "")
-    text = " ".join(capsys.readouterr().out.split())
-    for f in (*fields(TrainConfig), *fields(BLIPConfig)):
-        if f.metadata.get("flag", True):
-            about = " ".join(f.metadata["about"].split())
-            shown = f"--{f.name.replace('_', '-')} " in text and about in text
-            assert about and shown == (f.name not in SOME_READ or f.name in TASKS[task].reads)
-
-
-def test_a_flag_of_a_file_knows_the_home_folder(monkeypatch):
-    monkeypatch.setenv("HOME", "/home/me")
-    assert parse(["--out=~/runs", "--prompt", ""], "")[0] == {"out": "/home/me/runs", "prompt": ""}
-
-
-def test_a_length_is_compared_with_the_presets_not_with_the_papers():
-    assert training_flags("--min-length 25") == {"min_length": 25}
-    assert resolve({"min_length": 25})[1].max_length == 30
-
-
-def test_a_setting_that_there_is_not_is_told():
-    with pytest.raises(ValueError, match="caption has no setting 'label_smoothin'"):
-        resolve({"task": "caption", "label_smoothin": 0.1})
-
-
-def test_a_flag_of_another_type_is_told():
-    @dataclasses.dataclass(frozen=True)
-    class Mine:
-        margin: float | None = setting(None, "of mine")
-    with pytest.raises(TypeError, match="Mine.margin is a float | None, and a flag must be"):
-        add_flags(argparse.ArgumentParser(), Mine, {})
-
-
-def test_a_loss_of_ones_own_has_the_weight_that_the_settings_give_it():
-    @dataclasses.dataclass(frozen=True)
-    class Mine(TrainConfig):
-        own_weight: float = 3.0
-    run = SimpleNamespace(config=Mine(lm_weight=0.5), task=TASKS["pretrain-albef"])
-    weights = [Run.weight_of(run, loss) for loss in ("itc", "lm", "mlm", "own", "other")]
-    assert weights == [1.0, 0.5, 0.5, 3.0, 1.0]
-
-
-def test_a_field_needs_no_text_and_no_range():
-    """A student's new setting is a flag at once."""
-    @dataclasses.dataclass(frozen=True)
-    class Mine:
-        margin: float = 0.1
-        depth: int = setting(3, "how deep", least=1, most=9)
-    parser = argparse.ArgumentParser()
-    add_flags(parser, Mine, {})
-    given = vars(parser.parse_args(["--margin", "0.5"]))
-    assert given == {"margin": 0.5} and "--depth" in parser.format_help()
-
-
-@pytest.mark.parametrize("given, message", [
-    ({"lr": 0.0}, "--lr is 0.0; it must be above 0"),
-    ({"epochs": 0}, "--epochs is 0; it must be at least 1"),
-    ({"alpha": 1.5}, "--alpha is 1.5; it must be at most 1"),
-    ({"max_broken": float("nan")}, "--max-broken is nan; give a number"),
-    ({"temp": float("inf")}, "--temp is inf; give a number"),
-    ({"max_positions": 16, "max_length": 16}, "--max-tokens is 30, more than the model's 16"),
-    ({"task": "nothing"}, "'nothing' is no task; choose one of pretrain")])
-def test_what_is_out_of_range_is_told_before_anything_starts(given, message):
-    with pytest.raises(ValueError, match=re.escape(message)):
-        resolve(given)
-
-
-def test_blip2s_images_fit_the_patches_of_their_start():
-    """The paper's 364 and 490 are multiples of 14; this project's ViT has patches of 16."""
-    model, recipe = resolve({"task": "blip2-stage1"}, {
-        "model_config": dataclasses.asdict(BLIPConfig()), "train_config": {"preset": "base"}})
-    assert not recipe.rand_augment and TrainConfig().rand_augment
-    for task, size in (("blip2-retrieval", 368), ("blip2-caption", 368), ("blip2-vqa", 496)):
-        before = "blip2-stage1" if task == "blip2-retrieval" else "blip2-stage2"
-        start = {"model_config": dataclasses.asdict(TASKS[before].config(**{
-                     f.name: getattr(model, f.name) for f in fields(model)})),
-                 "train_config": {"preset": "base", "task": before}}
-        assert resolve({"task": task}, start)[0].image_size == size
-
-
-def test_presets_are_the_papers_and_flags_override_them():
-    model, recipe = resolve(parse(["--preset", "base"], "")[0])
-    assert (model == BLIPConfig()
-            and (recipe.lr, recipe.batch_size, recipe.epochs) == (3e-4, 2880, 20))
-    model, recipe = resolve(parse(["--preset", "large", "--lr", "1e-4"], "")[0])
-    assert (model.vit_width, model.drop_path, recipe.lr, recipe.batch_size) == (
-        1024, 0.1, 1e-4, 2400)
-
-
-def test_finetuning_takes_the_papers_recipe_and_the_checkpoints_model():
-    start = {"model_config": dataclasses.asdict(BLIPConfig(vit_depth=3)),
-             "train_config": {"preset": "base"}}
-    model, recipe = resolve({"task": "retrieval"}, start)
-    assert (model.vit_depth, model.image_size) == (3, 384) and recipe.objective_weights()["lm"] == 0
-    assert (recipe.lr, recipe.batch_size, recipe.epochs, recipe.max_tokens, recipe.schedule,
-            recipe.warmup_steps, recipe.crop_min, recipe.min_lr) == (
-                1e-5, 256, 6, 35, "epoch_cosine", 0, 0.5, 0.0)
-    model, recipe = resolve({"task": "caption", "image_size": 224}, start)
-    assert model.image_size == 224 and (recipe.prompt, recipe.epochs, recipe.max_tokens) == (
-        "a picture of", 5, 40)
-    assert [learning_rate(recipe, step, 10) for step in (0, 9, 10, 49)] == pytest.approx(
-        [1e-5, 1e-5, 1e-5 * (1 + math.cos(math.pi / 5)) / 2,
-         1e-5 * (1 + math.cos(math.pi * 4 / 5)) / 2])
-    start["train_config"]["preset"] = "large"
-    assert resolve({"task": "caption"}, start)[1].lr == 2e-6
-    with pytest.raises(ValueError, match="--vit-depth is 3 in the weights of --init"):
-        resolve({"task": "caption", "vit_depth": 4}, start)
-
-
-# ---- schedules ----
-
-def test_learning_rate_of_the_paper():
-    base = TrainConfig(preset="base", warmup_steps=10)
-    rates = [learning_rate(base, step, 100) for step in (0, 5, 10, 99, 100, 250, 1900)]
-    assert rates == pytest.approx([1e-6, 1e-6 + (3e-4 - 1e-6) / 2, 3e-4, 3e-4, 3e-4 * 0.85,
-                                   3e-4 * 0.85 ** 2, max(3e-4 * 0.85 ** 19, 1e-6)])
-    cosine = TrainConfig(schedule="cosine", epochs=1, warmup_steps=0, lr=1.0, min_lr=0.0)
-    assert [learning_rate(cosine, s, 100) for s in (0, 50)] == pytest.approx([1.0, 0.5])
-    assert learning_rate(cosine, 100, 100) == pytest.approx(0.0)
-    for schedule in ("step", "cosine"):  # below --min-lr it is left as it was asked for
-        low = TrainConfig(schedule=schedule, warmup_steps=0, lr=1e-8)
-        assert learning_rate(low, 0, 100) == learning_rate(low, 300, 100) == 1e-8
-
-
-def test_alpha_ramps_from_the_first_step_with_itc():
-    early = TrainConfig(alpha_epochs=2)
-    assert [alpha_at(early, s, 100) for s in (0, 100, 200, 900)] == pytest.approx(
-        [0, 0.2, 0.4, 0.4])
-    late = TrainConfig(alpha_epochs=1, lm_only_steps=50)
-    assert [alpha_at(late, s, 100) for s in (50, 100, 150)] == pytest.approx([0, 0.2, 0.4])
-    without_lm = TrainConfig(alpha_epochs=1, lm_only_steps=50, lm_weight=0)
-    assert [alpha_at(without_lm, s, 100) for s in (0, 50, 100)] == pytest.approx([0, 0.2, 0.4])
-
-
-def test_objectives_follow_weights_and_warm_start():
-    assert objectives_at(TrainConfig(), 0) == ("itc", "itm", "lm")
-    warm = TrainConfig(lm_only_steps=5, itm_weight=0)
-    assert objectives_at(warm, 4) == ("lm",) and objectives_at(warm, 5) == ("itc", "lm")
-    late = TrainConfig(itm_from=5)
-    assert objectives_at(late, 4) == ("itc", "lm") and objectives_at(late, 5) == OBJECTIVES
-    assert objectives_at(TrainConfig(lm_only_steps=5, lm_weight=0), 0) == ("itc", "itm")
-    alone = TrainConfig(itc_weight=0, lm_weight=0, itm_from=5)
-    assert objectives_at(alone, 0) == ("itm",)  # there is nothing else to begin with
+from training.run import EpochBatches, Run, digest_of_data
+from training.settings import parse
 
 
 def test_data_order_is_a_function_of_seed_epoch_and_step(monkeypatch):
@@ -242,8 +40,6 @@ def test_data_order_is_a_function_of_seed_epoch_and_step(monkeypatch):
         halves.append(list(EpochBatches(50, 8, 1, 2, 0)))
     assert [a + b for a, b in zip(*halves)] == whole
 
-
-# ---- whole runs ----
 
 def test_a_run_on_the_world_writes_what_it_says(tmp_path, capsys):
     assert run(tmp_path / "a", "--scenes", 80) == 0
@@ -439,120 +235,6 @@ def test_bad_input_is_one_sentence(tmp_path, flags, message):
     assert done.stderr.strip().count("\n") == 0 and "Traceback" not in done.stderr
 
 
-def finetune(task, init, out, *flags) -> int:
-    return train.main([task, "--init", str(init), "--out", str(out), "--batch-size", "8",
-                       "--scenes", "32", "--eval-size", "12", "--eval-top-k", "3",
-                       "--min-steps", "0",
-                       "--log-every", "1", "--workers", "0", *map(str, flags)])
-
-
-@pytest.mark.parametrize("task, own, other", [("caption", {"lm"}, {"itc", "itm"}),
-                                              ("retrieval", {"itc", "itm"}, {"lm"})])
-def test_finetuning_in_the_world_keeps_the_best_epoch(tmp_path, pretrained, monkeypatch, task, own,
-                                                      other):
-    scores, out = iter([0.5, 0.9, 0.7]), tmp_path / "a"
-    monkeypatch.setitem(TASKS, task, dataclasses.replace(TASKS[task],
-                                                         score=lambda numbers: next(scores)))
-    assert finetune(task, pretrained, out, "--epochs", 3) == 0
-    log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    assert [line["val_score"] for line in log if "val_score" in line] == [0.5, 0.9, 0.7]
-    assert own <= set(log[0]) and not other & set(log[0])
-    best, last = (checkpoints.load(out / f"{name}.pt") for name in ("best", "checkpoint"))
-    assert best["step"] == 8 and "optimizer" not in best and last["best"] == 0.9
-    assert not all(map(torch.equal, best["model"].values(), last["model"].values()))
-    metrics = json.loads((out / "metrics.json").read_text())
-    assert metrics["best_step"] == 8 and metrics["settings"]["task"] == task
-    assert Image.open(out / "samples.png").size[0] > 500
-
-
-def watch_forward(monkeypatch) -> list[dict]:
-    """The arguments of each forward pass of the model."""
-    seen, forward = [], BLIP.forward
-    def watch(self, **arguments):
-        seen.append(arguments)
-        return forward(self, **arguments)
-    monkeypatch.setattr(BLIP, "forward", watch)
-    return seen
-
-
-def test_the_prompt_stands_before_each_caption_and_gives_no_loss(tmp_path, pretrained, monkeypatch):
-    seen = watch_forward(monkeypatch)
-    assert finetune("caption", pretrained, tmp_path / "a", "--epochs", 1, "--prompt", "a red") == 0
-    _, tokenizer = checkpoints.load_model(tmp_path / "a/best.pt")
-    prompt = tokenizer.piece_ids("a red")
-    for arguments in seen:
-        assert "image_ids" not in arguments and "finetuning" not in arguments
-        assert arguments["prompt_length"] == 1 + len(prompt)
-        assert all(row[1:1 + len(prompt)].tolist() == prompt for row in arguments["ids"])
-
-
-def test_retrieval_knows_which_texts_share_an_image(tmp_path, pretrained, monkeypatch):
-    seen = watch_forward(monkeypatch)
-    assert finetune("retrieval", pretrained, tmp_path / "a", "--epochs", 1, "--all-negatives",
-                    "true") == 0
-    image_ids = {World("train", 32).example(i).image_id for i in range(32)}
-    assert {i for arguments in seen for i in arguments["image_ids"].tolist()} == image_ids
-    assert all(arguments["finetuning"] and arguments["all_negatives"] for arguments in seen)
-
-
-def test_twins_move_once_before_the_first_step_of_a_finetuning(tmp_path, pretrained):
-    """As in the released code, which moves them before the features of a step."""
-    start = checkpoints.load(pretrained)["model"]
-    run = train.start({"task": "retrieval", "init": str(pretrained), "scenes": 16, "batch_size": 8,
-                       "device": "cpu", "out": str(tmp_path / "r")})
-    online, twin = start["vit.cls_token"], start["vit_m.cls_token"]
-    assert torch.allclose(run.model.vit_m.cls_token, 0.99 * twin + 0.01 * online, atol=1e-7)
-    assert not torch.equal(run.model.vit_m.cls_token, twin)
-
-
-def test_a_resumed_finetuning_remembers_the_best_score(tmp_path, pretrained):
-    assert finetune("retrieval", pretrained, tmp_path / "a", "--epochs", 2) == 0
-    best = checkpoints.load(tmp_path / "a/checkpoint.pt")["best"]
-    assert train.main(["retrieval", "--resume", "--out", str(tmp_path / "a")]) == 0
-    assert checkpoints.load(tmp_path / "a/checkpoint.pt")["best"] == best > 0
-    assert train.main(["caption", "--resume", "--out", str(tmp_path / "a")]) == 2
-
-
-def test_images_of_another_size_and_ids_that_are_all_the_same(tmp_path, pretrained):
-    """Positions are resized; a batch whose captions all belong to one image is no crash."""
-    folder = photographs(tmp_path)
-    rows = json.loads((folder / "train.json").read_text())
-    (folder / "one.json").write_text(json.dumps([{**row, "image_id": "x"} for row in rows]))
-    assert finetune("retrieval", pretrained, tmp_path / "a", "--data", folder / "one.json",
-                    "--val", folder / "val.json", "--image-size", 48, "--epochs", 1) == 0
-    model, _ = checkpoints.load_model(tmp_path / "a/best.pt")
-    assert model.config.image_size == 48 and model.vit.pos_embed.shape[1] == 10
-
-
-@pytest.mark.parametrize("task, flags, message", [
-    ("caption", ["--vit-width", 32], "--vit-width is 16 in the weights of --init"),
-    ("retrieval", ["--init", "LM"], "is a checkpoint of another task (pretrain): it was trained "
-                                    "without ITC and ITM"),
-    ("caption", ["--init", "nothing.pt"], "nothing.pt does not exist"),
-    ("caption", ["--vocab", "VOCAB"], "is not the vocabulary of")])
-def test_a_finetuning_that_cannot_start_says_why(tmp_path, pretrained, capsys, task, flags,
-                                                 message):
-    folder = photographs(tmp_path)
-    state = checkpoints.load(pretrained)
-    state["train_config"] |= {"itc_weight": 0.0, "itm_weight": 0.0}
-    checkpoints.save(tmp_path / "lm.pt", state)
-    (folder / "vocab.txt").write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\nthing\n")
-    places = {"LM": str(tmp_path / "lm.pt"), "VOCAB": str(folder / "vocab.txt")}
-    flags = [places.get(flag, flag) for flag in flags]
-    assert finetune(task, pretrained, tmp_path / "a", *flags) == 2
-    error = capsys.readouterr().err
-    assert message in error and error.count("\n") == 1 and not (tmp_path / "a").exists()
-
-
-def test_a_start_in_the_runs_folder_is_refused(pretrained, tmp_path, capsys):
-    """It would be moved aside, and the same command would not find it again."""
-    (tmp_path / "run").mkdir()
-    start = tmp_path / "run/best.pt"
-    start.write_bytes(pretrained.read_bytes())
-    assert finetune("caption", start, tmp_path / "run") == 2
-    assert "best.pt lies in the folder" in capsys.readouterr().err and start.exists()
-
-
 def test_own_files_in_the_runs_folder_are_refused_and_left_alone(tmp_path, capsys):
     folder = photographs(tmp_path / "p")
     (folder / "notes.tmp").write_text("mine")
@@ -569,34 +251,6 @@ def test_own_files_in_the_runs_folder_are_refused_and_left_alone(tmp_path, capsy
     assert run(tmp_path / "run", "--data", folder / "train.json", "--epochs", 1) == 0
     assert (tmp_path / "run/notes.tmp").exists() and (folder / "notes.tmp").exists()
     assert not (tmp_path / "run/checkpoint.pt.123.tmp").exists()
-
-
-def test_annotations_that_are_trained_on_do_not_judge(tmp_path):
-    """COCO's file has no splits: without --val there is no evaluation, and no best epoch."""
-    folder = photographs(tmp_path)
-    records = json.loads((folder / "train.json").read_text())
-    (folder / "coco.json").write_text(json.dumps({
-        "images": [{"id": i, "file_name": record["image"]} for i, record in enumerate(records)],
-        "annotations": [{"image_id": i, "caption": "a thing"} for i in range(len(records))]}))
-    config = TrainConfig(data=str(folder / "coco.json"), out=str(tmp_path / "run"))
-    datasets = open_datasets(TASKS["caption"], config, 32)
-    assert len(datasets.train) == len(records) and datasets.val is None and datasets.final is None
-
-
-@pytest.mark.parametrize("given", ["--data", "--val"])
-def test_a_karpathy_files_val_chooses_and_its_test_judges(tmp_path, given):
-    """Also when it is given with --val, beside another training file."""
-    folder = photographs(tmp_path)
-    names = [record["image"] for record in json.loads((folder / "train.json").read_text())][:6]
-    splits = ["train", "train", "train", "val", "test", "test"]
-    (folder / "karpathy.json").write_text(json.dumps({"images": [
-        {"filename": name, "split": split, "sentences": [{"raw": "a thing"}]}
-        for name, split in zip(names, splits)]}))
-    data = folder / ("karpathy.json" if given == "--data" else "train.json")
-    config = TrainConfig(task="retrieval", data=str(data), out=str(tmp_path / "run"),
-                         val=str(folder / "karpathy.json") if given == "--val" else "")
-    datasets = open_datasets(TASKS["retrieval"], config, 32)
-    assert (len(datasets.val), len(datasets.final)) == (1, 2)
 
 
 def test_a_validation_set_without_a_picture_is_said_before_training(tmp_path, capsys):
@@ -644,20 +298,6 @@ def test_a_model_of_nans_is_neither_judged_nor_kept(tmp_path, pretrained, monkey
     assert all(value.isfinite().all() for value in state["model"].values()) and state["step"] > 0
     if task == "retrieval":
         checkpoints.load_model(tmp_path / "run/best.pt")
-
-
-def test_docstrings_are_not_code_and_all_else_is():
-    def code(about, sign, comment):
-        text = f'def f(x):\n    """{about}"""\n    return x {sign} 1  # {comment}'
-        return code_of(ast.parse(text))
-    assert code("a", "+", "b") == code("c", "+", "d") != code("a", "-", "b")
-
-
-def test_an_evaluation_draws_no_number_of_the_trainings(pretrained):
-    trained = checkpoints.open_model(str(pretrained))
-    state = torch.get_rng_state()
-    TASKS["retrieval"].evaluate(trained, World("val", 8, trained.image_size), EvalSettings())
-    assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_too_many_unreadable_images_stop_the_run(tmp_path, capsys):

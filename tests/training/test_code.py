@@ -1,5 +1,6 @@
 """Which files a result depends on: what is trained with, a student's own files too."""
 
+import ast
 from pathlib import Path
 
 from training import code
@@ -30,3 +31,10 @@ def test_the_files_of_this_project():
     assert {"objectives/losses.py", "blip2/qformer.py", "weights/starting.py", "world/scenes.py",
             "reports/metrics.py", "tools/judge.py"} <= found
     assert not found & {"reports/sheets.py", "tools/look.py", "tests/conftest.py"}
+
+
+def test_docstrings_are_not_code_and_all_else_is():
+    def of(about, sign, comment):
+        text = f'def f(x):\n    """{about}"""\n    return x {sign} 1  # {comment}'
+        return code.code_of(ast.parse(text))
+    assert of("a", "+", "b") == of("c", "+", "d") != of("a", "-", "b")
