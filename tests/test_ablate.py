@@ -14,7 +14,7 @@ from data.files import read_json, write_json
 from reports.tables import set_verdict_table, verdict_words, verdicts
 from tools import workers
 from tools.experiments import Experiment
-from tools.experiments_claims import LARGE, PARTS
+from tools.experiments_claims import LARGE
 from tools.judge import MEASURES
 from world.web import WorldSets
 
@@ -236,25 +236,38 @@ def test_the_claims_cells_are_made_of_what_their_names_say(tmp_path):
     assert pair.count("finetune") == 3
 
 
+class Recorder:
+    """A cache that trains nothing: it notes the settings of each training on clean texts."""
+
+    def __init__(self):
+        self.calls = []
+
+    def clean(self, **given) -> str:
+        self.calls.append(given)
+        return given.get("task", "pretrain")
+
+    def with_seed(self, seed: int):
+        assert seed == 0  # one encoder-decoder for all
+        return self
+
+
+def calls(experiment: str, cell: str) -> list[dict]:
+    recorder = Recorder()
+    ablate.EXPERIMENTS[experiment].cells[cell](recorder)
+    return recorder.calls
+
+
+def test_the_parts_of_the_objective_that_are_set_aside():
+    assert calls("losses", "all") == [{}]
+    for cell, given in {"without ITC": {"itc_weight": 0}, "without ITM": {"itm_weight": 0},
+                        "without LM": {"lm_weight": 0}, "without queue": {"queue_size": 0},
+                        "without hard negatives": {"hard_negatives": False},
+                        "without momentum distillation": {"alpha": 0}}.items():
+        assert calls("losses", cell) == [given]
+
+
 def test_blip2s_cells_are_made_of_what_their_names_say():
     """Each cell's own training, and those that it starts from, are the right ones."""
-    class Recorder:
-        def __init__(self):
-            self.calls = []
-
-        def clean(self, **given) -> str:
-            self.calls.append(given)
-            return given.get("task", "pretrain")
-
-        def with_seed(self, seed: int):
-            assert seed == 0  # one encoder-decoder for all
-            return self
-
-    def calls(experiment: str, cell: str) -> list[dict]:
-        recorder = Recorder()
-        ablate.EXPERIMENTS[experiment].cells[cell](recorder)
-        return recorder.calls
-
     with_stage1 = calls("blip2-figure5", "with stage 1, 300 steps")
     without = calls("blip2-figure5-t5", "without, 2000 steps")
     assert with_stage1[-1] | {"scenes": 0} == {
@@ -272,17 +285,7 @@ def test_blip2s_cells_are_made_of_what_their_names_say():
     assert small[0]["vit_width"] == 64 and "vit_width" not in small[-1]
 
 
-def test_some_cells_alone_and_what_is_made_again(tmp_path, capsys, monkeypatch):
-    """--cells: a table of its own file; an unknown cell is a sentence; new code is said."""
-    flags = ["losses", "--seeds", "1", "--device", "cpu", "--out", str(tmp_path / "runs"),
-             "--results", str(tmp_path / "results"), "--held-out", "10",
-             "--losses", TINY + " --scenes 32", "--cells", "all", "without ITM"]
-    assert ablate.main(flags) == 0
-    table = (tmp_path / "results" / "losses-all-without_ITM.md").read_text()
-    assert "| all |" in table and "| without ITM |" in table and "| without LM |" not in table
-    assert "| all > without ITM | a look" in table and "is made anew" not in capsys.readouterr().err
-    assert ablate.main([*flags[:-1], "without ITN"]) == 2
-    assert "no cell 'without ITN'" in capsys.readouterr().err
+def test_what_is_made_again_because_the_code_changed_is_said(tmp_path, monkeypatch):
     cache = ablate.ExperimentCache(regime(tmp_path / "runs"), 0)
     def make(kind: str, clean: str = "clean-0-0123456789") -> str:
         return cache.make(kind, ["lr", f"{tmp_path}/{clean}/run"], lambda folder: "x")
@@ -297,26 +300,28 @@ def test_some_cells_alone_and_what_is_made_again(tmp_path, capsys, monkeypatch):
 
 
 def test_the_command(tmp_path, capsys):
-    """Two cells of two processes; the second command trains nothing."""
+    """Two cells in two processes, in a table of their own; the second command trains nothing."""
+    results = tmp_path / "results"
     flags = ["losses", "--seeds", "1", "--jobs", "2", "--device", "cpu", "--out",
-             str(tmp_path / "runs"), "--results", str(tmp_path / "results"), "--held-out", "10",
-             "--losses", TINY + " --scenes 32"]
+             str(tmp_path / "runs"), "--results", str(results), "--held-out", "10",
+             "--losses", TINY + " --scenes 32", "--cells", "all", "without ITM"]
     assert ablate.main(flags) == 0
-    table = (tmp_path / "results" / "losses.md").read_text()
-    assert "| without hard negatives |" in table and table in capsys.readouterr().out
-    cells = read_json(tmp_path / "results" / "losses.json")["cells"]
-    assert len(cells) == 1 + len(PARTS) and all(len(rows) == 1 for rows in cells.values())
+    table, printed = (results / "losses-all-without_ITM.md").read_text(), capsys.readouterr()
+    assert "| all |" in table and "| without ITM |" in table and "| without LM |" not in table
+    assert "| all > without ITM | a look" in table and table in printed.out
+    assert "is made anew" not in printed.err
+    measured = results / "losses-all-without_ITM.json"
+    assert [len(rows) for rows in read_json(measured)["cells"].values()] == [1, 1]
     configs = [read_json(p)["settings"] for p in (tmp_path / "runs").glob("*/run/metrics.json")]
-    assert {(c["itc_weight"], c["itm_weight"], c["lm_weight"], c["alpha"]) for c in configs} == {
-        (1, 1, 1, 0.4), (0, 1, 1, 0.4), (1, 0, 1, 0.4), (1, 1, 0, 0.4), (1, 1, 1, 0.0)}
-    before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("checkpoint.pt")}
-    assert len(before) == 1 + len(PARTS) and ablate.main(flags) == 0
-    assert before == {p: p.stat().st_mtime_ns for p in tmp_path.rglob("checkpoint.pt")}
+    assert sorted(c["itm_weight"] for c in configs) == [0, 1]
     # A table of more seeds is not written over.
-    measured = tmp_path / "results" / "losses.json"
     measured.write_text(measured.read_text().replace('"seeds": [\n  0\n ]', '"seeds": [0, 1]'))
-    assert ablate.main(flags) == 0 and read_json(measured)["seeds"] == [0, 1]
-    assert (tmp_path / "results" / "losses-seeds_1.md").exists()
+    before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("checkpoint.pt")}
+    assert len(before) == 2 and ablate.main(flags) == 0 and read_json(measured)["seeds"] == [0, 1]
+    assert (results / "losses-all-without_ITM-seeds_1.md").exists()
+    assert before == {p: p.stat().st_mtime_ns for p in tmp_path.rglob("checkpoint.pt")}
+    assert ablate.main([*flags[:-1], "without ITN"]) == 2
+    assert "no cell 'without ITN'" in capsys.readouterr().err
 
 
 def test_random_negatives_instead_of_hard_ones(monkeypatch):

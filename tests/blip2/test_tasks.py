@@ -272,7 +272,7 @@ def test_where_a_query_looks_is_read_from_the_last_layer(models):
 
 
 def test_a_vit_of_many_blocks_gives_its_second_last_layer():
-    """BLIP-2 sec. 3.4. A small one keeps its last block (results/blip2_world.md)."""
+    """BLIP-2 sec. 3.4. A small one keeps its last block (results/blip2_tried.md)."""
     start = dict(image_size=64, patch_size=16, vit_width=32, vit_heads=2)
     assert vision_of(start | {"vit_depth": 12}, {})["vit_depth"] == 11
     assert vision_of(start | {"vit_depth": 4}, {})["vit_depth"] == 4
