@@ -100,7 +100,7 @@ class Stage2(FrozenVision):
         Afresh start the linear layer, the language model (task_stage2.initialise copies it) and the
         `new_layers`; stage 1's heads and text stream have no place here. Stage 1 makes the queries
         of a picture alike: ITC needs only the best of them. A small model unlearns that slowly
-        (results/blip2_world.md).
+        (results/blip2_tried.md).
         """
         config = self.config
         new = [f"qformer.layers.{layer}."

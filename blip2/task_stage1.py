@@ -21,7 +21,7 @@ SIZES = {
     "tiny": dict(vision="vit", queries=32, width=128, depth=3, heads=4, ffn=512, max_positions=64,
                  look_every=1, dropout=0.0, init_std=0.0, embed_dim=64, itg_smoothing=0.0),
 }
-# Blocks of a ViT that keeps its last one (what that is worth: results/blip2_world.md).
+# Blocks of a ViT that keeps its last one (what that is worth: results/blip2_tried.md).
 SMALL = 4
 # BLIP-2 sec. 3.4: AdamW (0.9, 0.98), cosine to 5e-5 (stage 2), warm-up of 2,000 steps. The paper
 # counts 250,000 steps of stage 1 and 80,000 of stage 2; the released settings 10 epochs.

@@ -42,7 +42,7 @@ class Documents(Dataset):
 
     A function of (seed, split, index) and not of the epoch: the same few thousand documents, read
     again and again, teach a small model to look things up in a caption, where ever new ones of the
-    same number do not (results/blip2_world.md).
+    same number do not (results/blip2_tried.md).
     """
 
     def __init__(self, split: str, size: int, seed: int = 0):
@@ -86,7 +86,7 @@ def list_facts(scene: Scene, rng: random.Random) -> str:
     """All facts of a scene in any order: "white background, top left red large star".
 
     A reader of captions and lists cannot rely on where a word stands. That helps it to read soft
-    tokens, which are no captions (results/blip2_world.md).
+    tokens, which are no captions (results/blip2_tried.md).
     """
     things = []
     for thing in rng.sample(scene.things, len(scene.things)):
