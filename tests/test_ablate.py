@@ -281,6 +281,8 @@ def test_blip2s_cells_are_made_of_what_their_names_say():
     assert [call for call in calls("blip2-table6", "ITC + ITM") if "lm_weight" in call] == [
         {"task": "blip2-stage1", "init": "pretrain", "lm_weight": 0.0}]
     assert calls("blip2-queries", "8 queries")[-1]["queries"] == 8
+    preset = calls("blip2-queries", "32 queries")  # the same settings, so it is trained once
+    assert preset == calls("blip2-sizes", "both large") == calls("blip2-blip", "BLIP-2, stage 2")
     small = calls("blip2-sizes", "small image encoder")
     assert small[0]["vit_width"] == 64 and "vit_width" not in small[-1]
 
