@@ -145,9 +145,10 @@ def beam_search(step: Step, prompt: Tensor, eos: int, beams: int = 3, max_length
     rows = torch.arange(len(prompt), device=prompt.device)
     while images:
         logits = step(tokens, rows).float()
-        scores = penalise_repetition(logits.log_softmax(-1), sequences, repetition_penalty)
-        if beams == 1:  # greedy search penalises logits (released code)
+        if beams == 1:  # greedy search penalises logits, beam search log-probabilities (released)
             scores = penalise_repetition(logits, sequences, repetition_penalty).log_softmax(-1)
+        else:
+            scores = penalise_repetition(logits.log_softmax(-1), sequences, repetition_penalty)
         length, running, vocabulary = sequences.shape[1], sums.shape[1], scores.shape[-1]
         if length < min_length:
             scores[:, eos] = float("-inf")
@@ -174,8 +175,7 @@ def beam_search(step: Step, prompt: Tensor, eos: int, beams: int = 3, max_length
                 continue
             next_images.append(image)
             next_alive += alive
-        images = next_images
-        if images:
+        if images := next_images:
             next_rows, next_tokens, next_sums = zip(*next_alive)
             rows = torch.tensor(next_rows, device=prompt.device)
             tokens = torch.tensor(next_tokens, device=prompt.device)[:, None]
