@@ -14,7 +14,7 @@ from data.files import read_json, write_json
 from reports.tables import set_verdict_table, verdict_words, verdicts
 from tools import workers
 from tools.experiments import Experiment
-from tools.experiments_claims import LARGE
+from tools.experiments_claims import LARGE, PARTS
 from tools.judge import MEASURES
 from world.web import WorldSets
 
@@ -258,12 +258,14 @@ def calls(experiment: str, cell: str) -> list[dict]:
 
 
 def test_the_parts_of_the_objective_that_are_set_aside():
-    assert calls("losses", "all") == [{}]
-    for cell, given in {"without ITC": {"itc_weight": 0}, "without ITM": {"itm_weight": 0},
-                        "without LM": {"lm_weight": 0}, "without queue": {"queue_size": 0},
-                        "without hard negatives": {"hard_negatives": False},
-                        "without momentum distillation": {"alpha": 0}}.items():
-        assert calls("losses", cell) == [given]
+    given = {cell: calls("losses", cell) for cell in ablate.EXPERIMENTS["losses"].cells}
+    assert given == {
+        "all": [{}], "without ITC": [{"itc_weight": 0}], "without ITM": [{"itm_weight": 0}],
+        "without LM": [{"lm_weight": 0}], "without momentum distillation": [{"alpha": 0}],
+        "without queue": [{"queue_size": 0}], "without hard negatives": [{"hard_negatives": False}],
+        "without LM alone first": [{"lm_only_steps": 0}],
+        "with label smoothing": [{"label_smoothing": 0.1}],
+        "with the released initialisation": [{"init_std": 0.02}]}
 
 
 def test_blip2s_cells_are_made_of_what_their_names_say():
@@ -324,6 +326,22 @@ def test_the_command(tmp_path, capsys):
     assert before == {p: p.stat().st_mtime_ns for p in tmp_path.rglob("checkpoint.pt")}
     assert ablate.main([*flags[:-1], "without ITN"]) == 2
     assert "no cell 'without ITN'" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_the_whole_table(tmp_path):
+    """Every cell of the experiment is trained with its own settings, in a file of its name."""
+    flags = ["losses", "--seeds", "1", "--jobs", "2", "--device", "cpu", "--out",
+             str(tmp_path / "runs"), "--results", str(tmp_path / "results"), "--held-out", "10",
+             "--losses", TINY + " --scenes 32"]
+    assert ablate.main(flags) == 0
+    assert "| without hard negatives |" in (tmp_path / "results" / "losses.md").read_text()
+    cells = read_json(tmp_path / "results" / "losses.json")["cells"]
+    assert len(cells) == 1 + len(PARTS) and all(len(rows) == 1 for rows in cells.values())
+    assert len(list(tmp_path.rglob("checkpoint.pt"))) == 1 + len(PARTS)
+    configs = [read_json(p)["settings"] for p in (tmp_path / "runs").glob("*/run/metrics.json")]
+    assert {(c["itc_weight"], c["itm_weight"], c["lm_weight"], c["alpha"]) for c in configs} == {
+        (1, 1, 1, 0.4), (0, 1, 1, 0.4), (1, 0, 1, 0.4), (1, 1, 0, 0.4), (1, 1, 1, 0.0)}
 
 
 def test_random_negatives_instead_of_hard_ones(monkeypatch):

@@ -2,13 +2,7 @@
 
 import pytest
 
-from config import (
-    OBJECTIVES,
-    TrainConfig,
-    alpha_at,
-    learning_rate,
-    objectives_at,
-)
+from config import OBJECTIVES, TrainConfig, alpha_at, learning_rate, objectives_at
 
 
 def test_learning_rate_of_the_paper():

@@ -10,9 +10,7 @@ from PIL import Image
 
 import train
 from blip import BLIP
-from config import (
-    TrainConfig,
-)
+from config import TrainConfig
 from tasks.registry import TASKS
 from tasks.task import EvalSettings
 from training import checkpoints

@@ -17,9 +17,7 @@ from PIL import Image
 
 import blip
 import train
-from config import (
-    TrainConfig,
-)
+from config import TrainConfig
 from data.datasets import ImageDataset, Pair
 from data.files import InputError
 from tasks.registry import TASKS

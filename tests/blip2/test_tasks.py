@@ -24,10 +24,7 @@ from blip2.task_stage2 import (
     is_text,
     question_batches,
 )
-from blip2.texts import (
-    open_tokenizer,
-    question_prompt,
-)
+from blip2.texts import open_tokenizer, question_prompt
 from config import TrainConfig
 from data.datasets import Pair
 from data.images import prepare_images

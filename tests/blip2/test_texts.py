@@ -1,11 +1,6 @@
 """What a language model reads and writes: prompts, targets, dialogs."""
 
-from blip2.texts import (
-    encode_prompts,
-    encode_texts,
-    question_prompt,
-    split_text,
-)
+from blip2.texts import encode_prompts, encode_texts, question_prompt, split_text
 
 
 class Words:

@@ -10,12 +10,7 @@ from types import SimpleNamespace
 import pytest
 
 import train
-from config import (
-    BLIPConfig,
-    TrainConfig,
-    learning_rate,
-    setting,
-)
+from config import BLIPConfig, TrainConfig, learning_rate, setting
 from tasks.registry import TASKS
 from tasks.task import SOME_READ
 from training.run import Run
